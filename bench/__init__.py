@@ -1,0 +1,1 @@
+"""Benchmarks and training scripts, run from a checkout: `python -m bench.<name>`."""

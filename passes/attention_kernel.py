@@ -1,0 +1,256 @@
+"""Which kernel a scaled_dot_product_attention runs on: read off its lowering, never assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from functorch import make_fx
+from torch import SymInt, Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from passes.contraction import arguments, is_alias
+
+ATEN = torch.ops.aten
+SDPA = ATEN.scaled_dot_product_attention.default
+HALF = (torch.float16, torch.bfloat16)
+LOWERED = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default: "flash",
+    ATEN._scaled_dot_product_flash_attention.default: "flash",
+    ATEN._scaled_dot_product_efficient_attention.default: "efficient",
+    ATEN._scaled_dot_product_cudnn_attention.default: "cudnn",
+    ATEN._scaled_dot_product_fused_attention_overrideable.default: "fused",
+}
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel (flash, efficient, cudnn, fused, math) and, where it is not flash, why."""
+
+    name: str
+    reason: str
+
+
+def kernel_for(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    needs_grad: bool = False,
+    enable_gqa: bool = False,
+) -> KernelChoice:
+    """The kernel that this attention runs on. Only metadata is read: fake tensors do.
+
+    Where torch has the device at hand (always, for CPU) the attention is lowered and the kernel read
+    off the result; for a CUDA device that is not here torch's published conditions are applied.
+
+    Args:
+        query: [B, H, Nq, D]; key: [B, H, Nk, D]; value: [B, H, Nk, Dv].
+        attn_mask: broadcasts to [B, H, Nq, Nk]; whether it requires a gradient matters on CPU.
+        needs_grad: gradients flow into query, key and value.
+
+    Raises:
+        RuntimeError: from torch, where the shapes make no attention.
+    """
+    query, key, value = concrete(query), concrete(key), concrete(value)
+    mask = None if attn_mask is None else concrete(attn_mask)
+    obstacle = _flash_obstacle(query, key, value, mask, dropout_p, needs_grad, enable_gqa)
+    device = query.device.type
+    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        name, op = lowered_kernel(
+            query, key, value, mask, dropout_p, is_causal, needs_grad=needs_grad, enable_gqa=enable_gqa
+        )
+        if name == "flash":
+            return KernelChoice(name, f"lowers to {op}")
+        return KernelChoice(name, obstacle or "flash is switched off or not in this build of torch")
+    name = predicted_kernel(query, key, value, mask, dropout_p, needs_grad=needs_grad, enable_gqa=enable_gqa)
+    return KernelChoice(name, obstacle or f"expected on {device}; no such device here to lower for")
+
+
+def predicted_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    needs_grad: bool = False,
+    enable_gqa: bool = False,
+) -> str:
+    """The kernel by torch's published conditions (sdp_utils), without lowering anything."""
+    if not _flash_obstacle(query, key, value, attn_mask, dropout_p, needs_grad, enable_gqa):
+        return "flash"
+    if query.device.type == "cuda" and _efficient(query, key, value):
+        return "efficient"
+    return "math"
+
+
+def lowered_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    needs_grad: bool = False,
+    enable_gqa: bool = False,
+) -> tuple[str, str]:
+    """Lowers one attention to ATen, as Inductor's front end does, and reads off (kernel, op).
+
+    Takes the arguments of `kernel_for`; nothing is computed, about 10 ms.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, *(mask or (None,)), dropout_p, is_causal, enable_gqa=enable_gqa
+        )
+
+    # a fresh mode: a guard on the captured graph's own batch symbol would specialise it
+    with (
+        FakeTensorMode(),
+        torch.set_grad_enabled(needs_grad),
+        torch.autocast(query.device.type, enabled=False),
+    ):
+        given = [concrete(t).requires_grad_(needs_grad) for t in (query, key, value)]
+        if attn_mask is not None:
+            given.append(concrete(attn_mask).requires_grad_(attn_mask.requires_grad))
+        lowered = make_fx(attend)(*given)
+    for node in lowered.graph.nodes:
+        if node.target in LOWERED:
+            return LOWERED[node.target], str(node.target)
+    return "math", "no fused kernel"
+
+
+def kernels(gm: GraphModule, *, needs_grad: bool = False) -> list[tuple[Node, KernelChoice]]:
+    """The kernel of every attention in a captured graph, in graph order.
+
+    Args:
+        gm: a captured graph, fake values in meta["val"].
+        needs_grad: the graph will be trained through.
+    """
+    found = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target is not SDPA:
+            continue
+        given = arguments(node)
+        mask = given["attn_mask"]
+        if mask is not None:
+            val = concrete(mask.meta["val"])
+            mask = val.requires_grad_(_wants_grad(mask, needs_grad)) if val.is_floating_point() else val
+        found.append(
+            (
+                node,
+                kernel_for(
+                    *(given[name].meta["val"] for name in ("query", "key", "value")),
+                    attn_mask=mask,
+                    dropout_p=given["dropout_p"],
+                    is_causal=given["is_causal"],
+                    needs_grad=needs_grad,
+                    enable_gqa=given["enable_gqa"],
+                ),
+            )
+        )
+    return found
+
+
+def concrete(tensor: Tensor) -> Tensor:
+    """A fake tensor of the same metadata, every symbolic size replaced by its example value."""
+
+    def number(size: int | SymInt) -> int:
+        return int(size.node.hint) if isinstance(size, SymInt) else size
+
+    shape, stride = [number(s) for s in tensor.shape], [number(s) for s in tensor.stride()]
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) or FakeTensorMode()
+    with mode:
+        fake = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+        return fake.requires_grad_(tensor.requires_grad)
+
+
+def _wants_grad(node: Node, training: bool) -> bool:
+    """Whether a value requires a gradient at run time; without training only a parameter's own views do."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if at.op == "get_attr":
+            val = at.meta.get("val")
+            if isinstance(val, Tensor) and val.requires_grad:
+                return True
+        elif training or is_alias(at):
+            stack.extend(at.all_input_nodes)
+    return False
+
+
+def _flash_obstacle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    needs_grad: bool,
+    enable_gqa: bool,
+) -> str:
+    """The first thing that keeps the flash kernel off, '' if nothing does."""
+    device, dtype = query.device.type, query.dtype
+    if device not in ("cpu", "cuda"):
+        return f"torch has no flash kernel on {device}"
+    if (obstacle := _shape_obstacle(query, key, value, enable_gqa)) is not None:
+        return obstacle
+    if value.shape[-1] != query.shape[-1]:
+        return f"values have {value.shape[-1]} channels a head, queries {query.shape[-1]}"
+    if device == "cpu":
+        if dropout_p > 0:
+            return "dropout is on, which the CPU kernel does not have"
+        if attn_mask is not None and attn_mask.requires_grad:
+            return "the mask requires a gradient"
+        if attn_mask is not None and attn_mask.dim() not in (2, query.dim()):
+            return f"the mask has rank {attn_mask.dim()}, not 2 or {query.dim()}"
+        return ""
+    if dtype not in HALF:
+        return f"{dtype} queries; flash takes float16 and bfloat16"
+    if attn_mask is not None:
+        return "an explicit mask"
+    if query.shape[-1] > 256:
+        return f"{query.shape[-1]} channels a head, more than 256"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return ""
+
+
+def _shape_obstacle(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> str | None:
+    """What no fused kernel takes, on any device."""
+    three = (query, key, value)
+    ranks = {t.dim() for t in three}
+    # torch adds the missing dimension itself on CPU
+    if ranks != {4} and not (ranks == {3} and query.device.type == "cpu"):
+        return f"rank {query.dim()}, not 4"
+    if len({t.shape[0] for t in three}) > 1:
+        return "query, key and value differ in batch size"
+    # the CPU kernel lets groups of query heads share a key head whether or not the caller says so
+    heads = {t.shape[1] for t in three} if ranks == {4} else set()
+    if len(heads) > 1 and not enable_gqa and query.device.type != "cpu":
+        return "query, key and value differ in the number of heads"
+    if any(t.stride(-1) != 1 for t in three if t.shape[-1] > 1):
+        return "channels are not contiguous in memory"
+    if query.shape[-2] == 0 or key.shape[-2] == 0:
+        return "no tokens"
+    return None
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether CUDA's memory-efficient kernel takes it; it aligns a head's channels to 16 bytes."""
+    if _shape_obstacle(query, key, value, enable_gqa=False) is not None:
+        return False
+    if query.dtype not in (*HALF, torch.float32):
+        return False
+    channels = 16 // query.element_size()
+    return query.shape[-1] % channels == 0 and value.shape[-1] % channels == 0

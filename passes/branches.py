@@ -1,0 +1,226 @@
+"""Residual branches, found by dataflow: the one node both paths start from, the one sum where they meet.
+
+A sum of terms is residual where every other term is computed from one of them, the stream. What lies on
+a branch says what it is. Names of classes and modules are never consulted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Refusal, source_line
+from passes.rules.registry import shape_of
+from passes.token_axis import analyse, mixing, stream_layout
+
+aten = torch.ops.aten
+ATTENTION = {aten.scaled_dot_product_attention.default}
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default}
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
+CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: `add = stream + term`, the term computed from the stream.
+
+    Args:
+        kind: "attention", "mlp", "conv", "mixer".
+        stream: x, [B, N, C].
+        term: F(x), what is added to it.
+        add: the sum.
+        nodes: what lies on the branch.
+        reason: for a mixer, what made it no MLP.
+    """
+
+    kind: str
+    stream: Node
+    term: Node
+    add: Node
+    nodes: frozenset[Node] = field(repr=False)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An MLP branch, and the attention branch before it (or beside it), if there is one."""
+
+    index: int
+    mlp: Branch
+    attention: Branch | None = None
+
+    @property
+    def output(self) -> Node:
+        """The residual stream after the complete block."""
+        return self.mlp.add
+
+    @property
+    def entry(self) -> Node:
+        """The residual stream before the block."""
+        return self.attention.stream if self.attention is not None else self.mlp.stream
+
+    @property
+    def where(self) -> str:
+        """The path of the module in the model, or its line where there is none."""
+        paths = [p for n in (self.mlp.add, self.mlp.term) if (p := module_path(n))]
+        return paths[0] if paths else source_line(self.mlp.term)
+
+    def attention_op(self) -> Node | None:
+        """The block's attention op, if it has exactly one."""
+        ops = [n for n in self.attention.nodes if n.target in ATTENTION] if self.attention is not None else []
+        return ops[0] if len(ops) == 1 else None
+
+
+def module_path(node: Node) -> str:
+    """`blocks.3.mlp`, the innermost module that a node was captured in."""
+    stack: Any = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(list(stack.values()))), "")
+
+
+def find_branches(gm: GraphModule) -> list[Branch]:
+    """All residual branches in topological order; of nested ones the inner."""
+    order = {node: i + 1 for i, node in enumerate(gm.graph.nodes)}
+    above = ancestors(gm)
+    found: list[Branch] = []
+    for node in gm.graph.nodes:
+        if not _is_sum(node):
+            continue
+        terms = _terms(node)
+        stream = next(
+            (t for t in terms if len(terms) > 1 and all(above[u] >> order[t] & 1 for u in _computed(terms, t, above))
+             and _computed(terms, t, above)), None,
+        )
+        if stream is None:
+            continue
+        for term in _computed(terms, stream, above):
+            nodes = _between(gm, stream, term, above, order)
+            inside = [b for b in found if b.add in nodes]
+            if any(b.kind in ("attention", "mlp") for b in inside):
+                continue  # a long skip around whole blocks
+            kind, reason = _kind(gm, stream, term, nodes)
+            if kind:
+                found = [b for b in found if b not in inside]
+                found.append(Branch(kind, stream, term, node, nodes, reason))
+    return found
+
+
+def find_blocks(gm: GraphModule) -> list[Block]:
+    """Block i is the i-th MLP branch in topological order, with the attention branch it follows."""
+    branches = find_branches(gm)
+    blocks: list[Block] = []
+    free = [b for b in branches if b.kind == "attention"]
+    for mlp in (b for b in branches if b.kind == "mlp"):
+        before = [a for a in free if a.add is mlp.add or _reaches(a.add, mlp.stream)]
+        attention = before[-1] if before else None
+        if attention is not None:
+            free.remove(attention)
+        blocks.append(Block(len(blocks), mlp, attention))
+    return blocks
+
+
+def _is_sum(node: Node) -> bool:
+    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return False
+    return all(isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor) for a in node.args)
+
+
+def _terms(node: Node) -> list[Node]:
+    """The terms of a sum, through sums that nothing else reads: x + (attention + mlp)."""
+    terms: list[Node] = []
+    for a in node.args:
+        assert isinstance(a, Node)
+        if _is_sum(a) and len(a.users) == 1 and shape_of(a) == shape_of(node):
+            terms += _terms(a)
+        else:
+            terms.append(a)
+    return terms
+
+
+def _computed(terms: list[Node], stream: Node, above: dict[Node, int]) -> list[Node]:
+    """The other terms that are no mere constants: those computed from an input of the model."""
+    return [t for t in terms if t is not stream and above[t] & 1]
+
+
+def ancestors(gm: GraphModule) -> dict[Node, int]:
+    """For each node what it is computed from, as bits: bit 0 the data of an input, bit i + 1 node i."""
+    above: dict[Node, int] = {}
+    bit: dict[Node, int] = {}
+    for i, node in enumerate(gm.graph.nodes):
+        bits = 1 if node.op == "placeholder" else 0
+        for n in node.all_input_nodes:
+            bits |= above[n] | bit[n]
+        if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+            bits &= ~1  # a size does not depend on what is in the image
+        above[node], bit[node] = bits, 1 << (i + 1)
+    return above
+
+
+def _between(
+    gm: GraphModule, stream: Node, term: Node, above: dict[Node, int], order: dict[Node, int]
+) -> frozenset[Node]:
+    """The nodes on a path from the stream to the term, the term included."""
+    mine = above[term] | 1 << order[term]
+    start = 1 << order[stream]
+    span = itertools.takewhile(lambda n: n is not term, iter(_after(stream)))
+    return frozenset([n for n in span if above[n] & start and mine >> order[n] & 1] + [term])
+
+
+def _after(node: Node) -> Any:
+    while (node := node.next).op != "root":
+        yield node
+
+
+def _kind(gm: GraphModule, stream: Node, term: Node, nodes: frozenset[Node]) -> tuple[str, str]:
+    targets = [n.target for n in nodes]
+    if any(t in ATTENTION for t in targets):
+        return "attention", ""
+    if any(t in SOFTMAX for t in targets) and sum(t in PRODUCTS for t in targets) >= 2:
+        return "attention", "its attention is not in a form that can be lowered"
+    linears = sum(t in LINEAR for t in targets)
+    if linears == 0:
+        return ("conv", "a convolution branch") if any(t in CONV for t in targets) else ("", "")
+    try:
+        layout, batch = stream_layout(stream)
+        axis = analyse(gm, stream, layout, batch, within=nodes)
+    except Refusal as refusal:
+        return "mixer", refusal.reason
+    if axis.dense:
+        node, reason = next(iter(axis.dense.items()))
+        return "mixer", f"{node.target}: {reason}"
+    mixer = mixing(axis, nodes)
+    if mixer is not None:
+        return "mixer", f"{mixer.target} mixes tokens"
+    if axis.layouts.get(term) != layout:
+        return "mixer", "the branch does not end in the layout of the stream"
+    return ("mlp", "") if linears >= 2 else ("", "")
+
+
+def _reaches(add: Node, stream: Node) -> bool:
+    """Whether a stream value is a sum, or that sum after norms and added constants."""
+    while True:
+        if stream is add:
+            return True
+        inputs = [n for n in stream.all_input_nodes if shape_of_or_none(n) == shape_of(stream)]
+        if stream.target in NORMS or (stream.target not in ATTENTION and len(inputs) == 1 and _pointwise(stream)):
+            stream = inputs[0] if inputs else stream
+            if not inputs:
+                return False
+            continue
+        return False
+
+
+def _pointwise(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in node.target.tags or node.target in (aten.dropout.default, aten.to.dtype)
+    )
+
+
+def shape_of_or_none(node: Node) -> Any:
+    val = node.meta.get("val")
+    return tuple(val.shape) if isinstance(val, torch.Tensor) else None

@@ -1,0 +1,104 @@
+"""Capture: the model as a graph of ATen ops, with a symbolic batch and literal token counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, export
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from passes.base import CompileError
+
+
+class CaptureError(CompileError):
+    """torch.export cannot capture the model; the message is its own, shortened, with the model's line."""
+
+
+def batched(leaves: Sequence[Any]) -> list[bool]:
+    """Which input leaves run over samples: tensors whose first size is that of the first tensor."""
+    sizes = [leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.dim() else None for leaf in leaves]
+    batch = next((s for s in sizes if s is not None), None)
+    return [s is not None and s == batch for s in sizes]
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphModule:
+    """Captures `model` for inputs like these, whatever their batch size.
+
+    The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
+    output the flat output leaves; `gm.meta["out_spec"]` says how they are nested.
+
+    Args:
+        model: any module; it is not changed.
+        args, kwargs: example inputs. Tensors whose first size is the batch size run over samples.
+
+    Raises:
+        CaptureError: torch.export gives up.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    runs = batched(leaves)
+    # export would take a batch of one for a constant
+    examples = [
+        torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
+        for leaf, over in zip(leaves, runs, strict=True)
+    ]
+    shapes = [
+        ({0: Dim.AUTO} if over else {}) if isinstance(leaf, torch.Tensor) else None
+        for leaf, over in zip(leaves, runs, strict=True)
+    ]
+    ex_args, ex_kwargs = pytree.tree_unflatten(examples, spec)
+    dynamic_args, dynamic_kwargs = pytree.tree_unflatten(shapes, spec)
+    dynamic: Any = _by_name(model, dynamic_args, dynamic_kwargs)
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            program = export(model, ex_args, ex_kwargs or None, dynamic_shapes=dynamic, strict=False)
+            gm = program.module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(_shortened(model, error)) from error
+    _flat(gm)
+    return gm
+
+
+def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Dynamic shapes as export wants them: a tuple for positions, a mapping by parameter name with kwargs."""
+    if not kwargs:
+        return args
+    import inspect
+
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in named:
+            named |= named.pop(name)
+    return named
+
+
+def _flat(gm: GraphModule) -> None:
+    """Takes the nesting of inputs and outputs out of the graph's code; the handle does it."""
+    codegen = gm.graph._codegen
+    info = codegen.pytree_info  # type: ignore[attr-defined]
+    gm.meta["in_spec"], gm.meta["out_spec"] = info.in_spec, info.out_spec
+    gm.graph.set_codegen(torch.fx.graph.CodeGen())
+    gm.recompile()
+
+
+def _shortened(model: nn.Module, error: Exception) -> str:
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    tb = error.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        if "/torch/" not in code.co_filename and not code.co_filename.endswith("capture.py"):
+            frames.append((code.co_filename, str(tb.tb_lineno), code.co_name))
+        tb = tb.tb_next
+    where = next((f for f in reversed(frames) if "/torch/" not in f[0]), None)
+    return "\n".join(
+        [f"torch.export cannot capture {type(model).__name__}: {lines[0] if lines else type(error).__name__}"]
+        + ([f"  in the model: {where[0]}, line {where[1]}, in {where[2]}"] if where else [])
+        + ["  way out: make that line independent of the data, or give the part of the model that it is not in"]
+    )

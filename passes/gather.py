@@ -1,0 +1,142 @@
+"""Taking the kept tokens out of a value of any layout, and putting them back: ordinary PyTorch, to be spliced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.layout import Batch, Dim, Fixed, Layout, Tokens, tokens_in
+
+Index = Mapping[tuple[Any, ...], Tensor]
+
+
+def _size(factor: Any, batch: Any) -> Any:
+    if isinstance(factor, Batch):
+        return batch
+    return factor.dense if isinstance(factor, Tokens) else int(factor.size)
+
+
+def _over_samples(dim: Dim) -> bool:
+    return any(isinstance(f, Batch) for f in dim)
+
+
+def _along(index: Tensor, rank: int, samples: int, tokens: int) -> Tensor:
+    """[B, K] laid out over a value of `rank` dimensions, of which two run over samples and tokens."""
+    index = index if samples < tokens else index.t()
+    shape = [1] * rank
+    shape[samples], shape[tokens] = (index.shape[0], index.shape[1])[:: 1 if samples < tokens else -1]
+    return index.reshape(shape)
+
+
+def take(x: Tensor, target: Layout, gathered: Sequence[int], indices: Index) -> Tensor:
+    """Takes each sample's kept tokens along the dimensions `gathered` of `x`.
+
+    Args:
+        x: broadcasts to a value with layout `target`; need not have a sample dimension of its own.
+        target: layout of that value, at its full length.
+        gathered: dimensions of `target` along which x has an entry per token.
+        indices: for the pieces of each token factor the kept positions [B, K], in order.
+
+    Returns:
+        x at its compact length, with as many dimensions as `target`.
+    """
+    batch = next(iter(indices.values())).shape[0]
+    x = x.reshape([1] * (len(target) - x.dim()) + list(x.shape))
+    roles: list[Any] = []
+    sizes: list[Any] = []
+    folds: list[int] = []
+    for d, dim in enumerate(target):
+        unfold = d in gathered or _over_samples(dim)
+        parts = list(dim) if unfold else [None]
+        if len(parts) == 1:
+            sizes.append(x.shape[d])
+        else:
+            sizes += [1 if _is_one(x.shape[d]) else _size(f, batch) for f in parts]
+        roles += parts
+        folds.append(len(parts))
+    x = x.reshape(sizes)
+    samples = next(i for i, f in enumerate(roles) if isinstance(f, Batch))
+    for i, f in enumerate(roles):
+        if not isinstance(f, Tokens) or f.pieces not in indices or _is_one(x.shape[i]):
+            continue
+        index = _along(indices[f.pieces], x.dim(), samples, i)
+        spread = [batch if d == samples else s for d, s in enumerate(x.shape)]
+        kept = [index.shape[i] if d == i else s for d, s in enumerate(spread)]
+        x = torch.gather(x.expand(spread), i, index.expand(kept))
+    shape, at = [], 0
+    for n, dim in zip(folds, target, strict=True):
+        part = list(x.shape[at : at + n])
+        if n > 1 and _over_samples(dim):  # a folded dimension cannot broadcast in part
+            part = [s if isinstance(f, Batch | Tokens) else _size(f, batch) for s, f in zip(part, dim, strict=True)]
+            x = x.expand([*x.shape[:at], *part, *x.shape[at + n :]])
+        shape.append(math.prod(part))
+        at += n
+    return x.reshape(shape)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def tokens_first(x: Tensor, layout: Layout) -> Tensor:
+    """A value with one token factor as [B, N, ...]: for scores, whatever order the model keeps."""
+    flat = [f for dim in layout for f in dim]
+    batch = next(x.shape[d] for d, dim in enumerate(layout) if _over_samples(dim))
+    x = x.reshape([_size(f, batch) for f in flat]) if len(flat) != len(layout) else x
+    samples = next(i for i, f in enumerate(flat) if isinstance(f, Batch))
+    tokens = next(i for i, f in enumerate(flat) if isinstance(f, Tokens))
+    return x.movedim((samples, tokens), (0, 1))
+
+
+def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
+    """`full` with the kept tokens' values replaced by `short`: what left keeps the value it left with.
+
+    Args:
+        full: a value of `layout`, at full length.
+        short: the same at its compact length.
+        index: kept positions [B, K], in order.
+        layout: has one dimension for samples and one for tokens, each alone.
+    """
+    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
+    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
+    return full.scatter(tokens, _along(index, full.dim(), samples, tokens).expand(short.shape), short)
+
+
+def stretch_index(index: Tensor, site: Tokens, pieces: Sequence[Any]) -> Tensor:
+    """The kept positions of another sequence made of the same prunable stretch.
+
+    Args:
+        index: kept positions [B, K] of the pruned sequence.
+        site: the pieces of that sequence, which has one prunable stretch.
+        pieces: the pieces of the other one.
+    """
+    before = after = 0
+    seen = False
+    for piece in site.pieces:
+        if not isinstance(piece, Fixed):
+            seen = True
+        elif seen:
+            after += piece.length
+        else:
+            before += piece.length
+    kept = index[:, before : index.shape[1] - after] - before
+    parts, at = [], 0
+    for piece in pieces:
+        if isinstance(piece, Fixed):
+            fixed = torch.arange(at, at + piece.length, device=index.device)
+            parts.append(fixed.expand(index.shape[0], piece.length))
+        else:
+            parts.append(kept + at)
+        at += piece.length
+    return torch.cat(parts, 1)
+
+
+def original_positions(first: Tensor, *later: Tensor) -> Tensor:
+    """Positions [B, K] in the first sequence of what successive selections kept."""
+    for index in later:
+        first = first.gather(1, index)
+    return first

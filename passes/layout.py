@@ -1,0 +1,206 @@
+"""Layouts: which dimension of a value runs over tokens, over samples, over neither.
+
+A layout gives for each dimension the factors that are folded into it, outermost first, as einops writes
+`(batch tokens) channels`. A `view` regroups the factors; a factor of tokens or of samples is never split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+import torch
+
+Size: TypeAlias = sympy.Expr
+
+
+def expr(size: int | torch.SymInt | Size) -> Size:
+    """The size as an expression in the batch symbol."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Consecutive positions that always stay where they are: prefix tokens, a class token that joins late."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """The stretch of the sequence out of which tokens go."""
+
+    length: int
+
+
+Piece: TypeAlias = Fixed | Prunable
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A factor that runs over tokens.
+
+    Args:
+        pieces: the stretches it covers, in order.
+        weights: it holds attention weights, which sum to one along it.
+    """
+
+    pieces: tuple[Piece, ...]
+    weights: bool = False
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece], weights: bool = False) -> Tokens:
+        """Drops empty pieces and joins neighbouring fixed ones, so that equal sequences compare equal."""
+        joined: list[Piece] = []
+        for piece in pieces:
+            if piece.length == 0:
+                continue
+            if joined and isinstance(piece, Fixed) and isinstance(joined[-1], Fixed):
+                joined[-1] = Fixed(joined[-1].length + piece.length)
+            else:
+                joined.append(piece)
+        return cls(tuple(joined), weights)
+
+    @property
+    def dense(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+    def compact(self, left: int) -> int:
+        """Positions once `left` tokens remain of each prunable stretch."""
+        return sum(piece.length if isinstance(piece, Fixed) else left for piece in self.pieces)
+
+    @property
+    def prunable(self) -> bool:
+        return any(isinstance(piece, Prunable) for piece in self.pieces)
+
+    def border(self, position: int) -> tuple[int, int] | None:
+        """How many (fixed positions, prunable stretches) lie before `position`; None inside a stretch."""
+        fixed = stretches = 0
+        for piece in self.pieces:
+            if position == 0:
+                break
+            if isinstance(piece, Prunable):
+                if position < piece.length:
+                    return None
+                stretches += 1
+                position -= piece.length
+            else:
+                step = min(position, piece.length)
+                fixed += step
+                position -= step
+        return (fixed, stretches) if position == 0 else None
+
+    def cut(self, start: int, stop: int) -> Tokens | None:
+        """The stretch from start to stop, or None where that would cut into prunable tokens."""
+        if self.border(start) is None or self.border(stop) is None:
+            return None
+        pieces: list[Piece] = []
+        at = 0
+        for piece in self.pieces:
+            overlap = min(stop, at + piece.length) - max(start, at)
+            if overlap > 0:
+                pieces.append(Fixed(overlap) if isinstance(piece, Fixed) else piece)
+            at += piece.length
+        return Tokens.of(pieces, self.weights)
+
+    def same_sequence(self, other: Tokens) -> bool:
+        return self.pieces == other.pieces
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The factor that runs over samples."""
+
+    size: Size
+
+
+@dataclass(frozen=True)
+class Free:
+    """Any other factor: heads, channels, frames."""
+
+    size: Size
+
+
+Factor: TypeAlias = Tokens | Batch | Free
+Dim: TypeAlias = tuple[Factor, ...]
+Layout: TypeAlias = tuple[Dim, ...]
+
+
+def factor_size(factor: Factor) -> Size:
+    return sympy.Integer(factor.dense) if isinstance(factor, Tokens) else factor.size
+
+
+def dim_size(dim: Dim) -> Size:
+    return sympy.prod([factor_size(f) for f in dim]) if dim else sympy.Integer(1)
+
+
+def merged(factors: Iterable[Factor]) -> Dim:
+    """A dimension of these factors: size-one factors dropped, neighbouring free factors as one."""
+    dim: list[Factor] = []
+    for f in factors:
+        if isinstance(f, Free) and f.size == 1:
+            continue
+        if isinstance(f, Free) and dim and isinstance(dim[-1], Free):
+            dim[-1] = Free(dim[-1].size * f.size)
+        elif isinstance(f, Tokens) and not f.prunable:
+            dim.append(Free(sympy.Integer(f.dense)))
+        else:
+            dim.append(f)
+    return tuple(dim)
+
+
+def plain(size: int | torch.SymInt | Size, batch: Batch) -> Dim:
+    """The dimension of a size that does not run over tokens: samples where the batch symbol divides it."""
+    size = expr(size)
+    rest = sympy.cancel(size / batch.size)
+    if batch.size.free_symbols and not rest.free_symbols & batch.size.free_symbols and rest.is_integer:
+        return merged((batch, Free(rest)))
+    return merged((Free(size),))
+
+
+def tokens_in(dim: Dim) -> Tokens | None:
+    """The token factor of a dimension, if it has one."""
+    return next((f for f in dim if isinstance(f, Tokens)), None)
+
+
+def runs_over_tokens(layout: Layout) -> bool:
+    return any(tokens_in(dim) is not None for dim in layout)
+
+
+def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | None:
+    """The layout after a view to `shape`, or None where that would split tokens or samples."""
+    rest = [f for dim in layout for f in dim]
+    out: list[Dim] = []
+    for size in shape:
+        need, dim = expr(size), []
+        while need != 1:
+            if not rest:
+                return None
+            factor = rest.pop(0)
+            have = factor_size(factor)
+            ratio = sympy.cancel(need / have)
+            if ratio.is_integer and not sympy.denom(ratio).free_symbols:
+                dim.append(factor)
+                need = ratio
+                continue
+            inner = sympy.cancel(have / need)
+            if not isinstance(factor, Free) or not inner.is_integer:
+                return None
+            dim.append(Free(need))
+            rest.insert(0, Free(inner))
+            need = sympy.Integer(1)
+        out.append(merged(dim))
+    return None if rest else tuple(out)
+
+
+def show(layout: Layout) -> str:
+    """A layout as text, for messages: `[batch, tokens(197), 384]`."""
+
+    def name(f: Factor) -> str:
+        if isinstance(f, Tokens):
+            return f"tokens({f.dense})"
+        return "batch" if isinstance(f, Batch) else str(f.size)
+
+    return "[" + ", ".join("*".join(map(name, dim)) or "1" for dim in layout) + "]"

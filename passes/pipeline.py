@@ -1,0 +1,253 @@
+"""The order of the passes, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from passes import score
+from passes.attention_kernel import KernelChoice, kernels
+from passes.base import CompileError, PassResult, Refusal, Skip
+from passes.branches import Block, Branch, find_blocks, find_branches
+from passes.canonicalise import Canonicalise
+from passes.capture import capture
+from passes.cost import Cost, count
+from passes.inline_regions import InlineRegions
+from passes.insert import SITE, InsertSelection, Site
+from passes.layout import tokens_in
+from passes.lower_attention import LowerAttention
+from passes.protected import Protected, find_protected
+from passes.restore import AppendKept, RestoreTokens, check_restorable
+from passes.retarget import RetargetTokens
+from passes.token_axis import analyse, stream_layout
+from passes.verify import no_dangling_sites, no_stale_shapes
+
+
+@dataclass(frozen=True)
+class Prune:
+    """After which block how many tokens stay, and how they are chosen.
+
+    Args:
+        block: 0-based.
+        kept: from the number of tokens, protected ones included, how many stay.
+        protected: positions that stay besides those found; None to find them only.
+        force: insert even where every token stays (a test's switch).
+    """
+
+    block: int
+    kept: Callable[[int], int]
+    operation: score.Operation = "mlp"
+    metric: score.Metric = "l2"
+    with_skip: bool = False
+    importance: score.Importance = "shift"
+    lowest: bool = False
+    protected: tuple[int, ...] | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What became of a block: tokens in and out, MACs, attention kernel."""
+
+    block: Block
+    where: str
+    tokens_in: int | None
+    tokens_out: int | None
+    macs_dense: int
+    macs: int
+    kernel: KernelChoice | None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A rewritten graph and what is to be said about it."""
+
+    gm: GraphModule
+    blocks: tuple[BlockReport, ...]
+    dense: Cost
+    cost: Cost
+    skips: tuple[Skip, ...]
+
+
+Progress = Callable[[str], None]
+
+
+def prepare(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], lower: bool, say: Progress = lambda _: None
+) -> PassResult:
+    """Capture and clean-up: what every model goes through, pruned or not."""
+    say("capturing the model")
+    gm = capture(model, args, kwargs)
+    say("rewriting the graph")
+    skips: list[Skip] = []
+    passes = [
+        InlineRegions(ambient_autocast=torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")),
+        Canonicalise(),  # before the matcher, which should not see dropouts and casts that do nothing
+        *([LowerAttention()] if lower else []),
+    ]
+    for pass_ in passes:
+        result = pass_(gm)
+        gm, skips = result.gm, skips + list(result.skips)
+    return PassResult(gm, skips=tuple(skips))
+
+
+def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = False) -> Compiled:
+    """Inserts the selections one after another; each works on the graph that the one before it left.
+
+    Raises:
+        Refusal: a rewrite cannot be proven right.
+    """
+    blocks = find_blocks(gm)
+    branches = find_branches(gm)
+    check_blocks(gm, blocks, branches, [p.block for p in prunes])
+    dense = count(gm)
+    spans = {b.index: _nodes(b) for b in blocks}
+    before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
+    lengths = {b.index: _tokens(b.entry) for b in blocks}
+    guarded = {p.block: protected_tokens(gm, blocks[p.block], branches, p.protected) for p in prunes}
+    streams: dict[Node, Node] = {b.add: b.add for b in branches}
+    now: dict[Node, Node] = {}
+    earlier: dict[Node, list[Node]] = {}
+    for p in sorted(prunes, key=lambda p: p.block):
+        block = _moved(blocks[p.block], now)
+        keep = _count(p, block, guarded[p.block])
+        if keep is None:
+            continue
+        start = block_stream(branches, blocks[p.block].output)
+        result = InsertSelection(
+            block, keep, guarded[p.block], p.operation, p.metric, p.with_skip, p.importance, p.lowest,
+            tuple(earlier.get(start, ())),
+        )(gm)
+        anchors = [now.get(s, s) for s in streams]
+        gm = RetargetTokens(anchors)(result.gm).gm
+        gm = RestoreTokens(anchors, compact_outputs)(gm).gm
+        site: Site = gm.meta.pop(SITE)
+        earlier.setdefault(start, []).append(site.index)
+        moved = {site.stream: site.short, **site.compact}
+        now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
+    if compact_outputs:
+        gm = AppendKept()(gm).gm
+    no_stale_shapes(gm)
+    no_dangling_sites(gm)
+    cost = count(gm)
+    choice = dict(kernels(gm))
+    rows = []
+    for b in blocks:
+        nodes = {now.get(n, n) for n in spans[b.index]}
+        op = b.attention_op()
+        rows.append(BlockReport(
+            b, b.where, lengths[b.index] and _tokens(now.get(b.entry, b.entry)),
+            lengths[b.index] and _tokens(now.get(b.output, b.output)),
+            before[b.index], cost.between(nodes).macs, choice.get(now.get(op, op)) if op is not None else None,
+        ))
+    return Compiled(gm, tuple(rows), dense, cost, ())
+
+
+def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
+    """Refuses a schedule of blocks that are not there."""
+    if wanted and not blocks:
+        nearest = next((b for b in branches if b.kind != "mlp"), None)
+        hint = (
+            f"nearest to one is a {nearest.kind} branch: {nearest.reason or 'no MLP'}" if nearest is not None
+            else "no sum of a value and a function of it was found"
+        )
+        raise Refusal(f"the model has no residual MLP branch; {hint}", nearest.add if nearest else None)
+    for i in wanted:
+        if i >= len(blocks):
+            raise CompileError(
+                f"the schedule names block {i}, but the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}; "
+                "rs_compile.explain(model, inputs) lists them"
+            )
+
+
+def protected_tokens(
+    gm: GraphModule, block: Block, branches: Sequence[Branch], given: tuple[int, ...] | None
+) -> Protected:
+    """The tokens that must stay: those found, and those given."""
+    layout, _ = stream_layout(block.output)
+    dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
+    found = find_protected(gm, block.output, dim, {b.add: b.stream for b in branches})
+    if not given:
+        return found
+    length = _tokens(block.output) or 0
+    if max(given) >= length:
+        raise CompileError(f"protected token {max(given)} does not exist: there are {length} tokens, 0 to {length - 1}")
+    stay = [i < found.prefix or i >= length - found.suffix or i in found.extra or i in given for i in range(length)]
+    # the prefix stays what the model's own slices know; given tokens may move
+    extra = tuple(i for i, s in enumerate(stay) if s and found.prefix <= i < length - found.suffix)
+    return Protected(found.prefix, found.suffix, extra)
+
+
+def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple[bool, str]:
+    """Whether tokens could leave after this block, or the reason why not. Changes nothing."""
+    try:
+        guard = protected_tokens(gm, block, branches, None)
+        layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
+        tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+        if tokens is None or not tokens.prunable:
+            return False, "no token of this stream comes from the input"
+        anchors = [b.add for b in branches]
+        check_restorable(analyse(gm, block.output, layout, batch, anchors), anchors)
+    except Refusal as refusal:
+        return False, str(refusal).replace("\n", "; ")
+    return True, ""
+
+
+def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int, KernelChoice]]:
+    """The blocks and branches of a graph, and by block the kernel that its attention takes."""
+    blocks, choice = find_blocks(gm), dict(kernels(gm))
+    ops = {b.index: op for b in blocks if (op := b.attention_op()) is not None}
+    return blocks, find_branches(gm), {i: choice[op] for i, op in ops.items() if op in choice}
+
+
+def block_stream(branches: Sequence[Branch], node: Node) -> Node:
+    """The start of the residual stream that a sum belongs to."""
+    sums = {b.add: b.stream for b in branches}
+    while node in sums:
+        node = sums[node]
+    return node
+
+
+def _count(p: Prune, block: Block, guard: Protected) -> int | None:
+    """How many tokens stay, or None where there is nothing to do."""
+    length = _tokens(block.output)
+    if length is None:
+        stream_layout(block.output)
+        raise Refusal("the residual stream has no token dimension", block.output)
+    keep = p.kept(length)
+    if keep < guard.count:
+        raise CompileError(
+            f"after block {p.block} {keep} of {length} tokens would be left, fewer than the {guard.count} protected ones; "
+            "keep a larger share"
+        )
+    return None if keep == length and not p.force else keep
+
+
+def _tokens(stream: Node) -> int | None:
+    """Tokens of a residual stream, or None where it has no dimension of its own for them."""
+    try:
+        layout, _ = stream_layout(stream)
+    except Refusal:
+        return None
+    tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+    return tokens.dense if tokens is not None else None
+
+
+def _nodes(block: Block) -> set[Node]:
+    branches = [b for b in (block.attention, block.mlp) if b is not None]
+    return {n for b in branches for n in b.nodes}
+
+
+def _moved(block: Block, now: Mapping[Node, Node]) -> Block:
+    """The block's nodes as earlier selections left them."""
+
+    def branch(b: Branch) -> Branch:
+        return Branch(b.kind, now.get(b.stream, b.stream), now.get(b.term, b.term), now.get(b.add, b.add),
+                      frozenset(now.get(n, n) for n in b.nodes), b.reason)
+
+    return Block(block.index, branch(block.mlp), branch(block.attention) if block.attention is not None else None)

@@ -1,0 +1,160 @@
+"""The rest of the network on the short sequence: each op that carries the token axis gets a compact twin."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass, PassResult, Refusal
+from passes.gather import stretch_index, take
+from passes.insert import SITE, Site
+from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
+from passes.rules import Extent, Position, Transfer
+from passes.splice import fake, fake_mode, splice
+from passes.token_axis import WAY_OUT, analyse
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RetargetTokens(Pass):
+    """Gives every op behind the inserted selection its compact form.
+
+    Literal sizes follow from layouts, inputs that pair up with tokens are gathered by each sample's kept
+    positions. A value that stops running over tokens replaces its original; ops that need every token keep
+    reading the originals, for `RestoreTokens`.
+
+    Args:
+        anchors: sums of the network's residual branches (see `analyse`).
+    """
+
+    anchors: Collection[Node] = ()
+
+    def call(self, gm: GraphModule) -> PassResult:
+        site: Site = gm.meta[SITE]
+        axis = site.axis = analyse(gm, site.full, site.layout, site.batch, self.anchors)
+        emit = _Emitter(gm, site)
+        site.compact[site.full] = site.short
+        for node, transfer in axis.transfers.items():
+            emit(node, transfer)
+        return PassResult(gm, rewrites=len(axis.transfers))
+
+
+class _Emitter:
+    """Emits compact twins in topological order."""
+
+    def __init__(self, gm: GraphModule, site: Site) -> None:
+        self.graph = gm.graph
+        self.site = site
+        self.mode = fake_mode(gm.graph)
+        self.indices: dict[Any, Node] = {site.tokens.pieces: site.index}
+        self.taken: dict[Any, Node] = {}
+        self.samples: Node | None = None
+
+    def __call__(self, node: Node, transfer: Transfer) -> None:
+        with self.graph.inserting_before(node):
+            swapped = {n: self._aligned(n, target) for n, target in transfer.aligned.items()}
+            given = (node.args if transfer.args is None else transfer.args,
+                     node.kwargs if transfer.kwargs is None else dict(transfer.kwargs))
+            args, kwargs = self._argument(given, swapped)
+            twin = self.graph.call_function(transfer.target or node.target, args, kwargs)  # type: ignore[arg-type]
+        twin.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
+        self._evaluate(node, twin, transfer)
+        assert self.site.axis is not None
+        if node in self.site.axis.layouts:
+            self.site.compact[node] = twin
+        else:
+            node.replace_all_uses_with(twin)
+
+    def _evaluate(self, node: Node, twin: Node, transfer: Transfer) -> None:
+        """Recomputes the value, and holds it against the layout that the rule promised."""
+        try:
+            with self.mode, torch.enable_grad():
+                twin.meta["val"] = twin.target(*fake(twin.args), **fake(twin.kwargs))  # type: ignore[operator]
+        except Exception as error:
+            raise Refusal(f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+        val = twin.meta["val"]
+        if not isinstance(val, torch.Tensor) or transfer.out is None:
+            return
+        promised = [self._extent(dim) for dim in transfer.out]
+        if len(promised) != val.dim() or any(p - expr(s) != 0 for p, s in zip(promised, val.shape, strict=True)):
+            raise Refusal(f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT)
+
+    def _extent(self, dim: Dim) -> Any:
+        """The compact size of a dimension, as an expression."""
+        size = expr(1)
+        for f in dim:
+            size *= f.compact(self.site.left) if isinstance(f, Tokens) else f.size
+        return size
+
+    def _argument(self, given: Any, swapped: dict[Node, Node]) -> Any:
+        """An argument with compact inputs and sizes; Extent and Position stand inside lists and tuples."""
+        if isinstance(given, (tuple, list)):
+            items = [self._argument(a, swapped) for a in given]
+            return items if isinstance(given, list) else tuple(items)
+        if isinstance(given, dict):
+            return {k: self._argument(a, swapped) for k, a in given.items()}
+        if isinstance(given, Node):
+            return swapped.get(given, self.site.compact.get(given, given))
+        if isinstance(given, Extent):
+            return self._size(given.dim)
+        if isinstance(given, Position):
+            border = given.tokens.border(given.at)
+            assert border is not None
+            return border[0] + border[1] * self.site.left
+        return given
+
+    def _size(self, dim: Dim) -> Any:
+        """The compact size of a dimension, as an argument: an int, or a node where it depends on the batch."""
+        rest = self._extent(tuple(f for f in dim if not isinstance(f, Batch)))
+        if rest.free_symbols:
+            raise Refusal("a size depends on a second batch", self.site.stream, WAY_OUT)
+        if not any(isinstance(f, Batch) for f in dim):
+            return int(rest)
+        if self.samples is None:
+            at = next(d for d, dim in enumerate(self.site.layout) if any(isinstance(f, Batch) for f in dim))
+            with self.graph.inserting_after(self.site.full):
+                self.samples = splice(self.graph, "batch size", lambda x: x.shape[at], self.site.stream)
+        if rest == 1:
+            return self.samples
+        product = self.graph.call_function(operator.mul, (self.samples, int(rest)))
+        product.meta["val"] = self.samples.meta["val"] * int(rest)
+        return product
+
+    def _aligned(self, node: Node, target: Layout) -> Node:
+        """An input that has an entry per token, gathered by the kept positions."""
+        assert self.site.axis is not None
+        own = self.site.axis.layouts.get(node)
+        value = self.site.compact.get(node, node)
+        shape = node.meta["val"].shape
+        offset = len(target) - len(shape)
+        gathered = tuple(
+            d for d, dim in enumerate(target)
+            if tokens_in(dim) and d >= offset and not (isinstance(shape[d - offset], int) and shape[d - offset] == 1)
+            and (own is None or not tokens_in(own[d - offset]))
+        )
+        key = (node, target, gathered)
+        if key not in self.taken:
+            needed = list({t.pieces: t for d in gathered if (t := tokens_in(target[d]))}.values())
+            indices = [self._index(t) for t in needed]
+
+            def gather(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+                return take(x, target, gathered, {t.pieces: i for t, i in zip(needed, given, strict=True)})
+
+            self.taken[key] = splice(self.graph, "gather", gather, value, *indices)
+        return self.taken[key]
+
+    def _index(self, tokens: Tokens) -> Node:
+        """The kept positions along a sequence made of the site's prunable stretch."""
+        if tokens.pieces not in self.indices:
+            with self.graph.inserting_after(self.site.full):
+                self.indices[tokens.pieces] = splice(
+                    self.graph, "select",
+                    lambda i: stretch_index(i, self.site.tokens, tokens.pieces), self.site.index,
+                )
+        return self.indices[tokens.pieces]

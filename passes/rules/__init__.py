@@ -1,0 +1,27 @@
+"""The transfer rules of the token axis, by family of op."""
+
+from passes.rules import contractions, pointwise, reductions, tokens, views
+from passes.rules.registry import (
+    Context,
+    Extent,
+    Position,
+    Transfer,
+    Untransferable,
+    register_token_rule,
+    rule_for,
+)
+
+__all__ = [
+    "Context",
+    "Extent",
+    "Position",
+    "Transfer",
+    "Untransferable",
+    "contractions",
+    "pointwise",
+    "reductions",
+    "register_token_rule",
+    "rule_for",
+    "tokens",
+    "views",
+]

@@ -1,0 +1,167 @@
+"""Products and attention: tokens may be summed over only with weights that attention normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.layout import Dim, Layout, Tokens, tokens_in
+from passes.rules.pointwise import align, broadcast
+from passes.rules.registry import (
+    Context,
+    Transfer,
+    Untransferable,
+    argument,
+    need_free,
+    rules_for,
+    shape_of,
+)
+from passes.rules.views import carried
+
+aten = torch.ops.aten
+
+
+@rules_for(aten.linear.default)
+def linear(node: Node, ctx: Context) -> Transfer:
+    """Acts on channels; a linear layer over tokens has a fixed number of them."""
+    layout = carried(node, ctx)
+    if tokens_in(layout[-1]):
+        raise Untransferable("a linear layer over the tokens, of a fixed size")
+    need_free(layout, [-1], "a linear layer")
+    return Transfer(layout[:-1] + (ctx.plain(shape_of(node)[-1]),))
+
+
+def _no_weights(dim: Dim) -> Dim:
+    return tuple(Tokens(f.pieces) if isinstance(f, Tokens) else f for f in dim)
+
+
+def _contracted(a: Dim, b: Dim) -> Dim:
+    """The dimension that a product sums over, having checked that it may."""
+    over_a, over_b = tokens_in(a), tokens_in(b)
+    if over_a is None and over_b is None:
+        return ()
+    if not any(t is not None and t.weights for t in (over_a, over_b)):
+        raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
+    if over_a is not None and over_b is not None:
+        if not over_a.same_sequence(over_b) or len(a) != len(b):
+            raise Untransferable("sums over two different sequences of tokens")
+    return a if over_a is not None else b
+
+
+class _Cut(Context):
+    """The context with the last two dimensions left out: what products broadcast over."""
+
+    def __init__(self, ctx: Context) -> None:
+        super().__init__({}, ctx.batch)
+        self._ctx = ctx
+
+    def layout(self, node: Any) -> Layout | None:
+        own = self._ctx.layout(node)
+        return None if own is None else own[:-2]
+
+
+def _product(node: Node, ctx: Context, a: Node, b: Node) -> tuple[Layout, dict[Node, Layout], bool]:
+    la, lb = ctx.sides(a), ctx.sides(b)
+    if len(la) < 2 or len(lb) < 2:
+        raise Untransferable("a product with a vector")
+    over = _contracted(la[-1], lb[-2])
+    pairs = broadcast(_Cut(ctx), [a, b], shape_of(node)[:-2])
+    aligned = align(ctx, [a], pairs + (la[-2], over)) | align(ctx, [b], pairs + (over, lb[-1]))
+    out = pairs + (_no_weights(la[-2]), _no_weights(lb[-1]))
+    crossed = tokens_in(la[-2]) is not None and tokens_in(lb[-1]) is not None
+    return out, aligned, tokens_in(over) is not None or crossed
+
+
+@rules_for(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def matmul(node: Node, ctx: Context) -> Transfer:
+    """[..., i, k] times [..., k, j]."""
+    a, b = node.args[:2]
+    assert isinstance(a, Node) and isinstance(b, Node)
+    out, aligned, mixes = _product(node, ctx, a, b)
+    return Transfer(out, aligned, mixes=mixes)
+
+
+@rules_for(aten.addmm.default, aten.baddbmm.default)
+def addmm(node: Node, ctx: Context) -> Transfer:
+    """A product, and something added that pairs up with the result."""
+    bias, a, b = node.args[:3]
+    assert isinstance(bias, Node) and isinstance(a, Node) and isinstance(b, Node)
+    out, aligned, mixes = _product(node, ctx, a, b)
+    return Transfer(out, aligned | align(ctx, [bias], out), mixes=mixes)
+
+
+@rules_for(aten.einsum.default)
+def einsum(node: Node, ctx: Context) -> Transfer:
+    """Each letter is a dimension; letters that vanish are summed over."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, Sequence)
+    if "." in equation or "->" not in equation:
+        raise Untransferable("an einsum with an ellipsis or without an arrow")
+    left, right = equation.replace(" ", "").split("->")
+    terms = left.split(",")
+    dims: dict[str, Dim] = {}
+    weighted: set[str] = set()
+    for term, n in zip(terms, operands, strict=True):
+        for letter, dim in zip(term, ctx.sides(n), strict=True):
+            over, known = tokens_in(dim), tokens_in(dims.get(letter, ()))
+            if over and known and not over.same_sequence(known):
+                raise Untransferable("two different sequences of tokens meet")
+            if over and over.weights:
+                weighted.add(letter)
+            if letter not in dims or (over and not known):
+                dims[letter] = _no_weights(dim)
+    for letter in set("".join(terms)) - set(right):
+        if tokens_in(dims[letter]) and letter not in weighted:
+            raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
+    aligned: dict[Node, Layout] = {}
+    for term, n in zip(terms, operands, strict=True):
+        aligned |= align(ctx, [n], tuple(dims[letter] for letter in term))
+    token_letters = [letter for letter in dims if tokens_in(dims[letter])]
+    mixes = len(token_letters) > 1 or any(letter not in right for letter in token_letters)
+    return Transfer(tuple(dims[letter] for letter in right), aligned, mixes=mixes)
+
+
+@rules_for(aten.scaled_dot_product_attention.default)
+def attention(node: Node, ctx: Context) -> Transfer:
+    """Tokens to tokens: queries keep their sequence, keys and values share theirs, a mask pairs up with both."""
+    query, key, value = (n for n in node.args[:3])
+    mask = argument(node, 3, "attn_mask")
+    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    lq, lk, lv = ctx.sides(query), ctx.sides(key), ctx.sides(value)
+    for layout in (lq, lk, lv):
+        need_free(layout, [-1], "the channels of attention")
+    over, of_value = tokens_in(lk[-2]), tokens_in(lv[-2])
+    if (over is None) != (of_value is None) or (over and of_value and not over.same_sequence(of_value)):
+        raise Untransferable("keys and values belong to different sequences")
+    if argument(node, 5, "is_causal", False) and lq[-2] != lk[-2]:
+        raise Untransferable("causal attention between different sequences")
+    pairs = broadcast(_Cut(ctx), [query, key, value], shape_of(node)[:-2])
+    aligned: dict[Node, Layout] = {}
+    for n, layout in ((query, lq), (key, lk), (value, lv)):
+        heads = pairs if len(layout) == len(pairs) + 2 else pairs[-(len(layout) - 2) :]
+        aligned |= align(ctx, [n], heads + layout[-2:])
+    if isinstance(mask, Node):
+        aligned |= align(ctx, [mask], pairs + (lq[-2], lk[-2]))
+    return Transfer(pairs + (lq[-2], lv[-1]), aligned, mixes=over is not None)
+
+
+@rules_for(aten.conv1d.default)
+def conv1d(node: Node, ctx: Context) -> Transfer:
+    """[B, C, N] with a kernel of one entry is a linear layer a token."""
+    layout = carried(node, ctx)
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    plain = argument(node, 3, "stride", [1]) in (1, [1]) and argument(node, 4, "padding", [0]) in (0, [0])
+    if shape_of(weight)[-1] != 1 or not plain:
+        raise Untransferable("a convolution over the sequence of tokens")
+    need_free(layout, [1], "a convolution")
+    return Transfer((layout[0], ctx.plain(shape_of(node)[1]), layout[2]))
+
+
+@rules_for(aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
+def conv(node: Node, ctx: Context) -> Transfer:
+    """A convolution needs a grid, and a pruned sequence has none."""
+    raise Untransferable("a convolution, which needs the tokens on their full grid")

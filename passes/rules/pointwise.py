@@ -1,0 +1,99 @@
+"""Ops that treat every element by itself: broadcast, gather what pairs up with tokens, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from passes.layout import Batch, Dim, Layout, Tokens, tokens_in
+from passes.rules.registry import Context, Transfer, Untransferable, rules_for, shape_of
+
+aten = torch.ops.aten
+
+
+def tensors(args: Any) -> list[Node]:
+    """The tensor nodes among an op's arguments, in order."""
+    found: list[Node] = []
+
+    def add(a: Any) -> Any:
+        if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor) and a not in found:
+            found.append(a)
+        return a
+
+    map_aggregate(args, add)
+    return found
+
+
+def joined(dims: Sequence[Dim]) -> Dim | None:
+    """The dimension that these broadcast to where one of them runs over tokens or samples."""
+    over_tokens = [d for d in dims if tokens_in(d)]
+    if over_tokens:
+        first = over_tokens[0]
+        weights = False
+        for other in over_tokens:
+            a, b = tokens_in(first), tokens_in(other)
+            assert a is not None and b is not None
+            if not a.same_sequence(b):
+                raise Untransferable("two different sequences of tokens meet")
+            if [f for f in first if f != a] != [f for f in other if f != b] or first.index(a) != other.index(b):
+                raise Untransferable("tokens are folded with different dimensions")
+            weights |= a.weights or b.weights
+        return tuple(Tokens(f.pieces, weights) if isinstance(f, Tokens) else f for f in first)
+    return next((d for d in dims if any(isinstance(f, Batch) for f in d)), None)
+
+
+def broadcast(ctx: Context, inputs: Sequence[Node], shape: Sequence[Any]) -> Layout:
+    """The layout of what the inputs broadcast to; inputs that carry tokens decide."""
+    carrying = [layout for n in inputs if (layout := ctx.layout(n)) is not None]
+    out: list[Dim] = []
+    for d, size in enumerate(shape):
+        at = d - len(shape)
+        dims = [layout[at] for layout in carrying if len(layout) >= -at and layout[at] != ()]
+        dim = joined(dims)
+        out.append(dim if dim is not None else ctx.plain(size))
+    return tuple(out)
+
+
+def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layout]:
+    """The inputs that have an entry per token along a dimension in which they do not carry tokens."""
+    aligned: dict[Node, Layout] = {}
+    for n in inputs:
+        own = ctx.layout(n)
+        shape = shape_of(n)
+        for at in range(-len(shape), 0):
+            over = tokens_in(out[at])
+            if over is None or (isinstance(shape[at], int) and shape[at] == 1):
+                continue
+            if own is None or tokens_in(own[at]) is None:
+                aligned[n] = out
+    return aligned
+
+
+@rules_for("pointwise")
+@rules_for(
+    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.to, aten._to_copy, aten.type_as, aten.clone,
+    aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.rand_like, aten.randn_like,
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.bernoulli, aten.where,
+    aten.masked_fill, aten.nan_to_num,
+)
+def pointwise(node: Node, ctx: Context) -> Transfer:
+    """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
+    val = node.meta["val"]
+    values = val if isinstance(val, (tuple, list)) else (val,)
+    inputs = tensors((node.args, node.kwargs))
+    if any(_like_only(node, n) for n in inputs):
+        inputs = inputs[:1]
+    out = broadcast(ctx, inputs, values[0].shape)
+    if node.target in (aten.rand_like.default, aten.native_dropout.default):
+        out = tuple(out)
+    layouts = tuple(out for _ in values)
+    return Transfer(layouts if isinstance(val, (tuple, list)) else out, align(ctx, inputs, out))
+
+
+def _like_only(node: Node, other: Node) -> bool:
+    """`type_as` reads only its second input's dtype."""
+    return node.target is aten.type_as.default and other is not node.args[0]

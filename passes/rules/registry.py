@@ -1,0 +1,139 @@
+"""One table: for every op that may meet a token axis, what it does to it. An op without a rule refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from passes.base import CompileError
+from passes.layout import Batch, Dim, Layout, Tokens, plain, tokens_in
+
+
+class Untransferable(CompileError):
+    """A rule declines: the op is not proven to mean the same on a shorter sequence. Holds the reason."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Stands in a rewritten argument for the size of a dimension."""
+
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Position:
+    """Stands in a rewritten argument for a border between stretches of a sequence, counted from its start."""
+
+    tokens: Tokens
+    at: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What an op does to the token axis.
+
+    Args:
+        out: the result's layout, a tuple of them for a tuple result, None where the result does not run
+            over tokens any more.
+        aligned: inputs that pair up with tokens by position and are gathered first, with the layout that
+            they broadcast to (right-aligned, as broadcasting does).
+        target, args, kwargs: the op to emit, where it differs; `Extent` and `Position` become sizes.
+        mixes: a token's result depends on other tokens.
+    """
+
+    out: Layout | tuple[Layout | None, ...] | None
+    aligned: Mapping[Node, Layout] = field(default_factory=dict)
+    target: Callable[..., Any] | None = None
+    args: tuple[Any, ...] | None = None
+    kwargs: Mapping[str, Any] | None = None
+    mixes: bool = False
+
+
+class Context:
+    """What a rule may ask about an op's inputs."""
+
+    def __init__(self, layouts: Mapping[Node, Any], batch: Batch) -> None:
+        self._layouts = layouts
+        self.batch = batch
+
+    def layout(self, node: Any) -> Layout | None:
+        """The layout of an input that runs over tokens, else None."""
+        return self._layouts.get(node) if isinstance(node, Node) else None
+
+    def sides(self, node: Any) -> Layout:
+        """The layout of any tensor input: its own, or one read off its shape."""
+        own = self.layout(node)
+        return own if own is not None else tuple(self.plain(s) for s in shape_of(node))
+
+    def plain(self, size: Any) -> Dim:
+        return plain(size, self.batch)
+
+
+Rule: TypeAlias = Callable[[Node, Context], Transfer]
+_RULES: dict[Any, Rule] = {}
+
+
+def register_token_rule(op: Any, rule: Rule) -> None:
+    """Says what an op does to the token axis, for custom ops and for ops that have no rule yet.
+
+    Args:
+        op: an `OpOverload` (`torch.ops.mine.scan.default`) or a packet (`torch.ops.mine.scan`).
+        rule: takes the fx node and a `Context`, returns a `Transfer`, or raises `Untransferable(reason)`.
+
+    Raises:
+        TypeError: `op` is not an op of `torch.ops`.
+    """
+    if not isinstance(op, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not callable(op):
+        raise TypeError(f"expected an op such as torch.ops.mine.scan.default, got {op!r}")
+    _RULES[op] = rule
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op: its own, its packet's, or the pointwise rule where torch tags it so."""
+    if target in _RULES:
+        return _RULES[target]
+    if isinstance(target, torch._ops.OpOverload):
+        if target.overloadpacket in _RULES:
+            return _RULES[target.overloadpacket]
+        if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
+            return _RULES["pointwise"]
+    return None
+
+
+def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
+    """Decorator: one rule for several ops."""
+
+    def add(rule: Rule) -> Rule:
+        for op in ops:
+            _RULES[op] = rule
+        return rule
+
+    return add
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An op's argument, however it was passed."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def wrap(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+def need_free(layout: Layout, dims: Any, doing: str) -> None:
+    """Declines where one of the dimensions runs over tokens or samples."""
+    for d in dims:
+        if tokens_in(layout[d]) is not None:
+            raise Untransferable(f"{doing} runs over the token axis")
+        if any(isinstance(f, Batch) for f in layout[d]):
+            raise Untransferable(f"{doing} runs over the samples of the batch")

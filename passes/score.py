@@ -1,0 +1,55 @@
+"""How important a token is: representation shift (Eq. 4 of the paper), and the baselines it is compared with."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Metric = Literal["l2", "l1", "cosine"]
+Operation = Literal["mlp", "attention", "block"]
+Importance = Literal["shift", "class-attention", "mean-attention", "random"]
+
+
+def shift(after: Tensor, before: Tensor, metric: Metric = "l2") -> Tensor:
+    """Representation shift D(F(x), x), Eq. 4.
+
+    Args:
+        after: F(x), [B, N, C].
+        before: x, [B, N, C].
+        metric: D, "l2" (unsquared), "l1" or "cosine" (1 - cos).
+
+    Returns:
+        [B, N] in float32, at least 0.
+    """
+    after, before = after.float(), before.float()
+    if metric == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(after, before, dim=-1)
+    return torch.linalg.vector_norm(after - before, ord=2 if metric == "l2" else 1, dim=-1)
+
+
+def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """softmax(Q K^T * scale + mask), [B, H, Nq, Nk] from [B, H, N, d]; scale is 1/sqrt(d) where not given."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits = (query * scale) @ key.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1)
+
+
+def class_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention of the first token to every token, averaged over heads, Eq. 2: [B, N] from [B, H, N, d]."""
+    row = mask if mask is None or mask.shape[-2] == 1 else mask[..., :1, :]
+    return attention_map(query[..., :1, :], key, row, scale).mean(1)[:, 0]
+
+
+def mean_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention that each token receives, averaged over heads and queries, Eq. 3: [B, N] from [B, H, N, d]."""
+    return attention_map(query, key, mask, scale).mean((1, 2))
+
+
+def random_score(like: Tensor) -> Tensor:
+    """A random number a token: [B, N] from [B, N, C]."""
+    return torch.rand(like.shape[:2], device=like.device)

@@ -1,0 +1,48 @@
+"""Which tokens stay: the highest scores, protected tokens always, in their order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def protected_mask(count: int, prefix: int, suffix: int, extra: tuple[int, ...], positions: Tensor | None,
+                   device: torch.device) -> Tensor:
+    """[N] or [B, N], true where a token must stay.
+
+    Args:
+        count: tokens now, N.
+        prefix, suffix: that many at either end always stay.
+        extra: further original positions that always stay.
+        positions: [B, N] original position of each token, None before the first prune.
+        device: of the stream.
+    """
+    at = torch.arange(count, device=device)
+    mask = (at < prefix) | (at >= count - suffix)
+    for position in extra:
+        mask = mask | ((at if positions is None else positions) == position)
+    return mask
+
+
+def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = False) -> Tensor:
+    """Positions of the `keep` highest scores, ascending; ties go to the earlier token.
+
+    A NaN or infinite score counts as the highest: what the dense model would have spread must not vanish.
+
+    Args:
+        score: [B, N].
+        protected: [N] or [B, N] bool; at most `keep` of them.
+        keep: how many stay.
+        lowest: keep the lowest scores instead (a baseline).
+
+    Returns:
+        [B, keep] int64.
+    """
+    most = torch.finfo(torch.float32).max
+    score = -score.float() if lowest else score.float()
+    score = torch.nan_to_num(score, nan=most, posinf=most, neginf=most if lowest else -most)
+    score = torch.where(protected, torch.inf, score)
+    at = torch.arange(score.shape[1], device=score.device)
+    order = score.sort(dim=1, descending=True, stable=True).indices
+    # both sorts over all N, so that a GPU does them in one kernel
+    return torch.where(at < keep, order, order + score.shape[1]).sort(dim=1).values[:, :keep]

@@ -1,0 +1,63 @@
+"""Ordinary PyTorch, traced and put into a graph: nobody assembles aten calls by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from functorch import make_fx
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+ORIGIN = "rs_compile"  # node.meta key: which piece of new arithmetic a node belongs to
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The fake mode that the graph was captured in; it owns the batch symbol."""
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch._subclasses.FakeTensor):
+            return val.fake_mode
+    raise ValueError("the graph carries no fake tensors; capture it with passes.capture")
+
+
+def fake(arg: Any) -> Any:
+    """Replaces every node in an argument by its fake value."""
+    return map_aggregate(arg, lambda a: a.meta["val"] if isinstance(a, Node) else a)
+
+
+def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any:
+    """Traces `fn` on the fake values of `args` and copies its ops in at the graph's insertion point.
+
+    Args:
+        graph: the graph; set its insertion point first (`with graph.inserting_before(node):`).
+        origin: what this arithmetic is ("score", "select", ...), kept in each new node's meta.
+        fn: a PyTorch function of tensors, which may close over plain numbers.
+        args: nodes or constants, in the order of fn's arguments.
+
+    Returns:
+        What fn returns, with nodes in place of tensors.
+    """
+    nodes = [a for a in args if isinstance(a, Node)]
+
+    def on_nodes(*values: Any) -> Any:
+        given = iter(values)
+        return fn(*(next(given) if isinstance(a, Node) else a for a in args))
+
+    with fake_mode(graph), torch.enable_grad():
+        traced = make_fx(on_nodes, pre_dispatch=True)(*(n.meta["val"] for n in nodes))
+    env: dict[Node, Any] = {}
+    given = iter(nodes)
+    for inner in traced.graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(given)
+        elif inner.op == "output":
+            return map_aggregate(inner.args[0], lambda a: env[a] if isinstance(a, Node) else a)
+        elif inner.op == "call_function":
+            env[inner] = graph.node_copy(inner, lambda n: env[n])
+            env[inner].meta[ORIGIN] = origin
+        else:
+            raise ValueError(f"{origin}: tracing made a {inner.op} node; write constants as factory calls")
+    raise AssertionError("a traced graph ends in an output node")

@@ -1,0 +1,164 @@
+"""The token axis: from one value onwards, which dimensions of which values run over its tokens.
+
+A forward dataflow analysis with one transfer rule per op (`passes.rules`). It changes nothing. What it
+cannot carry the axis through it records as a consumer that needs every token; where the rest of the
+network depends on that consumer, it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Refusal, op_name
+from passes.layout import (
+    Batch,
+    Fixed,
+    Free,
+    Layout,
+    Prunable,
+    Tokens,
+    dim_size,
+    expr,
+    merged,
+    runs_over_tokens,
+    show,
+)
+from passes.rules import Context, Transfer, Untransferable, rule_for
+
+WAY_OUT = "prune after a later block, or register a rule with rs_compile.register_token_rule"
+
+
+@dataclass
+class TokenAxis:
+    """What the analysis found downstream of `start`.
+
+    Args:
+        start: the value whose tokens are followed.
+        batch: the factor of samples.
+        layouts: for each value that runs over tokens its layout (a tuple of layouts for a tuple value).
+        transfers: for each op that was carried through, what it does; includes ops that end the axis.
+        dense: ops (and the output) that need every token, and why.
+    """
+
+    start: Node
+    batch: Batch
+    layouts: dict[Node, Any] = field(default_factory=dict)
+    transfers: dict[Node, Transfer] = field(default_factory=dict)
+    dense: dict[Node, str] = field(default_factory=dict)
+
+
+def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layout, Batch]:
+    """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C].
+
+    Raises:
+        Refusal: the stream has no separate sample and token dimension.
+    """
+    shape = stream.meta["val"].shape
+    symbolic = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    if len(shape) != 3 or len(symbolic) != 1 or symbolic[0] == 2 or not expr(shape[symbolic[0]]).is_Symbol:
+        raise Refusal(
+            f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]", stream,
+            "tokens kept on a grid, folded into the batch or with a fixed batch size cannot be pruned",
+        )
+    batch = Batch(expr(shape[symbolic[0]]))
+    count = int(shape[1 - symbolic[0]])
+    pieces = Tokens.of([Fixed(prefix), Prunable(count - prefix - suffix), Fixed(suffix)])
+    tokens, channels = merged((pieces,)), merged((Free(expr(shape[2])),))
+    return ((batch,), tokens, channels) if symbolic[0] == 0 else (tokens, (batch,), channels), batch
+
+
+def analyse(
+    gm: GraphModule,
+    start: Node,
+    layout: Layout,
+    batch: Batch,
+    anchors: Collection[Node] = (),
+    within: Collection[Node] | None = None,
+) -> TokenAxis:
+    """Follows the tokens of `start` through the graph.
+
+    Args:
+        gm: a captured graph with fake values in `node.meta["val"]`.
+        start: the value to follow.
+        layout: its layout.
+        batch: the factor of samples in it.
+        anchors: nodes of the network proper (sums of residual branches): one of them behind a consumer
+            that needs every token means that the network depends on it, not only its end.
+        within: follow only these nodes; an op without a rule is then recorded, never refused.
+
+    Raises:
+        Refusal: an op needs every token and later layers depend on it.
+    """
+    axis = TokenAxis(start, batch, {start: layout})
+    context = Context(axis.layouts, batch)
+    behind: dict[Node, Node] = {}  # value -> the consumer of every token that it depends on
+    node = start.next
+    while node.op != "root":
+        if node.op != "output" and (within is None or node in within):
+            _step(node, axis, context, behind, anchors)
+        elif node.op == "output" and any(n in axis.layouts for n in node.all_input_nodes):
+            axis.dense[node] = "an output of the model"
+        node = node.next
+    return axis
+
+
+def _step(
+    node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node], anchors: Collection[Node]
+) -> None:
+    inputs = node.all_input_nodes
+    source = next((behind[n] for n in inputs if n in behind), None)
+    carries = any(n in axis.layouts for n in inputs)
+    if source is not None and (carries or node in anchors):
+        raise Refusal(f"{axis.dense[source]}, and later layers depend on it", source, WAY_OUT)
+    if source is not None:
+        behind[node] = source
+    if not carries:
+        return
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        raise Refusal("writes in place into a value that runs over tokens", node, "write the op out of place")
+    try:
+        transfer = _transfer(node, context)
+    except Untransferable as reason:
+        axis.dense[node] = str(reason)
+        behind[node] = node
+        return
+    axis.transfers[node] = transfer
+    out = transfer.out
+    if out is not None and (isinstance(node.meta["val"], (tuple, list)) or runs_over_tokens(out)):  # type: ignore[arg-type]
+        axis.layouts[node] = out
+
+
+def _transfer(node: Node, context: Context) -> Transfer:
+    rule = rule_for(node.target)
+    if rule is None:
+        raise Untransferable("no rule says what this op does to a shorter sequence of tokens")
+    try:
+        transfer = rule(node, context)
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Untransferable(f"its rule does not know this form of {op_name(node)} ({error})") from error
+    val = node.meta["val"]
+    if transfer.out is not None:
+        values = val if isinstance(val, (tuple, list)) else (val,)
+        outs: Any = transfer.out if isinstance(val, (tuple, list)) else (transfer.out,)
+        for value, out in zip(values, outs, strict=True):
+            _check(value, out)
+    return transfer
+
+
+def _check(value: Any, layout: Layout | None) -> None:
+    """A rule's layout must explain the shape that the op really has."""
+    if layout is None or not isinstance(value, torch.Tensor):
+        return
+    explained = [dim_size(dim) for dim in layout]
+    if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
+        raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")
+
+
+def mixing(axis: TokenAxis, nodes: Mapping[Node, Any] | Collection[Node]) -> Node | None:
+    """The first op among `nodes` in which a token's result depends on other tokens."""
+    return next((n for n in axis.transfers if n in nodes and axis.transfers[n].mixes), None)

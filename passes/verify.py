@@ -1,0 +1,46 @@
+"""What must hold of a graph between passes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from passes.base import CompileError
+from passes.layout import expr
+from passes.splice import fake, fake_mode
+
+
+def no_stale_shapes(gm: GraphModule) -> None:
+    """Recomputes every value on fake tensors and compares shape, dtype and device with what the graph says.
+
+    Raises:
+        CompileError: an op does not run, or gives another shape than its node records.
+    """
+    mode = fake_mode(gm.graph)
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target._schema.is_mutable or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        try:
+            with mode, torch.enable_grad():
+                val = node.target(*fake(node.args), **fake(node.kwargs))
+        except Exception as error:
+            raise CompileError(f"{node.name} ({node.target}) does not run: {error}") from error
+        said = node.meta["val"]
+        same = len(val.shape) == len(said.shape) and all(
+            expr(a) == expr(b) for a, b in zip(val.shape, said.shape, strict=True)
+        )
+        if not same or val.dtype != said.dtype or val.device != said.device:
+            raise CompileError(f"{node.name} ({node.target}) gives {tuple(val.shape)}, its node says {tuple(said.shape)}")
+
+
+def no_dangling_sites(gm: GraphModule) -> None:
+    """No inserted selection may be left half-done: what was taken out is used short.
+
+    Raises:
+        CompileError: a value is still taken out and put back at once.
+    """
+    for node in gm.graph.nodes:
+        if node.meta.get("rs_compile") == "gather" and len(node.users) == 0:
+            raise CompileError(f"{node.name}: tokens are gathered and nothing reads them")

@@ -1,0 +1,34 @@
+"""Makes pretrained PyTorch vision models faster without training: `rs_compile.optimize(model, schedule)`."""
+
+import passes as _passes
+
+if getattr(_passes, "PROJECT", None) != "rs_compile":
+    raise ImportError(
+        f"another package named 'passes' shadows rs_compile's own: {getattr(_passes, '__file__', None)}; "
+        "remove or rename it, or put rs_compile's site-packages before it on sys.path"
+    )
+
+from passes.base import CompileError, Refusal  # noqa: E402
+from passes.capture import CaptureError  # noqa: E402
+from passes.restore import TokenOutput  # noqa: E402
+from passes.rules import register_token_rule  # noqa: E402
+from rs_compile.errors import ScheduleError  # noqa: E402
+from rs_compile.optimize import InputError, OptimizedModel, explain, optimize  # noqa: E402
+from rs_compile.report import Explanation, Report  # noqa: E402
+from rs_compile.schedule import Schedule  # noqa: E402
+
+__all__ = [
+    "CaptureError",
+    "CompileError",
+    "Explanation",
+    "InputError",
+    "OptimizedModel",
+    "Refusal",
+    "Report",
+    "Schedule",
+    "ScheduleError",
+    "TokenOutput",
+    "explain",
+    "optimize",
+    "register_token_rule",
+]

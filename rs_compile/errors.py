@@ -1,0 +1,9 @@
+"""What the user-facing side refuses, beside the compiler's own `passes.base.CompileError`."""
+
+from __future__ import annotations
+
+from passes.base import CompileError
+
+
+class ScheduleError(CompileError, ValueError):
+    """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""

@@ -1,0 +1,302 @@
+"""The front door: a module that stands in for the model and sees fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.attention_kernel import KernelChoice
+from passes.base import CompileError
+from passes.capture import batched
+from passes.pipeline import Compiled, Progress, Prune, block_kernels, prepare, prunable, prune
+from passes.restore import KEPT, TokenOutput
+from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
+from rs_compile.schedule import Schedule, removed
+
+Backend = str | Callable[..., Any]
+TokenOutputs = Literal["restore", "compact"]
+
+
+class InputError(CompileError, TypeError):
+    """The model was called with something that cannot be captured; says what was expected."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rewrite and compile; see `optimize`."""
+
+    schedule: Schedule
+    backend: Backend
+    mode: str | None
+    token_outputs: TokenOutputs
+    lower_attention: bool | None
+    progress: Progress | None
+    force_insert: bool
+
+
+@dataclass
+class _Plan:
+    """What one input signature was compiled to."""
+
+    compiled: Compiled
+    run: Callable[..., Any]
+    signature: str
+    out_spec: pytree.TreeSpec
+    kept: list[int]
+    ran: bool = False
+
+
+class OptimizedModel(nn.Module):
+    """Stands in for a model: same signature, outputs, parameters and `state_dict`, fewer tokens inside.
+
+    The first call with a new input signature (shapes but for the batch, dtypes, device, train or eval mode,
+    autocast state) captures, rewrites and compiles; later ones reuse it.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__()
+        # the model's own tables: state_dict, to and parameters see the model, under its own names
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[table] = model.__dict__[table]
+        self.__dict__["_model"] = model
+        self.__dict__["_options"] = options
+        self.__dict__["_plans"] = {}
+        self.__dict__["_last"] = None
+        self.__dict__["_lock"] = threading.RLock()
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, on fewer tokens.
+
+        Raises:
+            InputError: no input is a tensor.
+            CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (self._state_key(), _leaf_key(leaves), spec)
+        plan: _Plan | None = self._plans.get(key)
+        if plan is None or not plan.ran:
+            with self._lock:
+                plan = self._plans.get(key) or self._compile(key, leaves, args, kwargs)
+                outputs = plan.run(*leaves)
+                plan.ran = True
+        else:
+            outputs = plan.run(*leaves)
+        self.__dict__["_last"] = plan
+        return _nested(plan, outputs)
+
+    def report(self) -> Report:
+        """What was found, rewritten and skipped for the input signature that was called last.
+
+        Raises:
+            CompileError: the model has not been called yet.
+        """
+        plan: _Plan | None = self._last
+        if plan is None:
+            raise CompileError("nothing is compiled before the first call; call the model once, then report()")
+        c = plan.compiled
+        rows = tuple(
+            BlockRow(
+                r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *_kernel(r.kernel)
+            )
+            for r in c.blocks
+        )
+        return Report(
+            type(self._model).__name__, plan.signature, rows, c.dense.macs, c.cost.macs, c.dense.flops,
+            c.cost.flops, c.skips,
+        )
+
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The rewritten graph for the input signature that was called last, before `torch.compile`."""
+        if self._last is None:
+            raise CompileError("nothing is compiled before the first call; call the model once")
+        gm: torch.fx.GraphModule = self._last.compiled.gm
+        return gm
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_model"], name)
+
+    def __reduce__(self) -> Any:
+        return OptimizedModel, (self._model, self._options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        return OptimizedModel(copy.deepcopy(self._model, memo), self._options)
+
+    def _state_key(self) -> tuple[Any, ...]:
+        """What a captured graph depends on besides the inputs."""
+        parts: list[Any] = []
+        for module in self._model.modules():
+            parts.append(module.training)
+            for table in (module._parameters, module._buffers):
+                parts += [(id(t), t.dtype, t.device) for t in table.values() if t is not None]
+        cast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+        return (tuple(parts), cast)
+
+    def _compile(self, key: Any, leaves: Sequence[Any], args: Any, kwargs: Any) -> _Plan:
+        options: Options = self._options
+        _check_inputs(self._model, leaves)
+        say = options.progress or (lambda _: None)
+        schedule = options.schedule
+        lower = schedule.prunes if options.lower_attention is None else options.lower_attention
+        prepared = prepare(self._model, args, kwargs, lower, say)
+        gm = prepared.gm
+        out_spec = gm.meta["out_spec"]
+        compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
+        kept = sorted(compiled.gm.meta.get(KEPT, {}))
+        run: Callable[..., Any] = compiled.gm
+        if options.backend != "eager":
+            say("compiling")
+            run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
+        compiled = Compiled(compiled.gm, compiled.blocks, compiled.dense, compiled.cost,
+                            prepared.skips + compiled.skips)
+        plan = _Plan(compiled, run, _signature(leaves), out_spec, kept)
+        self._plans[key] = plan
+        return plan
+
+
+def optimize(
+    model: nn.Module,
+    schedule: Schedule | Mapping[int, float],
+    *,
+    backend: Backend = "inductor",
+    mode: str | None = None,
+    token_outputs: TokenOutputs = "restore",
+    lower_attention: bool | None = None,
+    progress: Progress | None = None,
+    force_insert: bool = False,
+) -> OptimizedModel:
+    """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
+
+    Args:
+        model: a vision model with residual MLP branches; its parameters are shared, not copied.
+        schedule: after which blocks which share of the tokens stays, `{0: 0.8, 3: 0.8}` or a `Schedule`.
+        backend: whatever `torch.compile` takes, or "eager" for the rewritten graph uncompiled.
+        mode: `torch.compile`'s mode.
+        token_outputs: an output that carries tokens is given back at full length, each pruned token with the
+            residual-stream value it left with ("restore"), or as a `TokenOutput` of the short sequence
+            and the kept positions ("compact").
+        lower_attention: whether hand-written attention becomes scaled_dot_product_attention. None: where the
+            schedule prunes; with nothing to prune the result is then bit-equal to the model's.
+        progress: called with a line of text at each stage of the first call, which takes seconds to a minute.
+        force_insert: insert selection even where every token stays (for tests).
+
+    Returns:
+        A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
+
+    Raises:
+        ScheduleError: the schedule cannot mean anything.
+        TypeError, ValueError: another argument cannot.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}; pass the model itself")
+    if isinstance(model, OptimizedModel):
+        raise TypeError("the model is optimized already; optimize the original with the whole schedule")
+    if token_outputs not in ("restore", "compact"):
+        raise ValueError(f'token_outputs is {token_outputs!r}; write "restore" or "compact"')
+    if not (isinstance(backend, str) or callable(backend)):
+        raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
+    options = Options(
+        Schedule.of(schedule), backend, mode, token_outputs, lower_attention, progress, force_insert
+    )
+    return OptimizedModel(model, options)
+
+
+def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Explanation:
+    """What the matcher finds in a model, with nothing changed or compiled.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor [B, ...], or a tuple of the model's positional inputs.
+        example_kwargs: its keyword inputs.
+
+    Returns:
+        A table of blocks: index, where, kind, tokens, attention kernel, and whether tokens can leave after it,
+        or the reason why not.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    _check_inputs(model, pytree.tree_leaves((args, kwargs)))
+    prepared = prepare(model, args, kwargs, lower=True)
+    rows = []
+    blocks, branches, choices = block_kernels(prepared.gm)
+    for block in blocks:
+        able, reason = prunable(prepared.gm, block, branches)
+        kinds = [b.kind for b in (block.attention, block.mlp) if b is not None]
+        shape = block.output.meta["val"].shape
+        tokens = int(shape[1]) if len(shape) == 3 and isinstance(shape[1], int) else (
+            int(shape[0]) if isinstance(shape[0], int) else None)
+        rows.append(ExplanationRow(
+            block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
+        ))
+    notes = []
+    if not blocks:
+        found = sorted({b.kind for b in branches})
+        notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found)}" if found else ""))
+    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes))
+
+
+def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
+    def kept(ratio: float) -> Callable[[int], int]:
+        return lambda n: n - removed(n, ratio)
+
+    return [
+        Prune(block, kept(ratio), schedule.operation, schedule.metric, schedule.with_skip, schedule.importance,
+              schedule.lowest, schedule.protected, force)
+        for block, ratio in schedule.keep.items()
+    ]
+
+
+def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
+        raise InputError(f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...]")
+
+
+def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The input signature: everything but the number of samples."""
+    runs = batched(leaves)
+    return tuple(
+        (leaf.shape[1:] if over else leaf.shape, over, leaf.dtype, leaf.device)
+        if isinstance(leaf, torch.Tensor) else repr(leaf)
+        for leaf, over in zip(leaves, runs, strict=True)
+    )
+
+
+def _signature(leaves: Sequence[Any]) -> str:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    runs = batched(tensors)
+    return ", ".join(
+        f"{str(t.dtype).removeprefix('torch.')}[{', '.join(['B' if over else str(t.shape[0]), *map(str, t.shape[1:])])}]"
+        f" on {t.device}" if t.dim() else str(t.dtype)
+        for t, over in zip(tensors, runs, strict=True)
+    )
+
+
+def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
+    return (choice.name, "" if choice.name == "flash" else choice.reason) if choice is not None else ("", "")
+
+
+def _nested(plan: _Plan, outputs: Any) -> Any:
+    """The flat outputs as the model nests them; short token outputs with their kept positions."""
+    count = plan.out_spec.num_leaves
+    leaves = list(outputs[:count])
+    for i, positions in zip(plan.kept, outputs[count:], strict=True):
+        leaves[i] = TokenOutput(leaves[i], positions)
+    return pytree.tree_unflatten(leaves, plan.out_spec)

@@ -1,0 +1,214 @@
+"""What the compiler found, rewrote and left alone, as a table to read and as JSON to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from passes.base import Skip
+
+_REASON_WIDTH = 48  # columns; a kernel's reason may be a sentence
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block before and after the rewrite.
+
+    Args:
+        block: index of the block, 0-based, in the order of the MLP branches.
+        where: the block's place in the model.
+        tokens_in: tokens that reach the block, prefix tokens included.
+        tokens_out: tokens that leave it.
+        macs_dense: multiply-accumulates of one sample, before the rewrite.
+        macs: the same after it.
+        attention_kernel: the kernel that attention takes on the device at hand, "" without attention.
+        kernel_reason: why it is not flash, "" where it is.
+    """
+
+    block: int
+    where: str
+    tokens_in: int | None
+    tokens_out: int | None
+    macs_dense: int
+    macs: int
+    attention_kernel: str = ""
+    kernel_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `optimize` made of a model for one input signature. All costs are those of one sample.
+
+    Args:
+        model: name of the model's class.
+        signature: the inputs' shapes, dtypes and device.
+        blocks: a row for each block.
+        macs_dense, macs: multiply-accumulates of the whole model, before and after.
+        flops_dense, flops: the same in fvcore's convention (`passes.cost`), which papers print.
+        skips: where a pass could have fired and did not.
+    """
+
+    model: str
+    signature: str
+    blocks: tuple[BlockRow, ...]
+    macs_dense: int
+    macs: int
+    flops_dense: int
+    flops: int
+    skips: tuple[Skip, ...] = ()
+
+    def __str__(self) -> str:
+        rest_dense = self.macs_dense - sum(row.macs_dense for row in self.blocks)
+        rest = self.macs - sum(row.macs for row in self.blocks)
+        rows = [
+            (
+                str(row.block),
+                row.where,
+                _number(row.tokens_in),
+                _number(row.tokens_out),
+                _giga(row.macs_dense),
+                _giga(row.macs),
+                row.attention_kernel or "-",
+                row.kernel_reason,
+            )
+            for row in self.blocks
+        ]
+        rows.append(("rest", "outside the blocks", "", "", _giga(rest_dense), _giga(rest), "", ""))
+        rows.append(("total", "", "", "", _giga(self.macs_dense), _giga(self.macs), "", ""))
+        heads = ("block", "where", "tokens in", "out", "GMACs dense", "GMACs", "attention", "why not flash")
+        table = _table(heads, rows, "rlrrrrll")
+        gflops = f"GFLOPs (fvcore's convention, one sample): {_giga(self.flops_dense)} -> {_giga(self.flops)}"
+        if self.flops:
+            gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
+        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *_skip_lines(self.skips)])
+
+    def to_json(self) -> str:
+        """The same content as JSON; blocks are a list of objects, the sums stand under "totals"."""
+        return _json(
+            model=self.model,
+            signature=self.signature,
+            blocks=[asdict(row) for row in self.blocks],
+            totals={
+                "macs_dense": self.macs_dense,
+                "macs": self.macs,
+                "flops_dense": self.flops_dense,
+                "flops": self.flops,
+            },
+            skips=[asdict(skip) for skip in self.skips],
+        )
+
+
+@dataclass(frozen=True)
+class ExplanationRow:
+    """One block as the compiler sees it.
+
+    Args:
+        block: its index, as a schedule counts; None for a branch outside any block.
+        where: its place in the model.
+        kind: the residual branches in it, "attention + mlp".
+        tokens: how many tokens it sees, None where there is no token axis.
+        attention_kernel: the kernel that its attention takes, "" without attention.
+        kernel_reason: why it is not flash, "" where it is.
+        prunable: whether tokens can leave after it.
+        reason: why not, "" where they can.
+    """
+
+    block: int | None
+    where: str
+    kind: str
+    tokens: int | None
+    attention_kernel: str
+    kernel_reason: str
+    prunable: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found in a model, before any schedule.
+
+    Args:
+        model: name of the model's class.
+        rows: a row for each block.
+        skips: where a pass could have fired and did not.
+        notes: what else a user should know, a sentence each.
+    """
+
+    model: str
+    rows: tuple[ExplanationRow, ...]
+    skips: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        table = "no block found that tokens could leave after"
+        if self.rows:
+            heads = ("block", "where", "kind", "tokens", "attention", "why not flash", "prunable", "why not")
+            rows = [
+                (
+                    _number(row.block),
+                    row.where,
+                    row.kind,
+                    _number(row.tokens),
+                    row.attention_kernel or "-",
+                    row.kernel_reason,
+                    "yes" if row.prunable else "no",
+                    row.reason,
+                )
+                for row in self.rows
+            ]
+            table = _table(heads, rows, "rllrllll")
+        return "\n".join(
+            [self.model, table, *_skip_lines(self.skips), *(f"note: {note}" for note in self.notes)]
+        )
+
+    def to_json(self) -> str:
+        """The same content as JSON."""
+        return _json(
+            model=self.model,
+            rows=[asdict(row) for row in self.rows],
+            skips=[asdict(skip) for skip in self.skips],
+            notes=list(self.notes),
+        )
+
+
+def _giga(value: int) -> str:
+    return f"{value / 1e9:.3f}"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _json(**content: Any) -> str:
+    return json.dumps(content, indent=2)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Columns aligned by "l" or "r"; one without content is left out, a reason that is long is wrapped."""
+    columns = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    return tabulate(
+        [[row[i] for i in columns] for row in rows],
+        [heads[i] for i in columns],
+        disable_numparse=True,
+        colalign=["right" if align[i] == "r" else "left" for i in columns],
+        maxcolwidths=[_REASON_WIDTH if heads[i].startswith("why") else None for i in columns],
+    )
+
+
+def _skip_lines(skips: Iterable[Skip]) -> list[str]:
+    """Each distinct reason once, with how often it stood and the first source line that it stood at."""
+    of_reason: dict[str, list[Skip]] = {}
+    for skip in skips:
+        of_reason.setdefault(skip.reason, []).append(skip)
+    lines = ["skipped:"] if of_reason else []
+    for reason, same in of_reason.items():
+        indented = reason.replace("\n", "\n     ")
+        lines.append(f"  {len(same)}x {indented}")
+        places = list(dict.fromkeys(skip.where or f"node {skip.node}" for skip in same))
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+        lines.append(f"     at {places[0]}{more}")
+    return lines

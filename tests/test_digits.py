@@ -1,0 +1,94 @@
+"""The demo's digits and the weights that come with the package."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rs_compile.digits import Split, digits_vit, load_digits, load_pretrained_digits_vit, load_scans
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> nn.Module:
+    return load_pretrained_digits_vit()
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 1201), ("test", 596)])
+def test_shapes_and_range(split: Split, count: int) -> None:
+    images, labels = load_digits(split)
+    assert images.shape == (count, 1, 40, 40) and images.dtype == torch.float32
+    assert labels.shape == (count,) and labels.dtype == torch.int64
+    assert images.min() == 0.0 and images.max() == 1.0
+
+
+def test_the_split_is_the_same_on_every_call_and_whatever_the_seed() -> None:
+    torch.manual_seed(0)
+    first = load_digits("test")
+    torch.manual_seed(1)
+    second = load_digits("test")
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_the_split_is_the_one_that_the_weights_were_trained_without() -> None:
+    _, labels, index = load_scans("test")
+    assert index[:8].tolist() == [3, 5, 7, 13, 16, 19, 22, 26]
+    assert labels.bincount().tolist() == [59, 60, 59, 61, 60, 60, 60, 59, 58, 60]
+
+
+def test_no_test_digit_is_a_training_digit() -> None:
+    train, _, train_index = load_scans("train")
+    test, _, test_index = load_scans("test")
+    assert sorted(train_index.tolist() + test_index.tolist()) == list(range(1797))
+    distinct = torch.cat([train, test]).flatten(1).unique(dim=0)
+    assert len(distinct) == 1797  # not even as pixels
+
+
+def test_most_patches_are_background() -> None:
+    images, _ = load_digits("test")
+    seen = nn.functional.max_pool2d(images, 4).gt(0).flatten(1).sum(1)
+    assert seen.min() >= 16 and seen.max() <= 36  # of 100
+
+
+def test_an_unknown_split_is_refused() -> None:
+    unknown: Any = "val"
+    with pytest.raises(ValueError, match=r"split is 'val'; it is 'train' or 'test'"):
+        load_digits(unknown)
+
+
+def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"pip install 'rs-compile\[demo\]'"):
+        load_digits("test")
+
+
+def test_the_model_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert load_pretrained_digits_vit()(torch.zeros(2, 1, 40, 40)).shape == (2, 10)
+
+
+def test_every_weight_comes_from_the_file(pretrained: nn.Module) -> None:
+    torch.manual_seed(7)
+    fresh = digits_vit().state_dict()
+    loaded = pretrained.state_dict()
+    assert loaded.keys() == fresh.keys()
+    assert not pretrained.training
+    for name, value in loaded.items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, fresh[name]), name
+
+
+def test_the_file_is_small() -> None:
+    weights = files("rs_compile").joinpath("data", "digits_vit.safetensors").read_bytes()
+    assert len(weights) < 2_000_000
+
+
+def test_accuracy_of_the_weights(pretrained: nn.Module) -> None:
+    images, labels = load_digits("test")
+    with torch.no_grad():
+        right = (pretrained(images).argmax(1) == labels).double().mean().item()
+    assert right >= 0.95  # 95.47% measured, 569 of 596

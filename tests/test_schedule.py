@@ -1,0 +1,278 @@
+"""Schedules: what they accept, what they refuse in which words, and that nothing gets lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from passes.base import CompileError
+from rs_compile.errors import ScheduleError
+from rs_compile.schedule import Importance, Metric, Operation, Schedule, removed
+
+RATIOS = st.floats(min_value=0, max_value=1, exclude_min=True)
+SCHEDULES = st.builds(
+    Schedule,
+    keep=st.dictionaries(st.integers(0, 200), RATIOS, max_size=12),
+    operation=st.sampled_from(get_args(Operation)),
+    metric=st.sampled_from(get_args(Metric)),
+    with_skip=st.booleans(),
+    protected=st.none() | st.lists(st.integers(0, 20), max_size=4),
+    importance=st.sampled_from(get_args(Importance)),
+    lowest=st.booleans(),
+)
+
+
+def refused(text: str) -> Any:
+    return pytest.raises(ScheduleError, match=f"^{re.escape(text)}")
+
+
+@pytest.mark.parametrize(
+    ("counts", "keep_ratio"),
+    [
+        ((197, 158, 127, 102), 0.8),  # DeiT
+        ((2352, 1882, 1506, 1205), 0.8),  # UMT, retrieval
+        ((2352, 2117, 1906, 1716), 0.9),  # UMT, question answering
+        ((10, 8), 0.8),  # int((1 - 0.8) * 10) is 1 in floats
+        ((197, 197), 1),
+        ((0, 0), 0.5),
+    ],
+)
+def test_token_counts_of_the_paper(counts: tuple[int, ...], keep_ratio: float) -> None:
+    for before, after in pairwise(counts):
+        assert before - removed(before, keep_ratio) == after
+
+
+@given(st.integers(0, 5000), st.integers(1, 1000))
+def test_removed_is_exact_in_decimals(n: int, per_mille: int) -> None:
+    assert removed(n, per_mille / 1000) == (1000 - per_mille) * n // 1000
+
+
+def test_removed_reads_a_float32_as_it_was_written() -> None:
+    ratio: Any = np.float32(0.8)
+    assert removed(10, ratio) == 2
+
+
+@given(RATIOS, st.integers(1, 5000))
+def test_some_token_always_stays(keep_ratio: float, n: int) -> None:
+    assert 0 <= removed(n, keep_ratio) < n
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, True])
+def test_removed_refuses_a_count_that_is_none(n: Any) -> None:
+    with refused(f"the token count is {n!r}; pass an integer of at least 0"):
+        removed(n, 0.5)
+
+
+@given(SCHEDULES)
+def test_json_round_trip(schedule: Schedule) -> None:
+    again = Schedule.from_json(schedule.to_json())
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+    assert again.to_json() == schedule.to_json()
+
+
+def test_json_is_readable() -> None:
+    assert json.loads(Schedule({3: 0.5, 0: 0.8}, protected=(0,)).to_json()) == {
+        "keep": {"0": 0.8, "3": 0.5},
+        "operation": "mlp",
+        "metric": "l2",
+        "with_skip": False,
+        "protected": [0],
+        "importance": "shift",
+        "lowest": False,
+    }
+
+
+def test_keep_is_a_mapping_that_nobody_can_change() -> None:
+    given_keep = {3: 0.5, 0: 0.8}
+    schedule = Schedule(given_keep)
+    frozen: Any = schedule
+    keep: Any = schedule.keep
+    given_keep[0] = 0.1
+    assert schedule.keep == {0: 0.8, 3: 0.5}
+    assert list(schedule.keep) == [0, 3]
+    assert schedule.keep.get(1, 1.0) == 1.0
+    with pytest.raises(TypeError):
+        keep[0] = 0.1
+    with pytest.raises(AttributeError):
+        frozen.metric = "l1"
+
+
+def test_copies_are_equal_and_hash_alike() -> None:
+    schedule = Schedule({0: 0.8}, protected=(0,))
+    for twin in (
+        copy.deepcopy(schedule),
+        pickle.loads(pickle.dumps(schedule)),
+        Schedule({0: 0.8}, protected=(0,)),
+    ):
+        assert twin == schedule
+        assert hash(twin) == hash(schedule)
+    assert schedule != Schedule({0: 0.7}, protected=(0,))
+    assert "keep={0: 0.8}" in repr(schedule)
+
+
+def test_numbers_of_other_kinds_are_taken() -> None:
+    keep: Any = {np.int64(2): Fraction(1, 2), 0: 1}
+    protected: Any = [np.int64(1), 0, 1]
+    schedule = Schedule(keep, protected=protected)
+    assert schedule == Schedule({0: 1.0, 2: 0.5}, protected=(0, 1))
+    assert schedule.to_json() == Schedule({0: 1.0, 2: 0.5}, protected=(0, 1)).to_json()
+
+
+@pytest.mark.parametrize(("keep", "prunes"), [({}, False), ({0: 1, 3: 1.0}, False), ({0: 1, 3: 0.99}, True)])
+def test_prunes(keep: dict[int, float], prunes: bool) -> None:
+    assert Schedule(keep).prunes is prunes
+
+
+def test_uniform() -> None:
+    assert Schedule.uniform(12, 0.9) == Schedule(dict.fromkeys(range(12), 0.9))
+    assert Schedule.uniform(9, 0.8, every=3) == Schedule({0: 0.8, 3: 0.8, 6: 0.8})
+    assert Schedule.uniform(12, 0.8, every=4, start=2) == Schedule({2: 0.8, 6: 0.8, 10: 0.8})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth is 0; write an integer of at least 1"),
+        ({"every": 0}, "every is 0; write an integer of at least 1"),
+        ({"start": -1}, "start is -1; write an integer of at least 0"),
+        ({"start": 12}, "start is 12, past the last of 12 blocks; write a start from 0 to 11"),
+        ({"keep_ratio": 0}, "the keep ratio of block 0 is 0; write a number above 0 and at most 1"),
+    ],
+)
+def test_uniform_refuses(options: dict[str, Any], message: str) -> None:
+    with refused(message):
+        Schedule.uniform(**({"depth": 12, "keep_ratio": 0.8} | options))
+
+
+def test_of() -> None:
+    schedule = Schedule({0: 0.8})
+    assert Schedule.of(schedule) is schedule
+    assert Schedule.of({0: 0.8}) == schedule
+    no_schedule: Any = 0.8
+    with refused("0.8 is no schedule; pass a Schedule, a dict like {0: 0.8, 3: 0.8}, or Schedule.parse("):
+        Schedule.of(no_schedule)
+
+
+def test_parse() -> None:
+    assert Schedule.parse("0:0.8,3:0.8,6:0.8") == Schedule({0: 0.8, 3: 0.8, 6: 0.8})
+    assert Schedule.parse(" 6 : 1 , 0:.5 ") == Schedule({0: 0.5, 6: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" ", 'the schedule is empty; write block:ratio pairs, "0:0.8,3:0.8,6:0.8", or 0:1 to prune nothing'),
+        ("0=0.8", """'0=0.8' is not block:ratio; write pairs like "0:0.8,3:0.8,6:0.8\""""),
+        ("0:0.8,", "'' is not block:ratio; write pairs like"),
+        ("0:", "'0:' is not block:ratio; write pairs like"),
+        ("0:80%", "the keep ratio of block 0 is '80%'; write a number above 0 and at most 1"),
+        ("0:0.8:1", "the keep ratio of block 0 is '0.8:1'; write a number above 0 and at most 1"),
+        ("0:nan", "the keep ratio of block 0 is nan; write a number above 0 and at most 1"),
+        ("-1:0.8", "block index '-1' in keep; write an integer of at least 0, counted from 0"),
+        ("a:0.8", "block index 'a' in keep; write an integer of at least 0, counted from 0"),
+        ("0:0.8,0:0.7", "block 0 has two keep ratios; keep one of them"),
+    ],
+)
+def test_parse_refuses(text: str, message: str) -> None:
+    with refused(message):
+        Schedule.parse(text)
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [
+        0,
+        0.0,
+        -0.1,
+        1.0000001,
+        2,
+        10**400,
+        float("nan"),
+        float("inf"),
+        True,
+        Fraction(1, 10**400),
+        "0.8",
+        None,
+        1j,
+    ],
+)
+def test_refuses_a_keep_ratio(ratio: Any) -> None:
+    with refused(
+        f"the keep ratio of block 3 is {ratio!r}; write a number above 0 and at most 1, like 0.8 to keep 80%"
+    ):
+        Schedule({3: ratio})
+
+
+@pytest.mark.parametrize("block", [-1, 1.0, "0", None, True])
+def test_refuses_a_block_index(block: Any) -> None:
+    with refused(f"block index {block!r} in keep; write an integer of at least 0, counted from 0"):
+        Schedule({block: 0.8})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"keep": 0.8},
+            "keep is 0.8, not a mapping of block index to keep ratio; write keep={0: 0.8, 3: 0.8}, or",
+        ),
+        ({"operation": "ffn"}, "unknown operation 'ffn'; write one of 'mlp', 'attention', 'block'"),
+        ({"metric": "L2"}, "unknown metric 'L2'; write one of 'l2', 'l1', 'cosine'"),
+        (
+            {"importance": []},
+            "unknown importance []; write one of 'shift', 'class-attention', 'mean-attention', 'random'",
+        ),
+        ({"with_skip": 1}, "with_skip is 1; write True or False"),
+        ({"lowest": None}, "lowest is None; write True or False"),
+        ({"protected": 1}, "protected is 1; write token indices like (0, 1), or None to find them"),
+        ({"protected": "01"}, "protected is '01'; write token indices like (0, 1), or None to find them"),
+        (
+            {"protected": (0, -1)},
+            "protected token -1; write an integer of at least 0, its place in the sequence",
+        ),
+        ({"protected": (True,)}, "protected token True; write an integer of at least 0"),
+    ],
+)
+def test_refuses(options: dict[str, Any], message: str) -> None:
+    with refused(message):
+        Schedule(**({"keep": {0: 0.8}} | options))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the schedule is no JSON ("),
+        ("[1]", 'the schedule is [1]; write an object like {"keep": {"0": 0.8}}'),
+        ("{}", 'keep is None in the schedule; write "keep": {"0": 0.8}'),
+        ('{"keep": [0.8]}', 'keep is [0.8] in the schedule; write "keep": {"0": 0.8}'),
+        (
+            '{"keep": {"0": 0.8}, "ratio": 1, "layer": 2}',
+            "unknown key 'layer', 'ratio' in the schedule; remove it, the keys are keep, operation, metric, "
+            "with_skip, protected, importance, lowest",
+        ),
+        ('{"keep": {"00": 0.8}}', "block index '00' in keep; write an integer of at least 0, counted from 0"),
+        ('{"keep": {"0": NaN}}', "the keep ratio of block 0 is nan; write a number above 0 and at most 1"),
+        ('{"keep": {"0": 0.8, "0": 0.7}}', "key '0' stands twice in the schedule; keep one of them"),
+        ('{"keep": {"0": 0.8}, "metric": "l3"}', "unknown metric 'l3'; write one of 'l2', 'l1', 'cosine'"),
+    ],
+)
+def test_from_json_refuses(text: str, message: str) -> None:
+    with refused(message):
+        Schedule.from_json(text)
+
+
+def test_a_schedule_error_is_a_compile_error_and_a_value_error() -> None:
+    for kind in (CompileError, ValueError):
+        with pytest.raises(kind):
+            Schedule({0: 2})
