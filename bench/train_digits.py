@@ -1,7 +1,7 @@
-"""Trains the demo model: `python -m bench.train_digits --epochs 45 --seed 0 --out digits_vit.safetensors`.
+"""Trains the demo model: `python -m bench.train_digits --out rs_compile/data/digits_vit.safetensors`.
 
 Plain supervised training, no token pruned or dropped, so that what the compiler prunes is an ordinary model.
-The test images are looked at once, after the last epoch.
+Hyper-parameters are chosen by `--validate`; the test images are looked at once, after the last epoch.
 """
 
 from __future__ import annotations
@@ -19,27 +19,38 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rs_compile.digits import CANVAS, PATCH, PLACES, digits_vit, enlarge, load_digits, load_scans, place
+from rs_compile.digits import PATCH, SIDE, digits_vit, load_digits
 
 WARMUP = 0.08  # share of the steps
 ROTATION = math.radians(12)
 SCALE = 0.1
 SHEAR = 0.1
+SHIFT = 0.1  # of half a side: 2 pixels
+HOLD_OUT_SEED = 0
+HOLD_OUT_SHARE = 5
 
 
-def augment(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Enlarged digits [n, 1, 24, 24] -> canvases [n, 1, 40, 40]: turned, scaled and sheared a little, each
-    at a random place."""
-    angle, log_scale, shear = (
-        (torch.rand(3, len(digits), generator=generator) * 2 - 1)
-        * torch.tensor([[ROTATION], [SCALE], [SHEAR]])
-    ).unbind(0)
-    zoom, zero = torch.exp(log_scale), torch.zeros_like(angle)
-    top = torch.stack([zoom * angle.cos(), zoom * (shear - angle.sin()), zero], 1)
-    bottom = torch.stack([zoom * angle.sin(), zoom * angle.cos(), zero], 1)
-    grid = F.affine_grid(torch.stack([top, bottom], 1), list(digits.shape), align_corners=False)
-    corners = torch.randint(0, PLACES, (len(digits), 2), generator=generator)
-    return place(F.grid_sample(digits, grid, align_corners=False), corners)
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [n, 1, 40, 40], each turned, scaled, sheared and shifted a little; the same shape."""
+    amounts = torch.tensor([ROTATION, SCALE, SHEAR, SHIFT, SHIFT]).unsqueeze(1)
+    drawn = (torch.rand(len(amounts), len(images), generator=generator) * 2 - 1) * amounts
+    angle, log_scale, shear, across, down = drawn.unbind(0)
+    zoom = torch.exp(log_scale)
+    top = torch.stack([zoom * angle.cos(), zoom * (shear - angle.sin()), across], 1)
+    bottom = torch.stack([zoom * angle.sin(), zoom * angle.cos(), down], 1)
+    grid = F.affine_grid(torch.stack([top, bottom], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the train split to train on, and a fifth of each class to choose hyper-parameters by."""
+    generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        held[members[: len(members) // HOLD_OUT_SHARE]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -58,7 +69,7 @@ def new_model() -> nn.Module:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
     pos_embed = model.get_parameter("pos_embed")
-    side = CANVAS // PATCH
+    side = SIDE // PATCH
     with torch.no_grad():
         pos_embed[0, 1:] = 0.2 * build_sincos2d_pos_embed([side, side], dim=pos_embed.shape[-1])
     return model
@@ -74,15 +85,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def train(epochs: int, batch: int, peak: float, weight_decay: float, seed: int) -> nn.Module:
-    """Returns the model after the last epoch, in eval mode."""
+def train(
+    images: Tensor, labels: Tensor, epochs: int, batch: int, peak: float, weight_decay: float, seed: int
+) -> nn.Module:
+    """Returns the model after the last epoch on images [n, 1, 40, 40] and labels [n], in eval mode."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    scans, labels, _ = load_scans("train")
-    digits = enlarge(scans)
     model = new_model().train()
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=peak)
-    steps = epochs * (len(digits) // batch)
+    steps = epochs * (len(images) // batch)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -94,12 +105,12 @@ def train(epochs: int, batch: int, peak: float, weight_decay: float, seed: int) 
         task = progress.add_task("epoch 0", total=steps, loss=math.nan, accuracy=math.nan)
         step = 0
         for epoch in range(epochs):
-            order = torch.randperm(len(digits), generator=generator)
+            order = torch.randperm(len(images), generator=generator)
             losses, right = [], 0
             for rows in order[: len(order) // batch * batch].split(batch):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, peak)
-                logits = model(augment(digits[rows], generator))
+                logits = model(augment(images[rows], generator))
                 loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
@@ -122,30 +133,39 @@ def train(epochs: int, batch: int, peak: float, weight_decay: float, seed: int) 
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module) -> float:
-    """Share of the test digits that the model names rightly."""
-    images, labels = load_digits("test")
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images [n, 1, 40, 40] that the model names rightly."""
     return float((model(images).argmax(1) == labels).double().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the demo model on scikit-learn's digits.")
-    parser.add_argument("--epochs", type=int, default=45)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; part of what makes runs repeat")
-    parser.add_argument("--out", type=Path, required=True, help="where the .safetensors file goes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what makes runs repeat")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="where the .safetensors file goes")
+    target.add_argument(
+        "--validate", action="store_true", help="train on 4/5 of the train split, score the rest, save nothing"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    images, labels = load_digits("train")
+    rows, held = hold_out(labels) if args.validate else (torch.arange(len(labels)), None)
     started = time.perf_counter()
-    model = train(args.epochs, args.batch, args.lr, args.weight_decay, args.seed)
+    model = train(images[rows], labels[rows], args.epochs, args.batch, args.lr, args.weight_decay, args.seed)
     seconds = time.perf_counter() - started
-    recipe = {k: v for k, v in vars(args).items() if k != "out"}
+    if held is not None:
+        print(f"validation accuracy {accuracy(model, images[held], labels[held]):.2%}; {seconds:.0f} s")
+        return
+    recipe = {k: v for k, v in vars(args).items() if k not in ("out", "validate")}
     safetensors.torch.save_file(model.state_dict(), args.out, metadata={"recipe": json.dumps(recipe)})
     args.out.chmod(0o644)  # safetensors writes files that only their owner can read
-    print(f"test accuracy {accuracy(model):.2%}; {seconds:.0f} s of training; {args.out}")
+    test = accuracy(model, *load_digits("test"))
+    print(f"test accuracy {test:.2%}; {seconds:.0f} s of training; {args.out}")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,10 @@ def kernel_for(
     Raises:
         RuntimeError: from torch, where the shapes make no attention.
     """
-    query, key, value = concrete(query), concrete(key), concrete(value)
-    mask = None if attn_mask is None else concrete(attn_mask)
+    # a fresh mode: a guard on the captured graph's own batch symbol would specialise it
+    mode = FakeTensorMode()
+    query, key, value = (concrete(t, mode) for t in (query, key, value))
+    mask = None if attn_mask is None else concrete(attn_mask, mode)
     obstacle = _flash_obstacle(query, key, value, mask, dropout_p, needs_grad, enable_gqa)
     device = query.device.type
     if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
@@ -106,20 +108,17 @@ def lowered_kernel(
     Takes the arguments of `kernel_for`; nothing is computed, about 10 ms.
     """
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, *(mask or (None,)), dropout_p, is_causal, enable_gqa=enable_gqa
-        )
+    mode = FakeTensorMode()
+    given = [concrete(t, mode).requires_grad_(needs_grad) for t in (query, key, value)]
+    if attn_mask is not None:
+        given.append(concrete(attn_mask, mode))
 
-    # a fresh mode: a guard on the captured graph's own batch symbol would specialise it
-    with (
-        FakeTensorMode(),
-        torch.set_grad_enabled(needs_grad),
-        torch.autocast(query.device.type, enabled=False),
-    ):
-        given = [concrete(t).requires_grad_(needs_grad) for t in (query, key, value)]
-        if attn_mask is not None:
-            given.append(concrete(attn_mask).requires_grad_(attn_mask.requires_grad))
+    def attend(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+        mask = masks[0] if masks else None
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+
+    autocast = torch.autocast(query.device.type, enabled=False)
+    with mode, autocast, torch.set_grad_enabled(needs_grad):
         lowered = make_fx(attend)(*given)
     for node in lowered.graph.nodes:
         if node.target in LOWERED:
@@ -141,32 +140,31 @@ def kernels(gm: GraphModule, *, needs_grad: bool = False) -> list[tuple[Node, Ke
         given = arguments(node)
         mask = given["attn_mask"]
         if mask is not None:
-            val = concrete(mask.meta["val"])
-            mask = val.requires_grad_(_wants_grad(mask, needs_grad)) if val.is_floating_point() else val
-        found.append(
-            (
-                node,
-                kernel_for(
-                    *(given[name].meta["val"] for name in ("query", "key", "value")),
-                    attn_mask=mask,
-                    dropout_p=given["dropout_p"],
-                    is_causal=given["is_causal"],
-                    needs_grad=needs_grad,
-                    enable_gqa=given["enable_gqa"],
-                ),
-            )
+            val = concrete(mask.meta["val"], FakeTensorMode()).detach()
+            mask = val.requires_grad_(val.is_floating_point() and _wants_grad(mask, needs_grad))
+        choice = kernel_for(
+            given["query"].meta["val"],
+            given["key"].meta["val"],
+            given["value"].meta["val"],
+            mask,
+            given["dropout_p"],
+            given["is_causal"],
+            needs_grad=needs_grad,
+            enable_gqa=given["enable_gqa"],
         )
+        found.append((node, choice))
     return found
 
 
-def concrete(tensor: Tensor) -> Tensor:
-    """A fake tensor of the same metadata, every symbolic size replaced by its example value."""
+def concrete(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor of the same metadata in a mode of its own, symbolic sizes replaced by example values."""
 
     def number(size: int | SymInt) -> int:
-        return int(size.node.hint) if isinstance(size, SymInt) else size
+        if not isinstance(size, SymInt):
+            return size
+        return size.node.hint if isinstance(size.node.hint, int) else 2
 
     shape, stride = [number(s) for s in tensor.shape], [number(s) for s in tensor.stride()]
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) or FakeTensorMode()
     with mode:
         fake = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
         return fake.requires_grad_(tensor.requires_grad)
@@ -186,8 +184,13 @@ def _wants_grad(node: Node, training: bool) -> bool:
             if isinstance(val, Tensor) and val.requires_grad:
                 return True
         elif training or is_alias(at):
-            stack.extend(at.all_input_nodes)
+            stack.extend(n for n in at.all_input_nodes if _is_float(n))
     return False
+
+
+def _is_float(node: Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and val.is_floating_point()
 
 
 def _flash_obstacle(

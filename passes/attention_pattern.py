@@ -94,13 +94,13 @@ class Attention:
         elif name in ("mul", "div") and given.get("rounding_mode") is None:
             if isinstance(other, int | float):
                 readings = [(source, [Step("scale", node, other if name == "mul" else 1 / other)])]
-            else:
+            elif isinstance(other, Node):
                 readings = [(source, [Step("temper", other, 1.0 if name == "mul" else -1.0)])]
                 if name == "mul":
                     readings.append((other, [Step("temper", source)]))
         elif isinstance(other, int | float):
             readings = [(source, [])]  # the softmax does not see a shift
-        elif name in ("add", "sub"):
+        elif name in ("add", "sub") and isinstance(other, Node):
             readings = [(source, [Step("add", other, alpha if name == "add" else -alpha)])]
             if name == "add":
                 readings.append((other, [Step("scale", node, alpha), Step("add", source)]))
@@ -146,7 +146,7 @@ class Attention:
         sides = [(second.left, second.left_dims), (second.right, second.right_dims)]
         (_, p_dims), (self.v, v_dims) = sides if second.left is self.probabilities else sides[::-1]
         labels = dict(zip(self.turned, p_dims, strict=True))
-        *batch, n, m = (labels[i] for i in range(len(labels)))
+        *batch, n, m = [labels[i] for i in range(len(labels))]
         channel = [d for d in v_dims if d not in p_dims]
         if m in second.dims or m not in v_dims:
             raise Miss("the softmax is not over the keys, which the product with V sums over")
@@ -169,6 +169,8 @@ class Attention:
             if step.kind == "scale":
                 self.scale *= step.value
             else:
+                if self._idle(step):
+                    continue
                 by = self.scale if step.kind in ("add", "fill", "keep") else 1.0
                 steps.append(Step(step.kind, step.node, step.value * by))
         self.steps = steps[::-1]
@@ -191,6 +193,12 @@ class Attention:
             if self.constants.changed.get(node, -1) > begun:
                 raise Miss(f"{_name(node)} is changed in place")
 
+    def _idle(self, step: Step) -> bool:
+        """Whether a mask is written down in the model as one that hides nothing."""
+        if step.kind not in ("add", "fill", "keep") or (mask := self.constants.literal(step.node)) is None:
+            return False
+        return bool(mask.all()) if step.kind == "keep" else not bool(mask.any())
+
     def _check_mask(self, step: Step, dtype: torch.dtype, filled: float) -> float:
         """Declines a mask that would change a result; the finite fill so far comes in and goes out."""
         if step.kind == "add":
@@ -212,7 +220,7 @@ class Attention:
 
 def _sides(product: Contraction) -> tuple[tuple[Node, str], tuple[Node, str]]:
     """Query and key of Q K^T, each with its dims."""
-    n, m = product.dims[-2:]
+    n, m = product.dims[-2], product.dims[-1]
     left, right = (product.left, product.left_dims), (product.right, product.right_dims)
     (q, q_dims), (k, k_dims) = (left, right) if n in product.left_dims else (right, left)
     shared, summed = set(q_dims) & set(k_dims), (set(q_dims) | set(k_dims)) - set(product.dims)
@@ -259,20 +267,24 @@ def _turn(node: Node) -> list[int]:
     dims = list(range(node.meta["val"].dim()))
     if aten_name(node) == "permute":
         return [dims[d] for d in arguments(node)["dims"]]
-    a, b = (-2, -1) if aten_name(node) == "mT" else node.args[1:3]
+    a, b = (-2, -1) if aten_name(node) == "mT" else list(arguments(node).values())[1:3]
     dims[a], dims[b] = dims[b], dims[a]
     return dims
 
 
 def fed_by_product(softmax: Node) -> bool:
-    """Whether logits [.., Nq, Nk] come from a matrix product a few ops before."""
-    sizes = softmax.meta["val"].shape[-2:]
+    """Whether logits of these sizes come from a matrix product a few ops before."""
+    logits = softmax.meta["val"]
+
+    def resembles(node: Node) -> bool:
+        val = node.meta.get("val")
+        if not isinstance(val, Tensor) or val.dim() < 3:
+            return False
+        return all(size in val.shape for size in logits.shape[-2:]) or _equal([val.numel()], [logits.numel()])
+
     front = [softmax]
     for _ in range(12):
-        inputs = [n for node in front for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        front = [
-            n for n in inputs if n.meta["val"].dim() >= 3 and all(s in n.meta["val"].shape for s in sizes)
-        ]
+        front = [n for node in front for n in node.all_input_nodes if resembles(n)]
         if any(Contraction.of(n) is not None for n in front):
             return True
     return False

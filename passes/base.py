@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
+from passes.aliasing import writes
+
 Check = Callable[[GraphModule], None]
 
 
@@ -70,6 +72,7 @@ class Pass(abc.ABC):
 
     requires: ClassVar[tuple[Check, ...]] = ()
     ensures: ClassVar[tuple[Check, ...]] = ()
+    leaves_dead_code: ClassVar[bool] = False  # what only the next pass will read must survive
 
     @abc.abstractmethod
     def call(self, gm: GraphModule) -> PassResult:
@@ -82,8 +85,11 @@ class Pass(abc.ABC):
     def __call__(self, gm: GraphModule) -> PassResult:
         self._run(self.requires, gm, "before")
         result = self.call(gm)
-        # a random op that nothing reads may go; torch counts attention among them
-        result.gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure(impure_random=False))
+        if not self.leaves_dead_code:
+            # a random op that nothing reads may go; torch counts attention among them
+            result.gm.graph.eliminate_dead_code(
+                is_impure_node=lambda n: n.is_impure(impure_random=False) or bool(writes(n))
+            )
         try:
             result.gm.graph.lint()
         except RuntimeError as error:

@@ -56,11 +56,10 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     try:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             program = export(model, ex_args, ex_kwargs or None, dynamic_shapes=dynamic, strict=False)
-            gm = program.module(check_guards=False)
+            exported = program.module(check_guards=False)
     except Exception as error:
         raise CaptureError(_shortened(model, error)) from error
-    _flat(gm)
-    return gm
+    return _flat(exported)
 
 
 def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -77,13 +76,14 @@ def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return named
 
 
-def _flat(gm: GraphModule) -> None:
-    """Takes the nesting of inputs and outputs out of the graph's code; the handle does it."""
-    codegen = gm.graph._codegen
-    info = codegen.pytree_info  # type: ignore[attr-defined]
-    gm.meta["in_spec"], gm.meta["out_spec"] = info.in_spec, info.out_spec
-    gm.graph.set_codegen(torch.fx.graph.CodeGen())
-    gm.recompile()
+def _flat(exported: GraphModule) -> GraphModule:
+    """The same graph without export's input checks and nesting; the handle does both."""
+    info = exported.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    exported.graph.set_codegen(torch.fx.graph.CodeGen())
+    gm = GraphModule(exported, exported.graph, type(exported).__name__)
+    gm.train(exported.training)
+    gm.meta["out_spec"] = info.out_spec
+    return gm
 
 
 def _shortened(model: nn.Module, error: Exception) -> str:

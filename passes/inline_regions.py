@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
@@ -151,10 +152,12 @@ def _recorded(region: Region, differentiable: Callable[[Node], bool]) -> Node | 
     constant = [i for i, o in region.inputs.items() if not (isinstance(o, Node) and differentiable(o))]
     tracked = may_require_grad(graph, memory, constant)
     for node in graph.nodes:
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue  # batch_norm's statistics are written where autograd does not look
         # autograd also refuses writes to one of several views, which come out of a getitem
         touched = [m for target in writes(node) for m in memory.members(target)]
         foreign = any(m.op in EXTERNAL or m.target is operator.getitem for m in touched)
-        if foreign and not bodies(node) and any(a in tracked for a in node.all_input_nodes):
+        if foreign and any(a in tracked for a in node.all_input_nodes):
             return node
     inner = (_recorded(r, lambda outer: outer in tracked) for r in regions(region.body))
     return next((node for node in inner if node is not None), None)

@@ -23,7 +23,7 @@ from passes.splice import ORIGIN, splice
 FINITE = {*MATMULS, "einsum", "mm", "addmm", "linear", "conv1d", "conv2d", "sigmoid", "tanh"}
 KEEP_FINITE = {
     *(SAME | CASTS | RESHAPES | TURNS),
-    *("expand", "add", "sub", "rsub", "mul", "neg", "relu", "gelu"),
+    *("expand", "where", "masked_fill", "add", "sub", "rsub", "mul", "neg", "relu", "gelu"),
     *("index", "index_select", "gather", "slice", "select", "cat", "stack", "repeat"),
 }
 
@@ -39,9 +39,11 @@ class LowerAttention(Pass):
 
     Rows whose keys are all masked with -inf: softmax gives NaN there, SDPA 0. Where a mask could have such
     a row (it depends on the input, or is a constant that has one) the NaN is put back, so the output is
-    the model's own; only the gradient differs, 0 instead of NaN. A fill with a finite value of -1e4 or less
-    becomes the lowest finite number, which keeps the uniform weights of a fully masked row; it relies on
-    logits within +-9000. A float32 mask over bfloat16 queries is rounded to bfloat16, as SDPA demands.
+    the model's own. A fill with a finite value of -1e4 or less becomes the lowest finite number, which keeps
+    the uniform weights of a fully masked row; it relies on logits within +-9000. The gradient of a fully
+    masked row is SDPA's: 0 for -inf instead of NaN, and with a finite mask not that of uniform weights.
+    A float32 mask over bfloat16 queries is rounded to bfloat16, as SDPA demands. A mask that the model writes
+    down as one that hides nothing is dropped: CUDA's flash kernel takes none.
     """
 
     def call(self, gm: GraphModule) -> PassResult:
@@ -78,11 +80,12 @@ def _lower(found: Attention, constants: Constants) -> None:
         at.meta |= {key: old.meta[key] for key in ("stack_trace", "nn_module_stack") if key in old.meta}
         at = at.prev
     old.replace_all_uses_with(new)
-    # these checks count as side effects and would keep the old logits alive
-    for node in found.chain:
+    # checks and in-place ops count as side effects: dead-code removal would keep them, and the logits
+    for node in [old, *sorted(found.chain, key=constants.position.__getitem__, reverse=True)]:
         for user in list(node.users):
             if aten_name(user) == "_assert_tensor_metadata":
                 graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _function(found: Attention, restores_nan: bool, copies_mask: bool) -> Callable[..., Tensor]:
@@ -107,7 +110,7 @@ def _function(found: Attention, restores_nan: bool, copies_mask: bool) -> Callab
                 tensor = next(tensors)
                 q = q * tensor if step.value > 0 else q / tensor
             else:
-                mask = _masked(mask, step, torch.atleast_2d(next(tensors)), found.dtype)
+                mask = _masked(mask, step, _matrix(next(tensors)), found.dtype)
         q, k, v = align(q, k, arrange(v, found.v_order))
         if mask is not None and mask.dtype != found.dtype:
             narrower = found.dtype.itemsize < mask.dtype.itemsize
@@ -124,6 +127,10 @@ def _function(found: Attention, restores_nan: bool, copies_mask: bool) -> Callab
         return arrange(out, found.out_order)
 
     return attend
+
+
+def _matrix(mask: Tensor) -> Tensor:
+    return mask if mask.dim() >= 2 else mask.view(1, -1)
 
 
 def _masked(mask: Tensor | None, step: Step, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,7 +196,7 @@ def _hole(step: Step, constants: Constants) -> Tensor | None:
     value = constants.value(step.node)
     if value is None:
         return None
-    value = torch.atleast_2d(value)
+    value = _matrix(value)
     return value.isinf() if step.kind == "add" else value if step.kind == "fill" else ~value
 
 

@@ -64,7 +64,7 @@ class RestoreTokens(Pass):
         axis = site.axis
         assert axis is not None
         if is_stream(site.layout, axis, value, self.streams):
-            with gm.graph.inserting_after(value):
+            with gm.graph.inserting_before(value.next):
                 back = splice(
                     gm.graph, "restore", lambda x, s, i: put(x, s, i, site.layout),
                     site.stream, site.compact[value], site.index,

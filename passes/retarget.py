@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -32,6 +32,8 @@ class RetargetTokens(Pass):
     Args:
         anchors: sums of the network's residual branches (see `analyse`).
     """
+
+    leaves_dead_code: ClassVar[bool] = True
 
     anchors: Collection[Node] = ()
 
@@ -118,7 +120,7 @@ class _Emitter:
             return int(rest)
         if self.samples is None:
             at = next(d for d, dim in enumerate(self.site.layout) if any(isinstance(f, Batch) for f in dim))
-            with self.graph.inserting_after(self.site.full):
+            with self.graph.inserting_before(self.site.full.next):
                 self.samples = splice(self.graph, "batch size", lambda x: x.shape[at], self.site.stream)
         if rest == 1:
             return self.samples
@@ -152,7 +154,7 @@ class _Emitter:
     def _index(self, tokens: Tokens) -> Node:
         """The kept positions along a sequence made of the site's prunable stretch."""
         if tokens.pieces not in self.indices:
-            with self.graph.inserting_after(self.site.full):
+            with self.graph.inserting_before(self.site.full.next):
                 self.indices[tokens.pieces] = splice(
                     self.graph, "select",
                     lambda i: stretch_index(i, self.site.tokens, tokens.pieces), self.site.index,

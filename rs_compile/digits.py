@@ -1,9 +1,7 @@
 """The demo that needs no download: handwritten digits, and a small ViT trained on them.
 
 scikit-learn's wheel carries 1797 real 8x8 scans (the UCI optical digits' test set). Each is enlarged to
-24x24 and put at a seeded random place on an empty 40x40 canvas, a whole number of patches from the edges.
-With patches of 4 that is 100 patch tokens and a class token; the digit lies within 36 of them, and the other
-64 see nothing: there is something to prune.
+40x40; with patches of 4 that is 100 patch tokens and a class token.
 """
 
 from __future__ import annotations
@@ -20,42 +18,30 @@ from torch.nn import functional as F
 
 Split = Literal["train", "test"]
 
-CANVAS = 40  # pixels a side
-DIGIT = 24  # pixels a side, of the enlarged scan
+SIDE = 40  # pixels
 PATCH = 4
-PLACES = (CANVAS - DIGIT) // PATCH + 1  # along each side: 5, so 25 in all
 SPLIT_SEED = 0
-PLACE_SEED = 1
 TEST_SHARE = 3  # one in three of each class is a test image
 
 
 def load_digits(split: Split) -> tuple[Tensor, Tensor]:
-    """The digits on their canvases; the same bytes on every call.
+    """The digits, enlarged bilinearly; the same bytes on every call.
 
     Args:
         split: "train" (1201 images) or "test" (596, a third of each class). The writers of the scans are
             not recorded, so both halves share writers.
 
     Returns:
-        images: float32 [n, 1, 40, 40] in 0..1, background exactly 0.
+        images: float32 [n, 1, 40, 40] in 0..1, background 0.
         labels: int64 [n].
 
     Raises:
         ImportError: scikit-learn is missing.
         ValueError: no such split.
     """
-    scans, labels, index = load_scans(split)
-    # drawn for all 1797, so that an image's place does not depend on the split
-    corners = np.random.RandomState(PLACE_SEED).randint(0, PLACES, size=(_count(), 2))
-    return place(enlarge(scans), torch.from_numpy(corners)[index]), labels
-
-
-def load_scans(split: Split) -> tuple[Tensor, Tensor, Tensor]:
-    """The scans as they come: images float32 [n, 1, 8, 8] in 0..1, labels int64 [n], and their indices
-    int64 [n] in scikit-learn's data set. Arguments and errors as in `load_digits`."""
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it is 'train' or 'test'")
-    images, labels = _sklearn_digits()
+    scans, labels = _sklearn_digits()
     # RandomState, because its stream is frozen across numpy versions
     random = np.random.RandomState(SPLIT_SEED)
     chosen: list[np.ndarray] = []
@@ -64,35 +50,22 @@ def load_scans(split: Split) -> tuple[Tensor, Tensor, Tensor]:
         tests = len(members) // TEST_SHARE
         chosen.append(members[:tests] if split == "test" else members[tests:])
     index = np.sort(np.concatenate(chosen))
-    scans = torch.from_numpy(images[index] / 16.0).float().unsqueeze(1)
-    return scans, torch.from_numpy(labels[index]).long(), torch.from_numpy(index).long()
-
-
-def enlarge(scans: Tensor) -> Tensor:
-    """Bilinear: [n, 1, 8, 8] -> [n, 1, 24, 24]."""
-    return F.interpolate(scans, size=(DIGIT, DIGIT), mode="bilinear", align_corners=False)
-
-
-def place(digits: Tensor, corners: Tensor) -> Tensor:
-    """Puts digits [n, 1, 24, 24] on empty canvases [n, 1, 40, 40]; corners int64 [n, 2] are the rows and
-    columns of their upper left patches, 0 to 4."""
-    canvases = digits.new_zeros(len(digits), 1, CANVAS, CANVAS)
-    for canvas, digit, (top, left) in zip(canvases, digits, (PATCH * corners).tolist(), strict=True):
-        canvas[:, top : top + DIGIT, left : left + DIGIT] = digit
-    return canvases
+    images = torch.from_numpy(scans[index] / 16.0).float().unsqueeze(1)
+    enlarged = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    return enlarged, torch.from_numpy(labels[index]).long()
 
 
 def digits_vit() -> nn.Module:
-    """timm's VisionTransformer, untrained: [B, 1, 40, 40] -> logits [B, 10]; 101 tokens, width 96, depth 6,
-    3 heads, class token. MLP ratio 2 keeps the fp32 weights under 2 MB."""
+    """timm's VisionTransformer, untrained: [B, 1, 40, 40] -> logits [B, 10]; 101 tokens, width 64, depth 6,
+    2 heads, MLP ratio 2, class token; fp32 weights of under 1 MB."""
     return VisionTransformer(
-        img_size=CANVAS,
+        img_size=SIDE,
         patch_size=PATCH,
         in_chans=1,
         num_classes=10,
-        embed_dim=96,
+        embed_dim=64,
         depth=6,
-        num_heads=3,
+        num_heads=2,
         mlp_ratio=2.0,
     )
 
@@ -118,7 +91,3 @@ def _sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
         ) from error
     digits = datasets.load_digits()
     return digits.images, digits.target
-
-
-def _count() -> int:
-    return len(_sklearn_digits()[1])

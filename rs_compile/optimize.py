@@ -273,7 +273,7 @@ def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """The input signature: everything but the number of samples."""
     runs = batched(leaves)
     return tuple(
-        (leaf.shape[1:] if over else leaf.shape, over, leaf.dtype, leaf.device)
+        (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
         if isinstance(leaf, torch.Tensor) else repr(leaf)
         for leaf, over in zip(leaves, runs, strict=True)
     )

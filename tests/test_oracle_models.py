@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import oracle
@@ -68,6 +69,15 @@ def test_first_call_with_one_image(name: str) -> None:
     check(name, compiled, pruning, batch=3)
 
 
+@pytest.fixture
+def no_fused_inference() -> Iterator[None]:
+    """Without gradients nn.MultiheadAttention leaves for a fused kernel of its own, which rounds differently."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.usefixtures("no_fused_inference")
 @pytest.mark.parametrize("name", ZOO)
 @torch.no_grad()
 def test_keep_ratio_one_is_the_model(name: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import rs_compile
 
 TOLERANCE = 2e-4
-APART = 0.02
+APART = 0.01
 
 
 def check(config: Config, pruning: Pruning, batch: int = 3) -> None:

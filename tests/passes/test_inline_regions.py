@@ -173,6 +173,24 @@ def test_counter_in_a_region_still_counts() -> None:
     assert "add_.Tensor" in ops(flat(counted))
 
 
+def test_frozen_batch_norm_in_training_is_inlined() -> None:
+    """Its statistics move, and its counter, as in the model."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.l1, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = self.norm(self.l1(x)).relu_()
+            return self.head(h)
+
+    result = inlined(capture(Frozen(), inputs().detach()), Frozen())
+    assert not regions_in(result.gm) and result.skips == ()
+
+
 def test_running_average_of_a_differentiable_value_stays_in_its_region() -> None:
     def average(m: Fn, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -241,9 +259,8 @@ def test_casts_of_enabled_autocast_become_explicit(name: str) -> None:
     assert "to.dtype" in ops(gm)
     for node in gm.graph.nodes:  # what is written down is what the ops really give
         if node.op == "call_function" and isinstance(node.meta["val"], Tensor):
-            mode = node.meta["val"].fake_mode
             args = torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
-            with mode, torch.no_grad():
+            with node.meta["val"].fake_mode, torch.no_grad():
                 assert node.target(*args, **node.kwargs).dtype == node.meta["val"].dtype
 
 
@@ -278,11 +295,7 @@ def test_autocast_on_and_off_and_no_grad_nested() -> None:
                     v = m.l2(u.float())
         return m.norm(x) + v * t
 
-    gm = flat(nested)
-    assert "detach.default" in ops(gm)
-
-
-# Regions as other versions of torch or hand-written graphs may nest them.
+    assert "detach.default" in ops(flat(nested))
 
 
 def body(names: str, build: Callable[..., Any], owner: nn.Module, vals: list[Tensor]) -> GraphModule:
