@@ -149,7 +149,7 @@ def main() -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="where the .safetensors file goes")
     target.add_argument(
-        "--validate", action="store_true", help="train on 4/5 of the train split, score the rest, save nothing"
+        "--validate", action="store_true", help="train on 4/5 of the train split, score the rest, save none"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

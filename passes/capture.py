@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     dynamic_args, dynamic_kwargs = pytree.tree_unflatten(shapes, spec)
     dynamic: Any = _by_name(model, dynamic_args, dynamic_kwargs)
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad():
             program = export(model, ex_args, ex_kwargs or None, dynamic_shapes=dynamic, strict=False)
             exported = program.module(check_guards=False)
     except Exception as error:
@@ -63,11 +64,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Dynamic shapes as export wants them: a tuple for positions, a mapping by parameter name with kwargs."""
-    if not kwargs:
-        return args
-    import inspect
-
+    """Dynamic shapes as export wants them: a mapping by parameter name, `*args` as one tuple."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     named = dict(bound.arguments)
     for name, parameter in inspect.signature(model.forward).parameters.items():

@@ -140,12 +140,12 @@ def merged(factors: Iterable[Factor]) -> Dim:
     """A dimension of these factors: size-one factors dropped, neighbouring free factors as one."""
     dim: list[Factor] = []
     for f in factors:
+        if isinstance(f, Tokens) and not f.prunable:
+            f = Free(sympy.Integer(f.dense))
         if isinstance(f, Free) and f.size == 1:
             continue
         if isinstance(f, Free) and dim and isinstance(dim[-1], Free):
             dim[-1] = Free(dim[-1].size * f.size)
-        elif isinstance(f, Tokens) and not f.prunable:
-            dim.append(Free(sympy.Integer(f.dense)))
         else:
             dim.append(f)
     return tuple(dim)
@@ -171,7 +171,7 @@ def runs_over_tokens(layout: Layout) -> bool:
 
 def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | None:
     """The layout after a view to `shape`, or None where that would split tokens or samples."""
-    rest = [f for dim in layout for f in dim]
+    rest = list(merged(f for dim in layout for f in dim))  # neighbouring free factors regroup at will
     out: list[Dim] = []
     for size in shape:
         need, dim = expr(size), []

@@ -24,7 +24,7 @@ FINITE = {*MATMULS, "einsum", "mm", "addmm", "linear", "conv1d", "conv2d", "sigm
 KEEP_FINITE = {
     *(SAME | CASTS | RESHAPES | TURNS),
     *("expand", "where", "masked_fill", "add", "sub", "rsub", "mul", "neg", "relu", "gelu"),
-    *("index", "index_select", "gather", "slice", "select", "cat", "stack", "repeat"),
+    *("index", "index_select", "gather", "slice", "select", "cat", "stack", "repeat", "pad", "constant_pad_nd"),
 }
 
 

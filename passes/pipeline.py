@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -78,15 +77,27 @@ Progress = Callable[[str], None]
 
 
 def prepare(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], lower: bool, say: Progress = lambda _: None
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    lower: bool,
+    ambient_autocast: bool = False,
+    say: Progress = lambda _: None,
 ) -> PassResult:
-    """Capture and clean-up: what every model goes through, pruned or not."""
+    """Capture and clean-up: what every model goes through, pruned or not.
+
+    Args:
+        model, args, kwargs: see `capture`.
+        lower: whether hand-written attention becomes scaled_dot_product_attention.
+        ambient_autocast: the graph will run under autocast; regions that switch it off must then stay.
+        say: called with a line of text at each stage.
+    """
     say("capturing the model")
     gm = capture(model, args, kwargs)
     say("rewriting the graph")
     skips: list[Skip] = []
     passes = [
-        InlineRegions(ambient_autocast=torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")),
+        InlineRegions(ambient_autocast=ambient_autocast),
         Canonicalise(),  # before the matcher, which should not see dropouts and casts that do nothing
         *([LowerAttention()] if lower else []),
     ]

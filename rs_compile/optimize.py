@@ -20,6 +20,8 @@ from passes.restore import KEPT, TokenOutput
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
 from rs_compile.schedule import Schedule, removed
 
+_AUTOCAST = ("cpu", "cuda")  # device types that have it
+
 Backend = str | Callable[..., Any]
 TokenOutputs = Literal["restore", "compact"]
 
@@ -143,7 +145,7 @@ class OptimizedModel(nn.Module):
             parts.append(module.training)
             for table in (module._parameters, module._buffers):
                 parts += [(id(t), t.dtype, t.device) for t in table.values() if t is not None]
-        cast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+        cast = tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST if torch.is_autocast_enabled(d))
         return (tuple(parts), cast)
 
     def _compile(self, key: Any, leaves: Sequence[Any], args: Any, kwargs: Any) -> _Plan:
@@ -152,10 +154,13 @@ class OptimizedModel(nn.Module):
         say = options.progress or (lambda _: None)
         schedule = options.schedule
         lower = schedule.prunes if options.lower_attention is None else options.lower_attention
-        prepared = prepare(self._model, args, kwargs, lower, say)
-        gm = prepared.gm
-        out_spec = gm.meta["out_spec"]
-        compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
+        # traced without autocast: it acts on the graph's ops when they run, as on the model's
+        ambient = any(map(torch.is_autocast_enabled, _AUTOCAST))
+        with torch._C._DisableAutocast():
+            prepared = prepare(self._model, args, kwargs, lower, ambient, say)
+            gm = prepared.gm
+            out_spec = gm.meta["out_spec"]
+            compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
@@ -233,7 +238,8 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     _check_inputs(model, pytree.tree_leaves((args, kwargs)))
-    prepared = prepare(model, args, kwargs, lower=True)
+    with torch._C._DisableAutocast():
+        prepared = prepare(model, args, kwargs, lower=True)
     rows = []
     blocks, branches, choices = block_kernels(prepared.gm)
     for block in blocks:

@@ -1,4 +1,4 @@
-"""What all tests share: two threads, hypothesis profiles, and the skip of CUDA tests without CUDA."""
+"""What all tests share: one thread, hypothesis profiles, and the skip of CUDA tests without CUDA."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny; `pytest -n` uses the other cores better
 
 # an example exports a model: no deadline, and no database left in the working tree
 _COMMON: dict[str, Any] = {
     "deadline": None,
-    "max_examples": 25,
+    "max_examples": 20,
     "database": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
 }
-hypothesis.settings.register_profile("ci", derandomize=True, **_COMMON)
+# without shrinking, which takes minutes here: a config is readable as it is
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate), **_COMMON
+)
 hypothesis.settings.register_profile("explore", derandomize=False, **{**_COMMON, "max_examples": 200})
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

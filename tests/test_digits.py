@@ -24,7 +24,7 @@ def test_shapes_and_range(split: Split, count: int) -> None:
     images, labels = load_digits(split)
     assert images.shape == (count, 1, 40, 40) and images.dtype == torch.float32
     assert labels.shape == (count,) and labels.dtype == torch.int64
-    assert images.min() == 0.0 and images.max() == 1.0
+    assert images.min() == 0.0 and images.max().item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_split_is_the_same_on_every_call_and_whatever_the_seed() -> None:
@@ -85,4 +85,4 @@ def test_accuracy_of_the_weights(pretrained: nn.Module) -> None:
     images, labels = load_digits("test")
     with torch.no_grad():
         right = (pretrained(images).argmax(1) == labels).double().mean().item()
-    assert right >= 0.95  # 95.47% measured, 569 of 596
+    assert right >= 0.985  # 98.66% measured, 588 of 596
