@@ -83,12 +83,9 @@ def _is_one(size: Any) -> bool:
 
 
 def tokens_first(x: Tensor, layout: Layout) -> Tensor:
-    """A value with one token factor as [B, N, ...]: for scores, whatever order the model keeps."""
-    flat = [f for dim in layout for f in dim]
-    batch = next(x.shape[d] for d, dim in enumerate(layout) if _over_samples(dim))
-    x = x.reshape([_size(f, batch) for f in flat]) if len(flat) != len(layout) else x
-    samples = next(i for i, f in enumerate(flat) if isinstance(f, Batch))
-    tokens = next(i for i, f in enumerate(flat) if isinstance(f, Tokens))
+    """A value of a stream's layout as [B, N, ...]: for scores, whatever order the model keeps."""
+    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
+    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
     return x.movedim((samples, tokens), (0, 1))
 
 

@@ -118,7 +118,10 @@ class InsertSelection(Pass):
             return self._attention_score(graph)
         after, before = self._shift_between()
 
+        skip = self.with_skip and self.operation != "block"
+
         def shift(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            a = a + b if skip else a  # not the block's sum: beside a parallel branch that holds more
             return score.shift(tokens_first(a, layout), tokens_first(b, layout), self.metric)
 
         return splice(graph, "score", shift, after, before)
@@ -133,7 +136,7 @@ class InsertSelection(Pass):
                 f"block {self.block.index} has no attention branch to score by", self.block.output,
                 'use Schedule(operation="mlp")',
             )
-        return (branch.add if self.with_skip else branch.term), branch.stream
+        return branch.term, branch.stream
 
     def _attention_score(self, graph: torch.fx.Graph) -> Node:
         op = self.block.attention_op()

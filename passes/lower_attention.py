@@ -23,8 +23,8 @@ from passes.splice import ORIGIN, splice
 FINITE = {*MATMULS, "einsum", "mm", "addmm", "linear", "conv1d", "conv2d", "sigmoid", "tanh"}
 KEEP_FINITE = {
     *(SAME | CASTS | RESHAPES | TURNS),
-    *("expand", "where", "masked_fill", "add", "sub", "rsub", "mul", "neg", "relu", "gelu"),
-    *("index", "index_select", "gather", "slice", "select", "cat", "stack", "repeat", "pad", "constant_pad_nd"),
+    *("add", "sub", "rsub", "mul", "neg", "relu", "gelu", "where", "masked_fill", "expand", "repeat", "pad"),
+    *("index", "index_select", "gather", "slice", "select", "cat", "stack", "constant_pad_nd"),
 }
 
 

@@ -156,7 +156,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
             lengths[b.index] and _tokens(now.get(b.output, b.output)),
             before[b.index], cost.between(nodes).macs, choice.get(now.get(op, op)) if op is not None else None,
         ))
-    return Compiled(gm, tuple(rows), dense, cost, ())
+    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted)
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass, PassResult, Refusal
@@ -76,7 +77,7 @@ class _Emitter:
     def _evaluate(self, node: Node, twin: Node, transfer: Transfer) -> None:
         """Recomputes the value, and holds it against the layout that the rule promised."""
         try:
-            with self.mode, torch.enable_grad():
+            with self.mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
                 twin.meta["val"] = twin.target(*fake(twin.args), **fake(twin.kwargs))  # type: ignore[operator]
         except Exception as error:
             raise Refusal(f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT) from error

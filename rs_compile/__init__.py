@@ -10,6 +10,7 @@ if getattr(_passes, "PROJECT", None) != "rs_compile":
 
 from passes.base import CompileError, Refusal  # noqa: E402
 from passes.capture import CaptureError  # noqa: E402
+from passes.cost import register_cost  # noqa: E402
 from passes.restore import TokenOutput  # noqa: E402
 from passes.rules import register_token_rule  # noqa: E402
 from rs_compile.errors import ScheduleError  # noqa: E402
@@ -30,5 +31,6 @@ __all__ = [
     "TokenOutput",
     "explain",
     "optimize",
+    "register_cost",
     "register_token_rule",
 ]

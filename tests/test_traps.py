@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import oracle
 import pytest
@@ -20,6 +20,15 @@ TOLERANCE = 2e-4
 APART = 0.01
 
 
+def schedule_of(pruning: Pruning) -> rs_compile.Schedule:
+    return rs_compile.Schedule(
+        keep=dict(pruning.keep),
+        operation=pruning.operation,
+        metric=pruning.metric,
+        with_skip=pruning.with_skip,
+    )
+
+
 def check(config: Config, pruning: Pruning, batch: int = 3) -> None:
     """The compiled model equals the oracle, and differs from the dense model."""
     model = GeneratedViT(config)
@@ -29,7 +38,7 @@ def check(config: Config, pruning: Pruning, batch: int = 3) -> None:
         assert wanted.margin > 1e-5, f"near tie {wanted.margin:.1e}, choose another seed"
         apart = oracle.max_difference(wanted.outputs["output"], model(images))
         assert apart > APART, f"pruning changes only {apart:.1e}, the test could not fail"
-        got = rs_compile.optimize(model, dict(pruning.keep), backend="eager")(images)
+        got = rs_compile.optimize(model, schedule_of(pruning), backend="eager")(images)
     oracle.assert_close(got, wanted.outputs, TOLERANCE, str(config))
 
 
@@ -91,6 +100,17 @@ def test_autocast_outside_is_a_signature_of_its_own() -> None:
     assert gap <= 0.02 * wanted.abs().max(), f"max abs difference {gap:.3e} under autocast"
     assert oracle.max_difference(full, got.float()) > 0, "the fp32 capture was used under autocast"
     assert torch.equal(compiled(images), model(images)), "the autocast capture was used without autocast"
+
+
+@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("operation", get_args(oracle.Operation))
+@pytest.mark.parametrize("parallel", ["left", "inner"])
+def test_parallel_branches_are_told_apart(
+    parallel: str, operation: oracle.Operation, with_skip: bool
+) -> None:
+    """The sum of three terms is no branch's x + F(x)."""
+    config = Config(parallel=parallel, output="patch-mean", grid=(4, 4))
+    check(config, Pruning({0: 0.6}, operation, with_skip=with_skip))
 
 
 class UnusedTokens(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.layout import Dim, Layout, Tokens, tokens_in
-from passes.rules.pointwise import align, broadcast
+from passes.layout import Dim, Layout, tokens_in
+from passes.rules.pointwise import align, broadcast, no_weights
 from passes.rules.registry import (
     Context,
     Transfer,
@@ -32,10 +32,6 @@ def linear(node: Node, ctx: Context) -> Transfer:
         raise Untransferable("a linear layer over the tokens, of a fixed size")
     need_free(layout, [-1], "a linear layer")
     return Transfer(layout[:-1] + (ctx.plain(shape_of(node)[-1]),))
-
-
-def _no_weights(dim: Dim) -> Dim:
-    return tuple(Tokens(f.pieces) if isinstance(f, Tokens) else f for f in dim)
 
 
 def _contracted(a: Dim, b: Dim) -> Dim:
@@ -70,7 +66,7 @@ def _product(node: Node, ctx: Context, a: Node, b: Node) -> tuple[Layout, dict[N
     over = _contracted(la[-1], lb[-2])
     pairs = broadcast(_Cut(ctx), [a, b], shape_of(node)[:-2])
     aligned = align(ctx, [a], pairs + (la[-2], over)) | align(ctx, [b], pairs + (over, lb[-1]))
-    out = pairs + (_no_weights(la[-2]), _no_weights(lb[-1]))
+    out = pairs + (no_weights(la[-2]), no_weights(lb[-1]))
     crossed = tokens_in(la[-2]) is not None and tokens_in(lb[-1]) is not None
     return out, aligned, tokens_in(over) is not None or crossed
 
@@ -112,7 +108,7 @@ def einsum(node: Node, ctx: Context) -> Transfer:
             if over and over.weights:
                 weighted.add(letter)
             if letter not in dims or (over and not known):
-                dims[letter] = _no_weights(dim)
+                dims[letter] = no_weights(dim)
     for letter in set("".join(terms)) - set(right):
         if tokens_in(dims[letter]) and letter not in weighted:
             raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")

@@ -88,10 +88,41 @@ def pointwise(node: Node, ctx: Context) -> Transfer:
     if any(_like_only(node, n) for n in inputs):
         inputs = inputs[:1]
     out = broadcast(ctx, inputs, values[0].shape)
-    if node.target in (aten.rand_like.default, aten.native_dropout.default):
-        out = tuple(out)
+    if not _still_weights(node, {n for n in inputs if _weighted(ctx.layout(n))}):
+        out = tuple(no_weights(dim) for dim in out)
     layouts = tuple(out for _ in values)
     return Transfer(layouts if isinstance(val, (tuple, list)) else out, align(ctx, inputs, out))
+
+
+def no_weights(dim: Dim) -> Dim:
+    """The dimension without the promise that it holds attention weights."""
+    return tuple(Tokens(f.pieces) if isinstance(f, Tokens) else f for f in dim)
+
+
+def _weighted(layout: Layout | None) -> bool:
+    return any(t.weights for dim in layout or () if (t := tokens_in(dim)))
+
+
+_SAME = {
+    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.to, aten._to_copy, aten.type_as, aten.clone,
+    aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.neg, aten.nan_to_num,
+}  # fmt: skip
+
+
+def _still_weights(node: Node, weighted: set[Node]) -> bool:
+    """Whether attention weights come out as such: scaled, masked or mixed, but not shifted or bent."""
+    op, args = getattr(node.target, "overloadpacket", None), node.args
+    if op is aten.mul:
+        return len(weighted) == 1
+    if op is aten.div:
+        return weighted == {args[0]}
+    if op in (aten.add, aten.sub):
+        return all(a in weighted for a in args[:2])
+    if op is aten.masked_fill:
+        return args[2] == 0
+    if op is aten.where:
+        return all(a in weighted or a == 0 for a in args[1:3])
+    return op in _SAME
 
 
 def _like_only(node: Node, other: Node) -> bool:

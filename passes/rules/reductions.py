@@ -106,7 +106,9 @@ def along(node: Node, ctx: Context) -> Transfer:
 def pool(node: Node, ctx: Context) -> Transfer:
     """[B, C, N] pooled to one entry is the mean over tokens."""
     layout = carried(node, ctx)
-    if argument(node, 1, "output_size") not in (1, [1]):
+    if tokens_in(layout[-1]) is None:
+        need_free(layout, [-1], "pooling")
+        return Transfer((*layout[:-1], ctx.plain(shape_of(node)[-1])))
+    if len(layout[-1]) != 1 or argument(node, 1, "output_size") not in (1, [1]):
         raise Untransferable("pools tokens into more than one")
-    need_free(layout, range(len(layout) - 1), "pooling")
     return Transfer((*layout[:-1], ()), mixes=True)

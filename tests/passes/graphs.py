@@ -52,10 +52,15 @@ def table(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def graph_of(f: Callable[..., Any] | nn.Module, *inputs: Tensor, tables: tuple[Tensor, ...] = ()) -> GraphModule:
+def graph_of(
+    f: Callable[..., Any] | nn.Module, *inputs: Tensor, tables: tuple[Tensor, ...] = ()
+) -> GraphModule:
     """The captured graph of a module or a function; of x [3, 6, 8] where no input is given."""
     model = f if isinstance(f, nn.Module) else Applies(f, *tables)
-    return capture(model.eval(), inputs or (sample(),), {})
+    gm = capture(model.eval(), inputs or (sample(),), {})
+    for check in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(check)  # as the clean-up passes do
+    return gm
 
 
 def prepared(model: nn.Module, *inputs: Tensor) -> GraphModule:
@@ -140,6 +145,7 @@ def on_short_input(
 def rows(value: Tensor, index: Tensor, samples: int = 0, tokens: int = 1) -> Tensor:
     """Each sample's kept tokens, one sample at a time: what a gather has to equal."""
     parts = [
-        value.select(samples, i).index_select(tokens - (tokens > samples), index[i]) for i in range(len(index))
+        value.select(samples, i).index_select(tokens - (tokens > samples), index[i])
+        for i in range(len(index))
     ]
     return torch.stack(parts, samples)

@@ -45,7 +45,10 @@ def dims(*factors: Factor) -> Layout:
 
 
 def test_tokens_of_joins_fixed_neighbours_and_drops_empty_pieces() -> None:
-    assert Tokens.of([Fixed(1), Prunable(0), Fixed(2), Prunable(5), Fixed(0)]).pieces == (Fixed(3), Prunable(5))
+    assert Tokens.of([Fixed(1), Prunable(0), Fixed(2), Prunable(5), Fixed(0)]).pieces == (
+        Fixed(3),
+        Prunable(5),
+    )
     assert Tokens.of([Prunable(2), Prunable(2)]).pieces == (Prunable(2), Prunable(2))
     assert Tokens.of([Prunable(2)], weights=True).weights
 
@@ -91,7 +94,9 @@ def test_cut(start: int, stop: int, pieces: tuple[Fixed | Prunable, ...] | None)
 def test_merged() -> None:
     assert merged((free(1), free(2), free(3), BATCH, free(1))) == (free(6), BATCH)
     assert merged((free(1),)) == ()
-    assert merged((free(2), Tokens((Fixed(3),)), free(2))) == (free(12),)  # nothing can leave: a plain dimension
+    assert merged((free(2), Tokens((Fixed(3),)), free(2))) == (
+        free(12),
+    )  # nothing can leave: a plain dimension
     assert merged((Tokens((Fixed(1),)),)) == ()
     assert merged((free(2), SEQUENCE, free(3))) == (free(2), SEQUENCE, free(3))
 

@@ -152,6 +152,11 @@ def from_tokens(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + torch.einsum("bhnd,nmd->bhnm", q, positions)).softmax(-1) @ v
 
 
+def view_of_result(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A view that takes a matmul's result, but not SDPA's."""
+    return ((q @ k.mT).softmax(-1) @ v).view(-1, TOKENS, CHANNELS).view(q.shape)
+
+
 def baddbmm(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = m.bias[0].expand(q.shape[0], -1, -1)
     return torch.bmm(torch.baddbmm(bias, q, k.mT, beta=0.5, alpha=0.3).softmax(-1), v)
@@ -209,6 +214,7 @@ SPELLINGS: dict[str, Core] = {
     "one key head": one_key_head,
     "rank 5": five_dims,
     "channels first": strided,
+    "view of the result": view_of_result,
 }
 
 
@@ -255,7 +261,12 @@ def test_the_new_nodes_point_at_the_model() -> None:
 
 
 def test_scale_is_given_and_a_scaled_query_left_alone() -> None:
-    for spelling, scale in (("scale before", 1.0), ("scale after", 0.3), ("two scales, mask between", 0.25)):
+    for spelling, scale in (
+        ("scale before", 1.0),
+        ("scale after", 0.3),
+        ("two scales, mask between", 0.25),
+        ("negative scale", 1.0),
+    ):
         [(node, _)] = kernels(lower(SPELLINGS[spelling])[2].gm)
         assert node.kwargs["scale"] == pytest.approx(scale), spelling
 
@@ -406,6 +417,13 @@ def gated(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) * m.bias.sigmoid()) @ v
 
 
+def overwritten(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q * 1
+    logits = q @ k.mT
+    q.add_(1)
+    return logits.softmax(-1) @ v + q
+
+
 NEAR_MISSES: dict[str, tuple[Core, str]] = {
     "talking heads": (
         talking,
@@ -421,6 +439,7 @@ NEAR_MISSES: dict[str, tuple[Core, str]] = {
     ),
     "logits used twice": (shared_logits, "the attention logits have 2 users: softmax, mean"),
     "gate": (gated, "aten.mul.Tensor (mul) stands between the softmax and the product with V"),
+    "query overwritten": (overwritten, "aten.mul.Tensor (mul) is changed in place"),
     "softcap": (
         lambda m, q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v,
         "aten.tanh.default (tanh) stands between Q K^T and the softmax",

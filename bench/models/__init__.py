@@ -1,0 +1,1 @@
+"""Models that the benchmarks need and no library has."""

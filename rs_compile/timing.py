@@ -1,0 +1,211 @@
+"""Interleaved timing: A B A B, so that a machine that slows down slows both."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from rs_compile.optimize import Backend, OptimizedModel, optimize
+from rs_compile.schedule import Schedule
+
+Call = Callable[[], object]
+Say = Callable[[str], None]
+
+COMPILED, PRUNED, EAGER = "torch.compile(model)", "rs_compile", "model, eager"
+
+
+def quiet(text: str) -> None:
+    """Progress that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles, over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: tuple[float, ...]) -> Spread:
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
+    def to_dict(self) -> dict[str, float]:
+        return {"median": self.median, "quartile_low": self.low, "quartile_high": self.high}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, by name and round; rounds stand at the same place in each tuple."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    def of(self, name: str) -> Spread:
+        """Seconds of a call: median and quartiles over rounds."""
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, slow: str, fast: str) -> Spread:
+        """How many times faster `fast` is: median and quartiles of the ratio within each round, in which
+        both ran side by side, so that a slow minute of the machine cancels."""
+        pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
+        return Spread.of(tuple(s / f for s, f in pairs))
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    rounds: int,
+    *,
+    least_seconds: float = 0.02,
+    device: torch.device | str = "cpu",
+    say: Say = quiet,
+) -> Timing:
+    """Times each call once a round, in the order given, after warm-up calls that do not count.
+
+    Args:
+        calls: by name; the first call of each may compile.
+        rounds: at least 1.
+        least_seconds: a shorter call is repeated within its turn until the turn takes this long.
+        device: a CUDA device is waited for before the clock is read.
+        say: told which call is warmed up and which round runs.
+
+    Raises:
+        ValueError: no calls, or no rounds.
+    """
+    if not calls or rounds < 1:
+        raise ValueError(f"{len(calls)} calls and {rounds} rounds; give at least one of each")
+    wait = _wait_for(torch.device(device))
+    repeats = {}
+    for name, call in calls.items():
+        say(f"{name}: first call")
+        call()
+        once = min(_seconds(call, 1, wait) for _ in range(2))
+        repeats[name] = max(1, math.ceil(least_seconds / max(once, 1e-6)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds):
+        say(f"round {i + 1} of {rounds}")
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, repeats[name], wait))
+    return Timing({name: tuple(values) for name, values in seconds.items()})
+
+
+def _seconds(call: Call, repeats: int, wait: Callable[[], None]) -> float:
+    wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.perf_counter() - started) / repeats
+
+
+def _wait_for(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
+    """torch.compile(model): what pruning has to beat. With "eager" the model itself, like with like."""
+    return model if backend == "eager" else torch.compile(model, backend=backend)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An optimized model beside its baselines, on one input.
+
+    Args:
+        timing: of the calls.
+        baseline: the name that speed-ups are relative to.
+        batch: samples of one call.
+        optimized: the handle, called at least once; its report is part of the result.
+        settings: what was measured, and where.
+    """
+
+    timing: Timing
+    baseline: str
+    batch: int
+    optimized: OptimizedModel
+    settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        names = list(self.timing.seconds)
+        rows = []
+        for name in names:
+            spread = self.timing.of(name)
+            speed_up = "1" if name == self.baseline else str(self.timing.ratio(self.baseline, name))
+            rows.append(
+                [name, f"{1e3 * spread.median:.2f}", f"{self.batch / spread.median:.1f}", speed_up]
+            )
+        heads = ["", "ms", "samples/s", f"speed-up over {self.baseline}"]
+        table = tabulate(rows, heads, disable_numparse=True, colalign=("left", "right", "right", "left"))
+        setting = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return "\n".join([table, f"medians of interleaved rounds, ratios with their quartiles; {setting}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON-ready values; seconds of every round, the report under "report"."""
+        report = self.optimized.report()
+        return {
+            "settings": dict(self.settings),
+            "baseline": self.baseline,
+            "batch": self.batch,
+            "seconds": {name: list(values) for name, values in self.timing.seconds.items()},
+            "median_seconds": {name: self.timing.of(name).median for name in self.timing.seconds},
+            "speed_up": {
+                name: self.timing.ratio(self.baseline, name).to_dict() for name in self.timing.seconds
+            },
+            "macs_ratio": report.macs_dense / report.macs if report.macs else None,
+        }
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    schedule: Schedule,
+    inputs: Tensor,
+    *,
+    rounds: int,
+    backend: Backend = "inductor",
+    eager: bool = True,
+    say: Say = quiet,
+) -> Comparison:
+    """torch.compile(model), the optimized model and (where `eager`) the plain one, interleaved.
+
+    Args:
+        model: in eval mode, on the device and in the dtype of `inputs`.
+        schedule: what to prune.
+        inputs: [B, ...], the model's only input.
+        rounds: at least 1.
+        backend: torch.compile's, for both; with "eager" nothing is compiled and the baseline is the model.
+        eager: whether to time the uncompiled model as well.
+        say: progress.
+
+    Raises:
+        CompileError: the model cannot be captured or pruned.
+    """
+    optimized = optimize(model, schedule, backend=backend, progress=lambda text: say(f"{PRUNED}: {text}"))
+    dense = compiled(model, backend)
+    baseline = EAGER if backend == "eager" else COMPILED
+    # the optimized model first: what it refuses should not wait for another compile
+    say(f"{PRUNED}: first call")
+    optimized(inputs)
+    calls: dict[str, Call] = {baseline: lambda: dense(inputs), PRUNED: lambda: optimized(inputs)}
+    if eager:
+        calls.setdefault(EAGER, lambda: model(inputs))
+    timing = interleaved(calls, rounds, device=inputs.device, say=say)
+    settings = {
+        "batch": inputs.shape[0],
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "device": str(inputs.device),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
+    return Comparison(timing, baseline, inputs.shape[0], optimized, settings)
