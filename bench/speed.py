@@ -71,7 +71,12 @@ def sample(batch: int, size: tuple[int, ...]) -> Tensor:
 
 
 def pair(
-    model: nn.Module, dense: Callable[..., Any], schedule: Schedule, inputs: Tensor, rounds: int, setting: Setting
+    model: nn.Module,
+    dense: Callable[..., Any],
+    schedule: Schedule,
+    inputs: Tensor,
+    rounds: int,
+    setting: Setting,
 ) -> Measured:
     """The optimized model against `dense`, interleaved."""
     optimized = optimize(model, schedule, backend=setting.backend, progress=say)
@@ -123,7 +128,11 @@ def capture_seconds(setting: Setting) -> Measured:
         optimized(inputs)
         seconds.append((first - started) - (time.perf_counter() - first))
     later = seconds[1:] or seconds  # the very first loads torch.export itself
-    return {"seconds": Spread.of(tuple(later)).to_dict(), "first_seconds": seconds[0], "rounds_seconds": seconds}
+    return {
+        "seconds": Spread.of(tuple(later)).to_dict(),
+        "first_seconds": seconds[0],
+        "rounds_seconds": seconds,
+    }
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,15 @@ class Row:
 COMPILED = "torch.compile(model)"
 KEEP_ALL = Schedule({0: 1.0, 3: 1.0, 6: 1.0})
 ROWS = {
-    "deit-s-batch16": Row("DeiT-S, 20% after blocks 0, 3, 6, batch 16", COMPILED, deit_row(16, DEIT_SCHEDULE, 21)),
+    "deit-s-batch16": Row(
+        "DeiT-S, 20% after blocks 0, 3, 6, batch 16", COMPILED, deit_row(16, DEIT_SCHEDULE, 21)
+    ),
     "deit-s-batch1": Row("the same, batch 1", COMPILED, deit_row(1, DEIT_SCHEDULE, 41)),
     "deit-s-batch64": Row("the same, batch 64", COMPILED, deit_row(64, DEIT_SCHEDULE, 11)),
     "deit-s-keep-all": Row("DeiT-S, keep_ratio = 1, batch 16", COMPILED, deit_row(16, KEEP_ALL, 21)),
-    "clip-compiled": Row("ViT-B, 2352 tokens, 20% after blocks 0-2", f"{COMPILED}, SDPA", clip_against_compiled),
+    "clip-compiled": Row(
+        "ViT-B, 2352 tokens, 20% after blocks 0-2", f"{COMPILED}, SDPA", clip_against_compiled
+    ),
     "clip-eager": Row("the same", "eager, hand-written attention", clip_against_eager),
     "capture": Row("capture and all passes, DeiT-S, seconds", "-", capture_seconds),
 }
@@ -154,16 +167,26 @@ def table(rows: dict[str, Measured]) -> str:
     for name in (n for n in ROWS if n in rows):
         row, got = ROWS[name], rows[name]
         if "seconds" in got:
-            lines.append([name, row.what, "", "", f"{got['seconds']['median']:.2f} s", spread(got["seconds"]), ""])
+            lines.append(
+                [name, row.what, "", "", f"{got['seconds']['median']:.2f} s", spread(got["seconds"]), ""]
+            )
             continue
         ratio = got["speed_up"]
-        lines.append([
-            name, row.what, row.baseline, f"{1e3 * got['baseline_seconds']['median']:.1f}",
-            f"{1e3 * got['rs_compile_seconds']['median']:.1f}", f"{ratio['median']:.2f}x {spread(ratio)}",
-            f"{got['macs_ratio']:.2f}",
-        ])
+        lines.append(
+            [
+                name,
+                row.what,
+                row.baseline,
+                f"{1e3 * got['baseline_seconds']['median']:.1f}",
+                f"{1e3 * got['rs_compile_seconds']['median']:.1f}",
+                f"{ratio['median']:.2f}x {spread(ratio)}",
+                f"{got['macs_ratio']:.2f}",
+            ]
+        )
     heads = ["row", "what", "baseline", "baseline ms", "rs_compile ms", "speed-up", "MAC ratio"]
-    return tabulate(lines, heads, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 2 + ("left", "right"))
+    return tabulate(
+        lines, heads, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 2 + ("left", "right")
+    )
 
 
 def spread(value: dict[str, float]) -> str:
@@ -173,9 +196,14 @@ def spread(value: dict[str, float]) -> str:
 def environment(setting: Setting) -> dict[str, Any]:
     """What a number depends on, besides the code."""
     return {
-        "quick": setting.quick, "backend": setting.backend, "threads": torch.get_num_threads(),
-        "dtype": "float32", "torch": torch.__version__, "timm": timm.__version__,
-        "python": platform.python_version(), "processor": processor(),
+        "quick": setting.quick,
+        "backend": setting.backend,
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
     }
 
 
@@ -184,7 +212,9 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
 
 
 def saved(path: Path | None, settings: dict[str, Any]) -> dict[str, Measured]:
@@ -193,7 +223,7 @@ def saved(path: Path | None, settings: dict[str, Any]) -> dict[str, Measured]:
         return {}
     content = json.loads(path.read_text())
     if content["environment"] != settings:
-        sys.exit(f"{path} holds rows of another setting: {content['environment']}; give another file, or delete it")
+        sys.exit(f"{path} holds rows of another setting, {content['environment']}; give another file")
     rows: dict[str, Measured] = content["rows"]
     return rows
 
@@ -201,7 +231,9 @@ def saved(path: Path | None, settings: dict[str, Any]) -> dict[str, Measured]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the speed table; every row can run alone.")
     parser.add_argument("--quick", action="store_true", help="small models, 3 rounds: does every row run?")
-    parser.add_argument("--only", action="append", choices=ROWS, metavar="NAME", help=f"one of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--only", action="append", choices=ROWS, metavar="NAME", help=f"one of {', '.join(ROWS)}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="saved after each row; rows in it are kept")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--rounds", type=int, help="instead of each row's own number")

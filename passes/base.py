@@ -85,12 +85,12 @@ class Pass(abc.ABC):
     def __call__(self, gm: GraphModule) -> PassResult:
         self._run(self.requires, gm, "before")
         result = self.call(gm)
-        if not self.leaves_dead_code:
-            # a random op that nothing reads may go; torch counts attention among them
-            result.gm.graph.eliminate_dead_code(
-                is_impure_node=lambda n: n.is_impure(impure_random=False) or bool(writes(n))
-            )
         try:
+            if not self.leaves_dead_code:  # lints as well
+                # a random op that nothing reads may go; torch counts attention among them
+                result.gm.graph.eliminate_dead_code(
+                    is_impure_node=lambda n: n.is_impure(impure_random=False) or bool(writes(n))
+                )
             result.gm.graph.lint()
         except RuntimeError as error:
             raise CompileError(f"pass {self.name} left a malformed graph: {error}") from error

@@ -24,6 +24,10 @@ SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
 CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+LIKE = {  # read the shape of a value, not what is in it
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def find_branches(gm: GraphModule) -> list[Branch]:
         )
         if stream is None:
             continue
+        inner = _inner_sums(node)
         for term in _computed(terms, stream, above):
             nodes = _between(gm, stream, term, above, order)
             inside = [b for b in found if b.add in nodes]
@@ -105,7 +110,8 @@ def find_branches(gm: GraphModule) -> list[Branch]:
                 continue  # a long skip around whole blocks
             kind, reason = _kind(gm, stream, term, nodes)
             if kind:
-                found = [b for b in found if b not in inside]
+                # (x + attention) + mlp is one sum
+                found = [b for b in found if b not in inside and not (b.term is term and b.add in inner)]
                 found.append(Branch(kind, stream, term, node, nodes, reason))
     return found
 
@@ -135,11 +141,18 @@ def _terms(node: Node) -> list[Node]:
     terms: list[Node] = []
     for a in node.args:
         assert isinstance(a, Node)
-        if _is_sum(a) and len(a.users) == 1 and shape_of(a) == shape_of(node):
-            terms += _terms(a)
-        else:
-            terms.append(a)
+        terms += _terms(a) if _is_inner(a, node) else [a]
     return terms
+
+
+def _is_inner(a: Node, node: Node) -> bool:
+    return _is_sum(a) and len(a.users) == 1 and shape_of(a) == shape_of(node)
+
+
+def _inner_sums(node: Node) -> set[Node]:
+    """The sums that `_terms` looks through."""
+    inner = {a for a in node.args if isinstance(a, Node) and _is_inner(a, node)}
+    return inner.union(*(_inner_sums(a) for a in inner))
 
 
 def _computed(terms: list[Node], stream: Node, above: dict[Node, int]) -> list[Node]:
@@ -155,7 +168,7 @@ def ancestors(gm: GraphModule) -> dict[Node, int]:
         bits = 1 if node.op == "placeholder" else 0
         for n in node.all_input_nodes:
             bits |= above[n] | bit[n]
-        if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+        if node.target in LIKE or not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
             bits &= ~1  # a size does not depend on what is in the image
         above[node], bit[node] = bits, 1 << (i + 1)
     return above
@@ -207,12 +220,9 @@ def _reaches(add: Node, stream: Node) -> bool:
         if stream is add:
             return True
         inputs = [n for n in stream.all_input_nodes if shape_of_or_none(n) == shape_of(stream)]
-        if stream.target in NORMS or (stream.target not in ATTENTION and len(inputs) == 1 and _pointwise(stream)):
-            stream = inputs[0] if inputs else stream
-            if not inputs:
-                return False
-            continue
-        return False
+        if len(inputs) != 1 or not (stream.target in NORMS or _pointwise(stream)):
+            return False
+        stream = inputs[0]
 
 
 def _pointwise(node: Node) -> bool:

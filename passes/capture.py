@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.base import CompileError
+from passes.layout import expr
+
+_TORCH = os.path.dirname(torch.__file__)
+FIXED_BATCH = "fixed_batch"  # gm.meta key: the graph is right for the example's number of samples only
 
 
 class CaptureError(CompileError):
@@ -31,7 +36,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """Captures `model` for inputs like these, whatever their batch size.
 
     The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
-    output the flat output leaves; `gm.meta["out_spec"]` says how they are nested.
+    output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
+    the number of samples, so does the graph, and `gm.meta[FIXED_BATCH]` is true.
 
     Args:
         model: any module; it is not changed.
@@ -43,24 +49,40 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     runs = batched(leaves)
     # export would take a batch of one for a constant
-    examples = [
+    doubled = [
         torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
         for leaf, over in zip(leaves, runs, strict=True)
     ]
+    exported = _export(model, doubled, runs, spec)
+    if _fixed_batch(exported, runs):
+        exported = _export(model, leaves, [False] * len(leaves), spec)
+        exported.meta[FIXED_BATCH] = True
+    return _flat(exported).train(model.training)
+
+
+def _export(model: nn.Module, leaves: Sequence[Any], runs: Sequence[bool], spec: pytree.TreeSpec) -> GraphModule:
     shapes = [
         ({0: Dim.AUTO} if over else {}) if isinstance(leaf, torch.Tensor) else None
         for leaf, over in zip(leaves, runs, strict=True)
     ]
-    ex_args, ex_kwargs = pytree.tree_unflatten(examples, spec)
-    dynamic_args, dynamic_kwargs = pytree.tree_unflatten(shapes, spec)
-    dynamic: Any = _by_name(model, dynamic_args, dynamic_kwargs)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    dynamic = _by_name(model, *pytree.tree_unflatten(shapes, spec))
     try:
         with torch.enable_grad():
-            program = export(model, ex_args, ex_kwargs or None, dynamic_shapes=dynamic, strict=False)
-            exported = program.module(check_guards=False)
+            program = export(model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
+            exported: GraphModule = program.module(check_guards=False)
     except Exception as error:
         raise CaptureError(_shortened(model, error)) from error
-    return _flat(exported)
+    return exported
+
+
+def _fixed_batch(exported: GraphModule, runs: Sequence[bool]) -> bool:
+    """Whether the model's own code made the number of samples a constant."""
+    values = [n.meta.get("val") for n in exported.graph.find_nodes(op="placeholder")]
+    return any(
+        over and isinstance(val, torch.Tensor) and expr(val.shape[0]).is_Integer
+        for val, over in zip(values, runs, strict=True)
+    )
 
 
 def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -78,8 +100,8 @@ def _flat(exported: GraphModule) -> GraphModule:
     info = exported.graph._codegen.pytree_info  # type: ignore[attr-defined]
     exported.graph.set_codegen(torch.fx.graph.CodeGen())
     gm = GraphModule(exported, exported.graph, type(exported).__name__)
-    gm.train(exported.training)
     gm.meta["out_spec"] = info.out_spec
+    gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, False)
     return gm
 
 
@@ -90,10 +112,10 @@ def _shortened(model: nn.Module, error: Exception) -> str:
     tb = error.__traceback__
     while tb is not None:
         code = tb.tb_frame.f_code
-        if "/torch/" not in code.co_filename and not code.co_filename.endswith("capture.py"):
-            frames.append((code.co_filename, str(tb.tb_lineno), code.co_name))
+        frames.append((code.co_filename, str(tb.tb_lineno), code.co_name))
         tb = tb.tb_next
-    where = next((f for f in reversed(frames) if "/torch/" not in f[0]), None)
+    # neither torch's own frames, nor generated code, nor this file
+    where = next((f for f in reversed(frames) if not f[0].startswith((_TORCH, "<", __file__))), None)
     return "\n".join(
         [f"torch.export cannot capture {type(model).__name__}: {lines[0] if lines else type(error).__name__}"]
         + ([f"  in the model: {where[0]}, line {where[1]}, in {where[2]}"] if where else [])

@@ -16,6 +16,7 @@ from passes.branches import Block
 from passes.gather import original_positions, put, take, tokens_first
 from passes.layout import Batch, Layout, Tokens, tokens_in
 from passes.protected import Protected
+from passes.rules.registry import argument
 from passes.select import keep_highest, protected_mask
 from passes.splice import splice
 from passes.token_axis import TokenAxis, stream_layout
@@ -150,9 +151,9 @@ class InsertSelection(Pass):
                 "class attention needs a class token in front", self.block.output,
                 'use Schedule(importance="mean-attention") or "shift"',
             )
-        query, key = op.args[0], op.args[1]
-        mask = op.args[3] if len(op.args) > 3 else op.kwargs.get("attn_mask")
-        scale = op.kwargs.get("scale")
+        query, key = op.args[:2]
+        mask = argument(op, 3, "attn_mask")
+        scale = argument(op, 6, "scale")
         fn = score.class_attention if self.importance == "class-attention" else score.mean_attention
         if mask is None:
             return splice(graph, "score", lambda q, k: fn(q, k, None, scale), query, key)

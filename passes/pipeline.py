@@ -162,12 +162,18 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
     """Refuses a schedule of blocks that are not there."""
     if wanted and not blocks:
-        nearest = next((b for b in branches if b.kind != "mlp"), None)
+        # a mixer has linear layers, so it is nearer than a convolution
+        nearest = min(branches, key=lambda b: b.kind != "mixer", default=None)
         hint = (
-            f"nearest to one is a {nearest.kind} branch: {nearest.reason or 'no MLP'}" if nearest is not None
+            f"nearest to one comes this {nearest.kind} branch" + (f" ({nearest.reason})" if nearest.reason else "")
+            if nearest is not None
             else "no sum of a value and a function of it was found"
         )
-        raise Refusal(f"the model has no residual MLP branch; {hint}", nearest.add if nearest else None)
+        raise Refusal(
+            f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
+            nearest.add if nearest else None,
+            "rs_compile.explain(model, inputs) shows what was found; windowed, hierarchical and CNN models cannot be pruned",
+        )
     for i in wanted:
         if i >= len(blocks):
             raise CompileError(

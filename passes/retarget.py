@@ -84,7 +84,8 @@ class _Emitter:
         val = twin.meta["val"]
         if not isinstance(val, torch.Tensor) or transfer.out is None:
             return
-        promised = [self._extent(dim) for dim in transfer.out]
+        out: Any = transfer.out
+        promised = [self._extent(dim) for dim in out]
         if len(promised) != val.dim() or any(p - expr(s) != 0 for p, s in zip(promised, val.shape, strict=True)):
             raise Refusal(f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,19 +74,32 @@ class Demo:
         heads = ["keep after blocks", "tokens", "MMACs", "shift", "class attention", "random", "speed-up"]
         table = [["none pruned", str(self.tokens), _mega(self.macs), *[_percent(self.accuracy)] * 3, "1"]]
         for row in self.rows:
-            drawn = f"{_percent(statistics.fmean(row.random))} ({_percent(min(row.random))} to {_percent(max(row.random))})"
-            table.append([
-                row.schedule, " > ".join(map(str, row.tokens)), _mega(row.macs), _percent(row.shift),
-                _percent(row.class_attention), drawn, str(row.speed_up),
-            ])
+            least, most = _percent(min(row.random)), _percent(max(row.random))
+            drawn = f"{_percent(statistics.fmean(row.random))} ({least} to {most})"
+            table.append(
+                [
+                    row.schedule,
+                    " > ".join(map(str, row.tokens)),
+                    _mega(row.macs),
+                    _percent(row.shift),
+                    _percent(row.class_attention),
+                    drawn,
+                    str(row.speed_up),
+                ]
+            )
         text = tabulate(
-            table, heads, disable_numparse=True,
+            table,
+            heads,
+            disable_numparse=True,
             colalign=("left", "left", "right", "right", "right", "left", "left"),
         )
         return (
-            f"Digits: a ViT of {self.tokens} tokens, accuracy in % on {self.images} test images by what chose the tokens\n"
-            f"{text}\nspeed-up: shift pruning over {self.baseline}, batch {self.batch}, {self.threads} threads, median "
-            f"[quartiles] of {self.rounds} interleaved rounds\n{self.verdict()}"
+            f"Digits ViT, {self.tokens} tokens: accuracy in % on {self.images} test images, "
+            "by what chose the tokens\n"
+            f"{text}\n"
+            f"speed-up: shift pruning over {self.baseline}, batch {self.batch}, {self.threads} threads, "
+            f"median [quartiles] of {self.rounds} interleaved rounds\n"
+            f"{self.verdict()}"
         )
 
     def verdict(self) -> str:
@@ -96,9 +110,10 @@ class Demo:
         error = 100 * (self.accuracy * (1 - self.accuracy) / self.images) ** 0.5
         total = len(self.rows)
         return (
-            f"Shift pruning is more accurate than random pruning (mean of {SEEDS} seeds) in {over_random} of {total} rows "
-            f"and than class attention in {over_attention} of {total}; one image is {100 / self.images:.2f} points and the "
-            f"standard error of the dense accuracy {error:.1f}, so a smaller difference than that says little."
+            f"Shift pruning is more accurate than random pruning (mean of {SEEDS} seeds) in {over_random} of "
+            f"{total} rows and than class attention in {over_attention} of {total}; one image is "
+            f"{100 / self.images:.2f} points and the standard error of the dense accuracy {error:.1f}, "
+            "so a smaller difference than that says little."
         )
 
     def to_json(self) -> str:
@@ -137,8 +152,15 @@ def run(backend: Backend = "inductor", quick: bool = False, say: Say = quiet) ->
         rows.append(Row(name, (start, *tokens), report.macs, shift, attention, random, speed_up))
     dense = scores[0][-1]
     return Demo(
-        len(images), _accuracy(model, images, labels), rows[0].tokens[0], dense.macs_dense, baseline,
-        BATCH, torch.get_num_threads(), rounds, tuple(rows),
+        len(images),
+        _accuracy(model, images, labels),
+        rows[0].tokens[0],
+        dense.macs_dense,
+        baseline,
+        BATCH,
+        torch.get_num_threads(),
+        rounds,
+        tuple(rows),
     )
 
 
@@ -150,7 +172,9 @@ def _accuracies(
 
     def handle(importance: Importance) -> Any:
         return optimize(
-            model, Schedule(keep, importance=importance), backend="eager",
+            model,
+            Schedule(keep, importance=importance),
+            backend="eager",
             progress=lambda text: say(f"keep {ratio}, {importance}: {text}"),
         )
 
@@ -166,14 +190,19 @@ def _accuracies(
 
 
 def _speed_ups(
-    model: nn.Module, schedules: list[dict[int, float]], images: Tensor, backend: Backend, rounds: int,
-    baseline: str, say: Say,
+    model: nn.Module,
+    schedules: list[dict[int, float]],
+    images: Tensor,
+    backend: Backend,
+    rounds: int,
+    baseline: str,
+    say: Say,
 ) -> list[Spread]:
     dense = compiled(model, backend)
     calls: dict[str, Call] = {baseline: lambda: dense(images)}
     for keep in schedules:
         handle = optimize(model, keep, backend=backend)
-        calls[f"keep {next(iter(keep.values()))}"] = lambda handle=handle: handle(images)  # type: ignore[misc]
+        calls[f"keep {next(iter(keep.values()))}"] = partial(handle, images)
     timing = interleaved(calls, rounds, say=say)
     return [timing.ratio(baseline, name) for name in calls if name != baseline]
 

@@ -151,15 +151,15 @@ def _create(name: str, pretrained: bool, img_size: int | None, options: dict[str
         except Exception as error:  # timm, the hub's client and its HTTP library each have their own
             if pretrained or name.startswith(_HUBS):
                 raise ModelError(
-                    f"the weights of {name} cannot be had: {_first_line(error)}\n  way out: connect to the hub, "
-                    "or fetch the file elsewhere and pass --checkpoint FILE"
+                    f"the weights of {name} cannot be had: {_first_line(error)}\n"
+                    "  way out: connect to the hub, or fetch the file elsewhere and pass --checkpoint FILE"
                 ) from error
             raise ModelError(f"timm cannot build {name} like this: {_first_line(error)}") from error
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise ModelError(f"there is no checkpoint file {path}; pass a .safetensors file or one of torch.save's")
+        raise ModelError(f"there is no checkpoint file {path}; pass a .safetensors or torch.save file")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -168,7 +168,7 @@ def _read(path: Path) -> Any:
         if "nsupported" not in str(error) and "trusted" not in str(error):
             raise ModelError(_unreadable(path, error)) from error
         raise ModelError(
-            f"{path} holds more than weights: loading it could run code that it carries, so it is not loaded\n"
+            f"{path} holds more than weights, and loading it could run code that it carries; not loaded\n"
             "  way out: where you trust it, load it and save the weights alone, "
             "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from error
@@ -177,8 +177,10 @@ def _read(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
+    # the unpickler's KeyError holds a byte, and says nothing to a reader
+    reason = "it is no pickle" if isinstance(error, KeyError) else _first_line(error)
     return (
-        f"{path} cannot be read as weights: {_first_line(error)}\n"
+        f"{path} cannot be read as weights: {reason}\n"
         "  way out: pass a complete .safetensors file, or a state dict that torch.save wrote"
     )
 
@@ -190,9 +192,7 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping) or not content:
-        raise ModelError(
-            f"{path} holds {_kind(content)}, not a state dict; save model.state_dict() instead"
-        )
+        raise ModelError(f"{path} holds {_kind(content)}, not a state dict; save model.state_dict() instead")
     odd = [f"{key!r} ({_kind(v)})" for key, v in content.items() if not isinstance(v, Tensor)]
     if odd:
         raise ModelError(

@@ -14,12 +14,13 @@ from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError
-from passes.capture import batched
+from passes.capture import FIXED_BATCH, batched
 from passes.pipeline import Compiled, Progress, Prune, block_kernels, prepare, prunable, prune
 from passes.restore import KEPT, TokenOutput
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
 from rs_compile.schedule import Schedule, removed
 
+_KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
 
 Backend = str | Callable[..., Any]
@@ -52,6 +53,7 @@ class _Plan:
     signature: str
     out_spec: pytree.TreeSpec
     kept: list[int]
+    fixed_batch: bool
     ran: bool = False
 
 
@@ -82,8 +84,11 @@ class OptimizedModel(nn.Module):
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (self._state_key(), _leaf_key(leaves), spec)
+        key: tuple[Any, ...] = (self._state_key(), _leaf_key(leaves), spec)
         plan: _Plan | None = self._plans.get(key)
+        if plan is not None and plan.fixed_batch:
+            key = (*key, _batch_sizes(leaves))
+            plan = self._plans.get(key)
         if plan is None or not plan.ran:
             with self._lock:
                 plan = self._plans.get(key) or self._compile(key, leaves, args, kwargs)
@@ -159,7 +164,7 @@ class OptimizedModel(nn.Module):
         with torch._C._DisableAutocast():
             prepared = prepare(self._model, args, kwargs, lower, ambient, say)
             gm = prepared.gm
-            out_spec = gm.meta["out_spec"]
+            out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
             compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
@@ -168,7 +173,10 @@ class OptimizedModel(nn.Module):
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
         compiled = Compiled(compiled.gm, compiled.blocks, compiled.dense, compiled.cost,
                             prepared.skips + compiled.skips)
-        plan = _Plan(compiled, run, _signature(leaves), out_spec, kept)
+        plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
+        if fixed and len(key) == _KEY_LENGTH:
+            self._plans[key] = plan  # says that the batch belongs into the key
+            key = (*key, _batch_sizes(leaves))
         self._plans[key] = plan
         return plan
 
@@ -253,8 +261,8 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
         ))
     notes = []
     if not blocks:
-        found = sorted({b.kind for b in branches})
-        notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found)}" if found else ""))
+        found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
+        notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
     return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes))
 
 
@@ -283,6 +291,10 @@ def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
         if isinstance(leaf, torch.Tensor) else repr(leaf)
         for leaf, over in zip(leaves, runs, strict=True)
     )
+
+
+def _batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
 
 
 def _signature(leaves: Sequence[Any]) -> str:

@@ -142,9 +142,7 @@ class Comparison:
         for name in names:
             spread = self.timing.of(name)
             speed_up = "1" if name == self.baseline else str(self.timing.ratio(self.baseline, name))
-            rows.append(
-                [name, f"{1e3 * spread.median:.2f}", f"{self.batch / spread.median:.1f}", speed_up]
-            )
+            rows.append([name, f"{1e3 * spread.median:.2f}", f"{self.batch / spread.median:.1f}", speed_up])
         heads = ["", "ms", "samples/s", f"speed-up over {self.baseline}"]
         table = tabulate(rows, heads, disable_numparse=True, colalign=("left", "right", "right", "left"))
         setting = ", ".join(f"{key} {value}" for key, value in self.settings.items())

@@ -83,7 +83,7 @@ class Stream:
         ranked = score.detach()[:, protected:].sort(dim=1, descending=True).values
         edge = count - protected
         if edge > 0:
-            gap = (ranked[:, edge - 1] - ranked[:, edge]) / ranked.abs().amax(dim=1)
+            gap = (ranked[:, edge - 1] - ranked[:, edge]) / ranked.abs().amax(dim=1).clamp_min(1e-30)
             self.margin = min(self.margin, gap.min().item())
         self.last_seen = self.restored()
         self.tokens, kept = prune(self.tokens, score, count, protected)

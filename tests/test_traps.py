@@ -26,6 +26,7 @@ def schedule_of(pruning: Pruning) -> rs_compile.Schedule:
         operation=pruning.operation,
         metric=pruning.metric,
         with_skip=pruning.with_skip,
+        lowest=pruning.lowest,
     )
 
 
@@ -111,6 +112,22 @@ def test_parallel_branches_are_told_apart(
     """The sum of three terms is no branch's x + F(x)."""
     config = Config(parallel=parallel, output="patch-mean", grid=(4, 4))
     check(config, Pruning({0: 0.6}, operation, with_skip=with_skip))
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize("output", ["patch-mean", "tokens"])
+@torch.no_grad()
+def test_ties_go_to_the_earlier_token(output: str, lowest: bool) -> None:
+    """An MLP that adds nothing shifts every token by exactly 0."""
+    model = GeneratedViT(Config(output=output, depth=3, grid=(4, 5)))
+    for parameter in model.typed_blocks()[0].mlp.parameters():
+        parameter.zero_()
+    images = model.images(2)
+    pruning = Pruning({0: 0.6}, with_skip=True, lowest=lowest)
+    wanted = model.forward_pruned(images, pruning)
+    assert wanted.margin == 0
+    got = rs_compile.optimize(model, schedule_of(pruning), backend="eager")(images)
+    oracle.assert_close(got, wanted.outputs, TOLERANCE, "ties")
 
 
 class UnusedTokens(nn.Module):

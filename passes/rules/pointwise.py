@@ -70,6 +70,8 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
                 continue
             if own is None or tokens_in(own[at]) is None:
                 aligned[n] = out
+    if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
+        raise Untransferable("an input with an entry per token has no dimension for samples to be gathered along")
     return aligned
 
 
@@ -119,9 +121,9 @@ def _still_weights(node: Node, weighted: set[Node]) -> bool:
     if op in (aten.add, aten.sub):
         return all(a in weighted for a in args[:2])
     if op is aten.masked_fill:
-        return args[2] == 0
+        return bool(args[2] == 0)
     if op is aten.where:
-        return all(a in weighted or a == 0 for a in args[1:3])
+        return all(a in weighted or bool(a == 0) for a in args[1:3])
     return op in _SAME
 
 

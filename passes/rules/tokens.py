@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def slice_(node: Node, ctx: Context) -> Transfer:
     d = wrap(argument(node, 1, "dim", 0), len(layout))
     size = int(shape_of(node)[d]) if tokens_in(layout[d]) else 0
     if tokens_in(layout[d]) is None:
-        if any(isinstance(f, Batch) for f in layout[d]) and shape_of(node)[d] != shape_of(node.args[0])[d]:
+        if any(isinstance(f, Batch) for f in layout[d]) and layout[d] != ctx.plain(shape_of(node)[d]):
             raise Untransferable("picks samples of the batch")
         return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
     over = _alone(layout[d])
@@ -120,11 +119,8 @@ def cat(node: Node, ctx: Context) -> Transfer:
     """Joins along tokens (a class token, the patches) or along channels."""
     inputs: Any = node.args[0]
     d = wrap(argument(node, 1, "dim", 0), len(shape_of(node)))
-    # legacy: cat skips empty 1-d tensors
     shapes = [ctx.sides(n) for n in inputs]
-    rest = [layout[:d] + layout[d + 1 :] for layout in shapes]
     pairs = broadcast(_Without(ctx, d), tensors(inputs), tuple(s for i, s in enumerate(shape_of(node)) if i != d))
-    del rest
     along = [layout[d] for layout in shapes]
     if any(tokens_in(dim) for dim in along):
         pieces: list[Piece] = []
@@ -203,5 +199,3 @@ def pad(node: Node, ctx: Context) -> Transfer:
             out[d] = ctx.plain(shape_of(node)[d])
     return Transfer(tuple(out))
 
-
-END = sys.maxsize

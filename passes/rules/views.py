@@ -58,21 +58,22 @@ def permuted(node: Node) -> list[int] | None:
         return None
     rank = len(shape_of(node))
     order = list(range(rank))
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    given: Any = node.args
+    name = str(node.target).split(".")[1]
     if name in ("permute", "movedim", "moveaxis"):
         dims = argument(node, 1, "dims")
         if name == "permute":
             return [wrap(d, rank) for d in dims]
-        source, to = ([a] if isinstance(a, int) else a for a in node.args[1:3])
+        source, to = ([a] if isinstance(a, int) else a for a in given[1:3])
         moved = dict(zip((wrap(d, rank) for d in to), (wrap(d, rank) for d in source), strict=True))
         rest = iter(d for d in order if d not in moved.values())
         return [moved[d] if d in moved else next(rest) for d in range(rank)]
-    a, b = (node.args[1], node.args[2]) if len(node.args) == 3 else (-2, -1)
-    if name in ("numpy_T",):
+    a, b = given[1:3] if len(given) == 3 else (-2, -1)
+    if name == "numpy_T":
         return order[::-1]
     if rank < 2:
         return order
-    a, b = wrap(a, rank), wrap(b, rank)  # type: ignore[arg-type]
+    a, b = wrap(a, rank), wrap(b, rank)
     order[a], order[b] = order[b], order[a]
     return order
 

@@ -153,6 +153,19 @@ PRODUCTS = {
         lambda x: F.scaled_dot_product_attention(x[:, :1], x, x), "none", None, prefix=1
     ),
     "attention pooling": Carries(lambda x: (x[..., :1].softmax(1) * x).sum(1), "none", None),
+    "difference of two attentions": Carries(
+        lambda x: ((x @ x.mT).softmax(-1) - 0.3 * (x @ -x.mT).softmax(-1)) @ x, STREAM, None
+    ),
+    "masked and cast weights": Carries(
+        lambda x: (
+            F.dropout((x @ x.mT).softmax(-1).double().masked_fill(x[..., :1] > 1, 0.0), 0.5, False).to(
+                x.dtype
+            )
+            @ x
+        ),
+        STREAM,
+        None,
+    ),
     "renormalised weights": Carries(
         lambda x: ((w := (x @ x.mT).softmax(-1)) / w.sum(-1, keepdim=True)) @ x, STREAM, None
     ),

@@ -1,0 +1,377 @@
+"""Residual branches and blocks, found by dataflow in blocks of every usual make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import aten, graph_of, prepared, sample
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from passes.branches import Branch, ancestors, find_blocks, find_branches
+
+WIDTH = 8
+
+
+class Attention(nn.Module):
+    def __init__(self, token_first: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.token_first = token_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.token_first else x
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, WIDTH))
+        return x.transpose(0, 1) if self.token_first else x
+
+
+class MLP(nn.Module):
+    """Two linear layers; "swiglu" has a gate, "sub-norm" a norm of the hidden channels."""
+
+    def __init__(self, kind: str = "gelu", hidden: int = 12) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up, self.gate, self.down = (
+            nn.Linear(WIDTH, hidden), nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH),
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        y = F.gelu(self.up(x))
+        if self.kind == "grn":  # an inner residual: y + y * (how large y is among its channels)
+            y = y + y * (y.norm(dim=-1, keepdim=True) + self.gate(x).tanh())
+        if self.kind == "inner":  # an inner residual of linear layers
+            y = y + self.up(self.down(y))
+        return self.down(self.norm(y) if self.kind == "sub-norm" else y)
+
+
+class Block(nn.Module):
+    def __init__(
+        self, order: str = "pre", mlp: str = "gelu", scale: bool = False, token_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.order = order
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn, self.mlp = Attention(token_first), MLP(mlp)
+        self.scale1, self.scale2 = (nn.Parameter(torch.ones(WIDTH)) if scale else 1.0 for _ in range(2))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "post":
+            x = self.norm1(x + self.attn(x))
+            return self.norm2(x + self.mlp(x))
+        if self.order == "parallel":
+            y = self.norm1(x)
+            return x + self.attn(y) + self.mlp(y)
+        if self.order == "parallel, inner sum":
+            y = self.norm1(x)
+            return x + (self.attn(y) + self.mlp(y))
+        if self.order == "mlp first":
+            x = x + self.mlp(self.norm1(x))
+            return x + self.attn(self.norm2(x))
+        if self.order == "branch on the left":
+            x = self.attn(self.norm1(x)) + x
+            return self.mlp(self.norm2(x)) + x
+        if self.order == "norm on the branch":  # Swin V2
+            x = x + self.norm1(self.attn(x))
+            return x + self.norm2(self.mlp(x))
+        x = x + self.drop(self.scale1 * self.attn(self.norm1(x)))
+        return x + self.drop(self.scale2 * self.mlp(self.norm2(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module, head: Callable[[Tensor], Tensor] = lambda x: x.mean(1)) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5  # the patch embedding
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def kinds(gm: GraphModule) -> list[str]:
+    return [b.kind for b in find_branches(gm)]
+
+
+def check_values(gm: GraphModule, branches: list[Branch], x: Tensor) -> None:
+    """By running the graph: the sum really is the stream and its terms."""
+    values: dict[str, Tensor] = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            values[n.name] = result = super().run_node(n)
+            return result
+
+    with torch.no_grad():
+        Record(gm).run(x)
+    for branch in branches:
+        others = [b.term for b in branches if b.add is branch.add]
+        total = values[branch.stream.name] + sum(values[t.name] for t in others)
+        torch.testing.assert_close(values[branch.add.name], total)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(lambda: Block(), id="pre-norm"),
+        pytest.param(lambda: Block("post"), id="post-norm"),
+        pytest.param(lambda: Block("parallel"), id="parallel"),
+        pytest.param(lambda: Block("parallel, inner sum"), id="parallel, inner sum"),
+        pytest.param(lambda: Block("branch on the left"), id="branch on the left"),
+        pytest.param(lambda: Block("norm on the branch"), id="norm on the branch"),
+        pytest.param(lambda: Block(scale=True), id="LayerScale"),
+        pytest.param(lambda: Block(mlp="swiglu"), id="SwiGLU"),
+        pytest.param(lambda: Block(mlp="sub-norm"), id="sub-LN"),
+        pytest.param(lambda: Block(mlp="grn"), id="inner residual"),
+    ],
+)
+@torch.no_grad()
+def test_two_blocks(block: Callable[[], Block]) -> None:
+    x = sample()
+    model = Stack(block(), block())
+    gm = prepared(model, x)
+    blocks, branches = find_blocks(gm), find_branches(gm)
+    assert sorted(kinds(gm)) == ["attention", "attention", "mlp", "mlp"]
+    assert [b.index for b in blocks] == [0, 1]
+    check_values(gm, branches, x)
+    attentions = [b for b in branches if b.kind == "attention"]
+    assert [b.attention for b in blocks] == attentions
+    for i, found in enumerate(blocks):
+        assert found.output is found.mlp.add and found.attention is not None
+        assert found.entry is found.attention.stream
+        op = found.attention_op()
+        assert op is not None and op.target is aten.scaled_dot_product_attention.default
+        assert found.where.startswith(f"blocks.{i}")
+    assert blocks[0].mlp.nodes.isdisjoint(blocks[1].mlp.nodes)
+
+
+@torch.no_grad()
+def test_token_first_stream() -> None:
+    """[N, B, C] throughout: the samples are dimension 1."""
+    first, second = Block(token_first=True), Block(token_first=True)
+    x = sample()
+    embed = Stack(first, second, head=lambda x: x.mean(0))
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = embed
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stack(x.transpose(0, 1))
+
+    gm = prepared(Turned(), x)
+    assert kinds(gm) == ["attention", "mlp"] * 2
+    assert [b.attention is not None for b in find_blocks(gm)] == [True, True]
+    assert find_blocks(gm)[1].where == "stack.blocks.1"
+
+
+def test_layer_scale_belongs_to_the_branch() -> None:
+    gm = prepared(Stack(Block(scale=True)))
+    (block,) = find_blocks(gm)
+    assert block.mlp.term.target is aten.mul.Tensor
+    assert block.mlp.stream.target is aten.add.Tensor
+
+
+def test_the_norm_of_a_post_norm_block_is_no_part_of_it() -> None:
+    gm = prepared(Stack(Block("post"), Block("post")))
+    blocks = find_blocks(gm)
+    assert blocks[0].mlp.stream.target is aten.layer_norm.default
+    assert blocks[0].output.target is aten.add.Tensor
+    assert blocks[1].attention is not None and blocks[1].attention.stream.target is aten.layer_norm.default
+
+
+class LongSkip(nn.Module):
+    """Adds the first block's input to the last one's output, as a U-shaped network does."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.skip = Block(), Block(), nn.Linear(WIDTH, WIDTH)
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        y = self.second(self.first(x))
+        return (x + (self.skip(y) if self.linear else y)).mean(1)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_long_skip_around_blocks_is_no_branch(linear: bool) -> None:
+    gm = prepared(LongSkip(linear))
+    assert kinds(gm) == ["attention", "mlp"] * 2
+
+
+def test_mlp_before_its_attention() -> None:
+    """The attention of a block is the one whose output the MLP reads; the first MLP here has none."""
+    blocks = find_blocks(prepared(Stack(Block("mlp first"), Block("mlp first"))))
+    assert [b.attention is None for b in blocks] == [True, False]
+    assert blocks[1].attention is not None and blocks[1].attention.add is blocks[1].mlp.stream
+
+
+class Two(nn.Module):
+    """Two attention branches, then one MLP (as with cross attention, or two windows)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mlp = Attention(), Attention(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x = x + self.a(x)
+        x = x + self.b(x)
+        return (x + self.mlp(x)).mean(1)
+
+
+def test_the_nearest_attention_belongs_to_the_block() -> None:
+    gm = prepared(Two())
+    (block,) = find_blocks(gm)
+    attentions = [b for b in find_branches(gm) if b.kind == "attention"]
+    assert len(attentions) == 2 and block.attention == attentions[1]
+
+
+class PlusPositions(nn.Module):
+    """Adds a table between attention and MLP, and normalises the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp, self.norm = Attention(), MLP(), nn.LayerNorm(WIDTH)
+        self.places = nn.Parameter(torch.randn(6, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x = self.norm(x + self.attn(x) + self.places)
+        return (x + self.mlp(x)).mean(1)
+
+
+def test_constants_between_attention_and_mlp() -> None:
+    gm = prepared(PlusPositions())
+    (block,) = find_blocks(gm)
+    assert kinds(gm) == ["attention", "mlp"]
+    assert block.attention is not None
+
+
+def test_an_inner_residual_of_linear_layers_wins_over_the_outer() -> None:
+    """Of nested branches the inner one is the finer cut; it is an MLP of the hidden channels."""
+    gm = prepared(Stack(Block(mlp="inner")))
+    mlps = [b for b in find_branches(gm) if b.kind == "mlp"]
+    assert len(mlps) == 1 and find_blocks(gm)[0].mlp == mlps[0]
+
+
+class TokenMixing(nn.Module):
+    """MLP-Mixer: a linear layer over tokens, then one over channels."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.over_tokens = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return x + self.over_tokens(x.transpose(1, 2)).transpose(1, 2)
+        if self.kind == "scan":
+            return x + self.mlp(x.cumsum(1))
+        if self.kind == "mean":
+            return x + self.mlp(x - x.mean(1, keepdim=True))
+        return x + self.mlp(x.roll(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("linear", "aten.linear.default: a linear layer over the tokens, of a fixed size"),
+        ("scan", "aten.cumsum.default: an op along a dimension that runs over the token axis"),
+        ("mean", "aten.mean.dim mixes tokens"),
+        ("shift", "aten.roll.default: changes the order of the tokens"),
+    ],
+)
+def test_a_mixer_is_no_mlp(kind: str, reason: str) -> None:
+    gm = prepared(Stack(TokenMixing(kind)))
+    (branch,) = find_branches(gm)
+    assert (branch.kind, branch.reason) == ("mixer", reason)
+    assert find_blocks(gm) == []
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, mlp: bool) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+        self.mlp = MLP() if mlp else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x)
+        if self.mlp is not None:  # ConvNeXt
+            y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + y.relu()
+
+
+def test_convolution_blocks() -> None:
+    images = torch.randn(2, WIDTH, 5, 4)
+    gm = prepared(Stack(ConvBlock(False), ConvBlock(False), head=lambda x: x.mean((2, 3))), images)
+    assert kinds(gm) == ["conv", "conv"] and find_blocks(gm) == []
+    gm = prepared(Stack(ConvBlock(True), head=lambda x: x.mean((2, 3))), images)
+    (branch,) = find_branches(gm)
+    assert branch.kind == "mixer" and "not [batch, tokens, channels]" in branch.reason
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda x: MLP.forward(MODEL, x),  # no skip
+        lambda x: x + 1,
+        lambda x: x + x,
+        lambda x: x + x.relu(),  # no linear layer
+        lambda x: x + MODEL.down(MODEL.up(x)).mean() * 0 + torch.ones(8),
+        lambda x: x - MODEL.forward(x),
+        lambda x: torch.add(x, MODEL.forward(x), alpha=2),
+        lambda x: x + F.linear(x, torch.ones(8, 8)),  # one linear layer is no MLP
+        lambda x: x.relu() + MODEL.forward(x.sigmoid()),  # not computed from what it is added to
+    ],
+)
+def test_no_residual_no_block(network: Callable[[Tensor], Tensor]) -> None:
+    gm = graph_of(network)
+    assert find_blocks(gm) == []
+
+
+MODEL = MLP().requires_grad_(False)
+
+
+def test_positions_are_no_branch() -> None:
+    gm = graph_of(lambda x, t: x + t.relu(), tables=(torch.randn(6, 8),))
+    assert find_branches(gm) == []
+
+
+def test_ancestors() -> None:
+    """Bit 0 says whether a value holds what is in the image: its size alone does not count."""
+    gm = graph_of(
+        lambda x, t: (x.relu(), t * 2, t.expand(x.shape[0], -1, -1)), tables=(torch.randn(1, 2, 8),)
+    )
+    above = ancestors(gm)
+    outputs = gm.graph.output_node().args[0]
+    assert [above[n] & 1 for n in outputs] == [1, 0, 0]  # type: ignore[union-attr, index]
+    order = {n: i + 1 for i, n in enumerate(gm.graph.nodes)}
+    relu = outputs[0]  # type: ignore[index]
+    assert above[relu] >> order[relu.args[0]] & 1 and not above[relu] >> order[relu] & 1  # type: ignore[index, union-attr]
+
+
+def test_hand_written_attention_that_cannot_be_lowered_is_attention() -> None:
+    """Heads mixed between softmax and values: no SDPA, but not an MLP either."""
+
+    def network(x: Tensor, mix: Tensor) -> Tensor:
+        q = x.reshape(-1, 6, 2, 4).transpose(1, 2)
+        weights = (q @ q.transpose(-1, -2)).softmax(-1)
+        weights = F.linear(weights.permute(0, 2, 3, 1), mix).permute(0, 3, 1, 2)
+        return x + (weights @ q).transpose(1, 2).flatten(2)
+
+    gm = graph_of(network, tables=(torch.randn(2, 2),))
+    (branch,) = find_branches(gm)
+    assert (branch.kind, branch.reason) == ("attention", "its attention is not in a form that can be lowered")

@@ -1,0 +1,177 @@
+"""Inserting a selection changes no result by itself; scores and kept tokens are what the formulas say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from graphs import B, N, aten, prepared, rows, sample
+from test_branches import Block, MLP, Stack
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from passes import score
+from passes.base import Refusal
+from passes.branches import Block as Found
+from passes.branches import find_blocks
+from passes.insert import SITE, InsertSelection, Site
+from passes.layout import Fixed, Prunable
+from passes.protected import Protected
+from passes.splice import ORIGIN
+
+NONE = Protected(0, 0)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Stack(Block(scale=True), Block()).eval()
+
+
+def inserted(
+    model: nn.Module, at: int = 0, keep: int = 4, guard: Protected = NONE, **options: Any
+) -> tuple[GraphModule, Site]:
+    gm = prepared(model, sample())
+    gm = InsertSelection(find_blocks(gm)[at], keep, guard, **options)(gm).gm
+    return gm, gm.meta[SITE]
+
+
+def values(gm: GraphModule, *nodes: Node) -> list[Tensor]:
+    """What these nodes compute for the sample input."""
+    found: dict[Node, Tensor] = {}
+
+    class Record(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            found[n] = result = super().run_node(n)
+            return result
+
+    with torch.no_grad():
+        Record(gm, garbage_collect_values=False).run(sample())
+    return [found[n] for n in nodes]
+
+
+@pytest.mark.parametrize("keep", [N, 4, 1])
+@torch.no_grad()
+def test_alone_it_leaves_the_output_bit_equal(model: nn.Module, keep: int) -> None:
+    gm, _ = inserted(model, keep=keep)
+    assert torch.equal(gm(sample())[0], model(sample()))
+
+
+def test_the_selection_is_live_and_the_rest_reads_what_was_put_back(model: nn.Module) -> None:
+    gm, site = inserted(model)
+    origins = {n.meta[ORIGIN] for n in gm.graph.nodes if ORIGIN in n.meta}
+    assert origins == {"score", "select", "gather", "restore"}
+    outputs = gm.graph.output_node().all_input_nodes
+    above: set[Node] = set()
+    todo = list(outputs)
+    while todo:
+        node = todo.pop()
+        if node not in above:
+            above.add(node)
+            todo += node.all_input_nodes
+    assert {site.full, site.short, site.index, site.stream} <= above
+    # nothing but the selection reads the stream any more
+    assert all(ORIGIN in user.meta for user in site.stream.users)
+
+
+@torch.no_grad()
+def test_site(model: nn.Module) -> None:
+    guard = Protected(1, 1)
+    gm, site = inserted(model, keep=4, guard=guard)
+    stream, short, full, index = values(gm, site.stream, site.short, site.full, site.index)
+    assert index.shape == (B, 4) and (index[:, 0] == 0).all() and (index[:, -1] == N - 1).all()
+    assert torch.equal(short, rows(stream, index)) and torch.equal(full, stream)
+    assert site.left == 2 and site.tokens.pieces == (Fixed(1), Prunable(4), Fixed(1))
+    assert site.axis is None and site.compact == {}
+
+
+def between(found: Found, operation: str, with_skip: bool) -> tuple[Node, Node]:
+    if operation == "block":
+        return found.output, found.entry
+    branch = found.mlp if operation == "mlp" else found.attention
+    assert branch is not None
+    return (branch.add if with_skip else branch.term), branch.stream
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize(
+    ("operation", "metric", "with_skip"),
+    [("mlp", "l2", False), ("mlp", "l1", True), ("attention", "cosine", False), ("block", "l2", False)],
+)
+@torch.no_grad()
+def test_the_tokens_that_stay(
+    model: nn.Module, operation: Any, metric: Any, with_skip: bool, lowest: bool
+) -> None:
+    gm, site = inserted(model, at=1, operation=operation, metric=metric, with_skip=with_skip, lowest=lowest)
+    found = find_blocks(prepared(model, sample()))[1]  # the same names in a graph without selections
+    nodes = {n.name: n for n in gm.graph.nodes}
+    after, before, index = values(
+        gm, *(nodes[n.name] for n in between(found, operation, with_skip)), site.index
+    )
+    wanted = score.shift(after, before, metric).topk(4, largest=not lowest).indices.sort().values
+    assert torch.equal(index, wanted)
+
+
+@pytest.mark.parametrize("importance", ["class-attention", "mean-attention"])
+@torch.no_grad()
+def test_attention_scores(model: nn.Module, importance: Any) -> None:
+    guard = Protected(1, 0) if importance == "class-attention" else NONE
+    gm, site = inserted(model, guard=guard, importance=importance)
+    op = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)[0]
+    query, key, index = values(gm, op.args[0], op.args[1], site.index)
+    by = score.class_attention if guard.prefix else score.mean_attention
+    scores = by(query, key)
+    if guard.prefix:
+        scores[:, 0] = torch.inf
+    assert torch.equal(index, scores.topk(4).indices.sort().values)
+
+
+@torch.no_grad()
+def test_random_scores_differ_by_run_and_sample(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    gm, site = inserted(model, importance="random")
+    runs = {str(values(gm, site.index)[0].tolist()) for _ in range(4)}
+    assert len(runs) > 1
+    (index,) = values(gm, site.index)
+    assert (index.diff(dim=1) > 0).all()
+
+
+@torch.no_grad()
+def test_a_token_in_the_middle_stays_by_its_original_position(model: nn.Module) -> None:
+    """After an earlier selection a protected token stands elsewhere, in every sample at its own place."""
+    gm = prepared(model, sample())
+    blocks = find_blocks(gm)
+    guard = Protected(0, 0, (3,))
+    gm = InsertSelection(blocks[0], 4, guard)(gm).gm
+    first = gm.meta.pop(SITE)
+    (kept,) = values(gm, first.index)
+    assert (kept == 3).any(1).all() and first.tokens.pieces == (Prunable(N),)
+    places = (kept == 3).int().argmax(1)
+    assert len(set(places.tolist())) > 1 or places[0] < 3
+
+
+def test_what_cannot_be_scored() -> None:
+    torch.manual_seed(0)
+
+    class OnlyMLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(x)
+
+    model = Stack(OnlyMLP())
+    with pytest.raises(Refusal) as refusal:
+        inserted(model, operation="attention")
+    assert refusal.value.reason == "block 0 has no attention branch to score by"
+    assert refusal.value.way_out == 'use Schedule(operation="mlp")'
+    with pytest.raises(Refusal) as refusal:
+        inserted(model, importance="mean-attention")
+    assert refusal.value.reason == "block 0 has no single attention op to take a map from"
+    assert refusal.value.way_out == 'use Schedule(importance="shift"), which needs no attention map'
+    with pytest.raises(Refusal) as refusal:
+        inserted(Stack(Block()), importance="class-attention")
+    assert refusal.value.reason == "class attention needs a class token in front"
+    assert refusal.value.way_out == 'use Schedule(importance="mean-attention") or "shift"'
