@@ -147,15 +147,11 @@ class Row:
 COMPILED = "torch.compile(model)"
 KEEP_ALL = Schedule({0: 1.0, 3: 1.0, 6: 1.0})
 ROWS = {
-    "deit-s-batch16": Row(
-        "DeiT-S, 20% after blocks 0, 3, 6, batch 16", COMPILED, deit_row(16, DEIT_SCHEDULE, 21)
-    ),
+    "deit-s-batch16": Row("DeiT-S, 20% after blocks 0, 3, 6, batch 16", COMPILED, deit_row(16, DEIT_SCHEDULE, 21)),
     "deit-s-batch1": Row("the same, batch 1", COMPILED, deit_row(1, DEIT_SCHEDULE, 41)),
     "deit-s-batch64": Row("the same, batch 64", COMPILED, deit_row(64, DEIT_SCHEDULE, 11)),
     "deit-s-keep-all": Row("DeiT-S, keep_ratio = 1, batch 16", COMPILED, deit_row(16, KEEP_ALL, 21)),
-    "clip-compiled": Row(
-        "ViT-B, 2352 tokens, 20% after blocks 0-2", f"{COMPILED}, SDPA", clip_against_compiled
-    ),
+    "clip-compiled": Row("ViT-B, 2352 tokens, 20% after blocks 0-2", f"{COMPILED}, SDPA", clip_against_compiled),
     "clip-eager": Row("the same", "eager, hand-written attention", clip_against_eager),
     "capture": Row("capture and all passes, DeiT-S, seconds", "-", capture_seconds),
 }
@@ -167,9 +163,7 @@ def table(rows: dict[str, Measured]) -> str:
     for name in (n for n in ROWS if n in rows):
         row, got = ROWS[name], rows[name]
         if "seconds" in got:
-            lines.append(
-                [name, row.what, "", "", f"{got['seconds']['median']:.2f} s", spread(got["seconds"]), ""]
-            )
+            lines.append([name, row.what, "", "", f"{got['seconds']['median']:.2f} s", spread(got["seconds"]), ""])
             continue
         ratio = got["speed_up"]
         lines.append(
@@ -184,9 +178,7 @@ def table(rows: dict[str, Measured]) -> str:
             ]
         )
     heads = ["row", "what", "baseline", "baseline ms", "rs_compile ms", "speed-up", "MAC ratio"]
-    return tabulate(
-        lines, heads, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 2 + ("left", "right")
-    )
+    return tabulate(lines, heads, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 2 + ("left", "right"))
 
 
 def spread(value: dict[str, float]) -> str:
@@ -212,9 +204,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def saved(path: Path | None, settings: dict[str, Any]) -> dict[str, Measured]:
@@ -231,9 +221,7 @@ def saved(path: Path | None, settings: dict[str, Any]) -> dict[str, Measured]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the speed table; every row can run alone.")
     parser.add_argument("--quick", action="store_true", help="small models, 3 rounds: does every row run?")
-    parser.add_argument(
-        "--only", action="append", choices=ROWS, metavar="NAME", help=f"one of {', '.join(ROWS)}"
-    )
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="NAME", help=f"one of {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="saved after each row; rows in it are kept")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--rounds", type=int, help="instead of each row's own number")

@@ -89,17 +89,14 @@ def module_path(node: Node) -> str:
 
 def find_branches(gm: GraphModule) -> list[Branch]:
     """All residual branches in topological order; of nested ones the inner."""
-    order = {node: i + 1 for i, node in enumerate(gm.graph.nodes)}
+    order = positions(gm)
     above = ancestors(gm)
     found: list[Branch] = []
     for node in gm.graph.nodes:
         if not _is_sum(node):
             continue
         terms = _terms(node)
-        stream = next(
-            (t for t in terms if len(terms) > 1 and all(above[u] >> order[t] & 1 for u in _computed(terms, t, above))
-             and _computed(terms, t, above)), None,
-        )
+        stream = stream_of(node, order, above)
         if stream is None:
             continue
         inner = _inner_sums(node)
@@ -128,6 +125,23 @@ def find_blocks(gm: GraphModule) -> list[Block]:
             free.remove(attention)
         blocks.append(Block(len(blocks), mlp, attention))
     return blocks
+
+
+def positions(gm: GraphModule) -> dict[Node, int]:
+    """The bit of each node in the sets of `ancestors`."""
+    return {node: i + 1 for i, node in enumerate(gm.graph.nodes)}
+
+
+def stream_of(node: Node, order: dict[Node, int], above: dict[Node, int]) -> Node | None:
+    """The term of a sum that the other terms are computed from, if the node is such a residual sum."""
+    if not _is_sum(node):
+        return None
+    terms = _terms(node)
+    for term in terms:
+        others = _computed(terms, term, above)
+        if others and all(above[u] >> order[term] & 1 for u in others):
+            return term
+    return None
 
 
 def _is_sum(node: Node) -> bool:

@@ -85,7 +85,7 @@ class InsertSelection(Pass):
         layout, batch = stream_layout(stream, self.protected.prefix, self.protected.suffix)
         tokens = next(t for dim in layout if (t := tokens_in(dim)) is not None)
         graph = gm.graph
-        users = [u for u in stream.users]
+        users = list(stream.users)
         with graph.inserting_before(stream.next):
             scores = self._score(graph, layout)
             index = self._select(graph, scores, tokens)

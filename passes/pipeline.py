@@ -120,7 +120,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
     spans = {b.index: _nodes(b) for b in blocks}
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
-    guarded = {p.block: protected_tokens(gm, blocks[p.block], branches, p.protected) for p in prunes}
+    guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in prunes}
     streams: dict[Node, Node] = {b.add: b.add for b in branches}
     now: dict[Node, Node] = {}
     earlier: dict[Node, list[Node]] = {}
@@ -172,7 +172,7 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
             nearest.add if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; windowed, hierarchical and CNN models cannot be pruned",
+            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models cannot be pruned",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -183,12 +183,12 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
 
 
 def protected_tokens(
-    gm: GraphModule, block: Block, branches: Sequence[Branch], given: tuple[int, ...] | None
+    gm: GraphModule, block: Block, given: tuple[int, ...] | None
 ) -> Protected:
     """The tokens that must stay: those found, and those given."""
     layout, _ = stream_layout(block.output)
     dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
-    found = find_protected(gm, block.output, dim, {b.add: b.stream for b in branches})
+    found = find_protected(gm, block.output, dim)
     if not given:
         return found
     length = _tokens(block.output) or 0
@@ -203,7 +203,7 @@ def protected_tokens(
 def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple[bool, str]:
     """Whether tokens could leave after this block, or the reason why not. Changes nothing."""
     try:
-        guard = protected_tokens(gm, block, branches, None)
+        guard = protected_tokens(gm, block, None)
         layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
         tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
         if tokens is None or not tokens.prunable:
@@ -239,8 +239,8 @@ def _count(p: Prune, block: Block, guard: Protected) -> int | None:
     keep = p.kept(length)
     if keep < guard.count:
         raise CompileError(
-            f"after block {p.block} {keep} of {length} tokens would be left, fewer than the {guard.count} protected ones; "
-            "keep a larger share"
+            f"after block {p.block} {keep} of {length} tokens would be left, "
+            f"fewer than the {guard.count} protected ones; keep a larger share"
         )
     return None if keep == length and not p.force else keep
 

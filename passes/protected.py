@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.branches import ancestors
+from passes.branches import ancestors, positions, stream_of
 from passes.rules.pointwise import tensors
 from passes.rules.registry import argument, shape_of, wrap
 from passes.rules.views import permuted
@@ -42,15 +42,15 @@ class Protected:
         return cls(prefix, suffix, tuple(i for i in range(prefix, len(stay) - suffix) if stay[i]))
 
 
-def find_protected(gm: GraphModule, stream: Node, dim: int, sums: Mapping[Node, Node]) -> Protected:
+def find_protected(gm: GraphModule, stream: Node, dim: int) -> Protected:
     """The protected tokens of a residual stream.
 
     Args:
         stream: a value of it.
         dim: its token dimension.
-        sums: for each residual sum the stream that it adds to.
     """
-    above = ancestors(gm)
+    order, above = positions(gm), ancestors(gm)
+    sums = {node: s for node in gm.graph.nodes if (s := stream_of(node, order, above)) is not None}
     return Protected.of([not image for image in _from_image(stream, dim, sums, above)])
 
 

@@ -8,15 +8,15 @@ if getattr(_passes, "PROJECT", None) != "rs_compile":
         "remove or rename it, or put rs_compile's site-packages before it on sys.path"
     )
 
-from passes.base import CompileError, Refusal  # noqa: E402
-from passes.capture import CaptureError  # noqa: E402
-from passes.cost import register_cost  # noqa: E402
-from passes.restore import TokenOutput  # noqa: E402
-from passes.rules import register_token_rule  # noqa: E402
-from rs_compile.errors import ScheduleError  # noqa: E402
-from rs_compile.optimize import InputError, OptimizedModel, explain, optimize  # noqa: E402
-from rs_compile.report import Explanation, Report  # noqa: E402
-from rs_compile.schedule import Schedule  # noqa: E402
+from passes.base import CompileError, Refusal
+from passes.capture import CaptureError
+from passes.cost import register_cost
+from passes.restore import TokenOutput
+from passes.rules import register_token_rule
+from rs_compile.errors import ScheduleError
+from rs_compile.optimize import InputError, OptimizedModel, explain, optimize
+from rs_compile.report import Explanation, Report
+from rs_compile.schedule import Schedule
 
 __all__ = [
     "CaptureError",

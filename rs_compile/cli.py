@@ -143,9 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     sub.add_argument("--model", required=True, help="timm's name for it")
     weights = sub.add_mutually_exclusive_group(required=True)
-    weights.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="local .safetensors, .pth or .pt weights"
-    )
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local .safetensors, .pth or .pt weights")
     weights.add_argument("--pretrained", action="store_true", help="weights from timm's hub, or its cache")
     _add_model_options(sub)
     _add_schedule(sub)
@@ -155,9 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--img-size", type=_positive, help="side of the images in pixels, the model's own if not given"
-    )
+    sub.add_argument("--img-size", type=_positive, help="side of the images in pixels, the model's own if not given")
     sub.add_argument(
         "--num-classes", type=_count, help="of the classifier, 0 for features; the model's own if not given"
     )
@@ -181,9 +177,7 @@ def _add_backend(sub: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_json(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--json", metavar="FILE", help="write the result as JSON too; - for stdout instead of the table"
-    )
+    sub.add_argument("--json", metavar="FILE", help="write the result as JSON too; - for stdout instead of the table")
 
 
 def _model(args: argparse.Namespace) -> nn.Module:
@@ -206,9 +200,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"--device {name} is no device; write cpu, cuda or cuda:0") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; write cpu"
-        )
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; write cpu")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: write cpu, cuda or cuda:0")
     return device
@@ -234,9 +226,7 @@ def _check_json(target: str | None) -> None:
         return
     path = Path(str(target))
     if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(
-            f"--json {target}: no file can be written there; give one in a directory that exists"
-        )
+        raise UsageError(f"--json {target}: no file can be written there; give one in a directory that exists")
 
 
 def _give(text: str, as_json: Callable[[], str], target: str | None) -> None:

@@ -91,9 +91,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         faults.append(f"of another shape: {_named(shapes)}")
     if faults:
         advice = _advice(model, {*missing, *left, *unlike})
-        raise ModelError(
-            f"{path} does not fit {type(model).__name__}; " + "; ".join(faults) + f"\n  way out: {advice}"
-        )
+        raise ModelError(f"{path} does not fit {type(model).__name__}; " + "; ".join(faults) + f"\n  way out: {advice}")
     model.load_state_dict(weights, strict=True)
 
 
@@ -164,25 +162,20 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, AttributeError, ModuleNotFoundError) as error:
-        if "nsupported" not in str(error) and "trusted" not in str(error):
-            raise ModelError(_unreadable(path, error)) from error
+    except Exception as error:  # on a file of another kind the unpickler raises whatever its bytes lead to
+        # torch's words for a class or function that is no tensor's
+        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or "allowlisted" in str(error)):
+            raise ModelError(
+                f"{path} holds more than weights, and loading it could run code that it carries; not loaded\n"
+                "  way out: where you trust it, load it and save the weights alone, "
+                "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            ) from error
+        told = isinstance(error, OSError | RuntimeError | safetensors.SafetensorError)
+        reason = _first_line(error) if told else "it is no file of torch.save's"
         raise ModelError(
-            f"{path} holds more than weights, and loading it could run code that it carries; not loaded\n"
-            "  way out: where you trust it, load it and save the weights alone, "
-            "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            f"{path} cannot be read as weights: {reason}\n"
+            "  way out: pass a complete .safetensors file, or a state dict that torch.save wrote"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise ModelError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    # the unpickler's KeyError holds a byte, and says nothing to a reader
-    reason = "it is no pickle" if isinstance(error, KeyError) else _first_line(error)
-    return (
-        f"{path} cannot be read as weights: {reason}\n"
-        "  way out: pass a complete .safetensors file, or a state dict that torch.save wrote"
-    )
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:

@@ -73,9 +73,7 @@ class Predictions:
             for rank, (dense, pruned) in enumerate(zip(p.dense, p.pruned, strict=True)):
                 rows.append([p.image if rank == 0 else "", *_shown(dense), *_shown(pruned)])
         heads = ["image", "dense", "%", "pruned", "%"]
-        table = tabulate(
-            rows, heads, disable_numparse=True, colalign=("left", "left", "right", "left", "right")
-        )
+        table = tabulate(rows, heads, disable_numparse=True, colalign=("left", "left", "right", "left", "right"))
         return f"{table}\n{self.agreement()}\n{macs}"
 
     def agreement(self) -> str:
@@ -104,9 +102,7 @@ def predict(model: nn.Module, optimized: OptimizedModel, names: Sequence[str], i
     """
     pairs = [(model(chunk), optimized(chunk)) for chunk in images.split(_BATCH)]
     if not all(isinstance(out, Tensor) and out.dim() == 2 for out in pairs[0]):
-        raise ModelError(
-            "the model's output is not one row an image; pass a model with a classifier or pooling"
-        )
+        raise ModelError("the model's output is not one row an image; pass a model with a classifier or pooling")
     dense, pruned = (torch.cat([pair[i] for pair in pairs]).float() for i in (0, 1))
     cosine = torch.nn.functional.cosine_similarity(dense, pruned).tolist()
     classes = int(getattr(model, "num_classes", dense.shape[1]))

@@ -157,9 +157,7 @@ class Comparison:
             "batch": self.batch,
             "seconds": {name: list(values) for name, values in self.timing.seconds.items()},
             "median_seconds": {name: self.timing.of(name).median for name in self.timing.seconds},
-            "speed_up": {
-                name: self.timing.ratio(self.baseline, name).to_dict() for name in self.timing.seconds
-            },
+            "speed_up": {name: self.timing.ratio(self.baseline, name).to_dict() for name in self.timing.seconds},
             "macs_ratio": report.macs_dense / report.macs if report.macs else None,
         }
 

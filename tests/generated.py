@@ -358,5 +358,4 @@ class GeneratedViT(nn.Module):
                 score = oracle.score_of(pruning, start, attention, middle, mlp, end)
                 stream.prune(score, pruning.keep[i], self.config.prefix, pruning.lowest)
         x = stream.restored() if self.config.output == "tokens" else stream.tokens
-        output = self.read_out(self.norm(after(x)))
-        return oracle.Result({"output": output}, stream.margin, stream.tokens.shape[1])
+        return oracle.result(stream, output=self.read_out(self.norm(after(x))))

@@ -137,15 +137,15 @@ def run_blocks(
 
 @dataclass
 class Result:
-    """What the pruned model should return, by name, and how clear the selection was."""
+    """What the pruned model should return, by name, which tokens [B, K] it kept, and how clearly."""
 
     outputs: dict[str, Tensor]
+    kept: Tensor
     margin: float
-    tokens: int
 
 
-def _result(stream: Stream, **outputs: Tensor) -> Result:
-    return Result(outputs, stream.margin, stream.tokens.shape[1])
+def result(stream: Stream, **outputs: Tensor) -> Result:
+    return Result(outputs, stream.index, stream.margin)
 
 
 def timm_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
@@ -160,7 +160,7 @@ def timm_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
     )
     all_tokens = model.global_pool == "" and model.attn_pool is None
     end = stream.restored() if all_tokens else stream.tokens
-    return _result(stream, output=model.forward_head(model.norm(end)))
+    return result(stream, output=model.forward_head(model.norm(end)))
 
 
 def hf_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
@@ -172,7 +172,7 @@ def hf_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
         lambda layer, x: layer.mlp(layer.layernorm_after(x)),
         pruning,
     )
-    return _result(
+    return result(
         stream,
         last_hidden_state=model.layernorm(stream.restored()),
         pooler_output=model.pooler(model.layernorm(stream.tokens)),
@@ -192,7 +192,7 @@ def _dinov2_stream(model: Any, images: Tensor, pruning: Pruning) -> Stream:
 def hf_dinov2(model: Any, images: Tensor, pruning: Pruning) -> Result:
     """transformers' Dinov2Model."""
     stream = _dinov2_stream(model, images, pruning)
-    return _result(
+    return result(
         stream,
         last_hidden_state=model.layernorm(stream.restored()),
         pooler_output=model.layernorm(stream.tokens)[:, 0],
@@ -203,7 +203,7 @@ def hf_dinov2_classifier(model: Any, images: Tensor, pruning: Pruning) -> Result
     """transformers' Dinov2ForImageClassification: class token and the mean of the patches that are left."""
     stream = _dinov2_stream(model.dinov2, images, pruning)
     tokens = model.dinov2.layernorm(stream.tokens)
-    return _result(stream, logits=model.classifier(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)))
+    return result(stream, logits=model.classifier(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)))
 
 
 def hf_clip(model: Any, images: Tensor, pruning: Pruning) -> Result:
@@ -215,7 +215,7 @@ def hf_clip(model: Any, images: Tensor, pruning: Pruning) -> Result:
         lambda layer, x: layer.mlp(layer.layer_norm2(x)),
         pruning,
     )
-    return _result(
+    return result(
         stream,
         last_hidden_state=stream.restored(),
         pooler_output=model.post_layernorm(stream.tokens[:, 0]),
@@ -236,13 +236,13 @@ def hf_videomae(model: Any, videos: Tensor, pruning: Pruning) -> Result:
     """transformers' VideoMAEModel, with its final norm or, for mean pooling heads, without."""
     stream = _videomae_stream(model, videos, pruning)
     end = stream.restored()
-    return _result(stream, last_hidden_state=end if model.layernorm is None else model.layernorm(end))
+    return result(stream, last_hidden_state=end if model.layernorm is None else model.layernorm(end))
 
 
 def hf_videomae_classifier(model: Any, videos: Tensor, pruning: Pruning) -> Result:
     """transformers' VideoMAEForVideoClassification with mean pooling: the mean reads the short sequence."""
     stream = _videomae_stream(model.videomae, videos, pruning)
-    return _result(stream, logits=model.classifier(model.fc_norm(stream.tokens.mean(1))))
+    return result(stream, logits=model.classifier(model.fc_norm(stream.tokens.mean(1))))
 
 
 def torchvision_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
@@ -261,7 +261,7 @@ def torchvision_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
         lambda block, x: block.mlp(block.ln_2(x)),
         pruning,
     )
-    return _result(stream, output=model.heads(model.encoder.ln(stream.tokens)[:, 0]))
+    return result(stream, output=model.heads(model.encoder.ln(stream.tokens)[:, 0]))
 
 
 @torch.no_grad()

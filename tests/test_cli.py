@@ -90,9 +90,7 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert len(content["seconds"][timing.PRUNED]) == 2
     assert set(content["speed_up"][timing.PRUNED]) == {"median", "quartile_low", "quartile_high"}
     kept = 17 - removed(17, 0.8)
-    assert [row["tokens_out"] for row in content["report"]["blocks"]] == [kept] * 3 + [
-        kept - removed(kept, 0.5)
-    ] * 3
+    assert [row["tokens_out"] for row in content["report"]["blocks"]] == [kept] * 3 + [kept - removed(kept, 0.5)] * 3
 
 
 def test_bench_in_bfloat16_with_a_schedule_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +117,7 @@ def test_run_shows_both_side_by_side(capsys: pytest.CaptureFixture[str], checkpo
     assert lines[0].split() == ["image", "dense", "%", "pruned", "%"]
     assert lines[2].startswith(image) and lines[7].startswith(image)
     # nothing is pruned, so that all must agree
-    assert lines[12] == (
-        "agreement: the same first class on 2 of 2 images, 10 of the 10 classes listed in both"
-    )
+    assert lines[12] == ("agreement: the same first class on 2 of 2 images, 10 of the 10 classes listed in both")
     assert lines[13].startswith("GMACs an image: ")
     assert main([*command, "--schedule", "0:0.5", "--json", "-"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -135,9 +131,7 @@ def test_run_shows_both_side_by_side(capsys: pytest.CaptureFixture[str], checkpo
     assert first["dense"][0]["index"] == best and first["dense"][0]["name"] == class_names(1000)[best]
 
 
-def test_run_of_a_model_without_classes(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, image: str
-) -> None:
+def test_run_of_a_model_without_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path, image: str) -> None:
     path = tmp_path / "f.pth"
     torch.save(build("test_vit", img_size=64, num_classes=0).state_dict(), path)
     command = ["run", image, "--model", "test_vit", "--img-size", "64", "--num-classes", "0"]
@@ -165,18 +159,12 @@ def test_errors_of_names_and_schedules(capsys: pytest.CaptureFixture[str]) -> No
     assert "'0' is not block:ratio; write pairs like" in error(capsys, *BENCH, "--schedule", "0")
     assert "the schedule is no JSON" in error(capsys, *BENCH, "--schedule", "{0")
     assert "names block 6, but the model has 6 blocks" in error(capsys, *BENCH, "--schedule", "6:0.5")
-    assert "no residual MLP branch" in error(
-        capsys, "bench", "test_resnet", "--img-size", "64", "--schedule", "0:0.5"
-    )
+    assert "no residual MLP branch" in error(capsys, "bench", "test_resnet", "--img-size", "64", "--schedule", "0:0.5")
 
 
-def test_errors_of_files(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: str, image: str
-) -> None:
+def test_errors_of_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: str, image: str) -> None:
     def run(photo: str, file: str, *more: str) -> str:
-        return error(
-            capsys, "run", photo, "--model", "test_vit", "--img-size", "64", "--checkpoint", file, *more
-        )
+        return error(capsys, "run", photo, "--model", "test_vit", "--img-size", "64", "--checkpoint", file, *more)
 
     assert "there is no checkpoint file" in run(image, str(tmp_path / "none.pt"))
     assert "cannot be read as weights" in run(image, image)
@@ -189,18 +177,14 @@ def test_errors_of_files(
 
 
 def test_errors_of_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "--device tpu9 is no device; write cpu, cuda or cuda:0" in error(
-        capsys, *BENCH, "--device", "tpu9"
-    )
+    assert "--device tpu9 is no device; write cpu, cuda or cuda:0" in error(capsys, *BENCH, "--device", "tpu9")
     assert "--device meta: write cpu" in error(capsys, *BENCH, "--device", "meta")
     assert "this machine has" in error(capsys, *BENCH, "--device", "cuda:99")
     nowhere = str(tmp_path / "no" / "b.json")
     assert f"--json {nowhere}: no file can be written there" in error(capsys, *BENCH, "--json", nowhere)
     assert "is not an integer of at least 1" in usage_error(capsys, *BENCH, "--rounds", "0")
     assert "invalid choice: 'int8'" in usage_error(capsys, *BENCH, "--dtype", "int8")
-    assert "--checkpoint --pretrained is required" in usage_error(
-        capsys, "run", "a.png", "--model", "test_vit"
-    )
+    assert "--checkpoint --pretrained is required" in usage_error(capsys, "run", "a.png", "--model", "test_vit")
     assert "COMMAND" in usage_error(capsys)
 
 
@@ -208,16 +192,14 @@ def test_a_backend_that_fails_is_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
-        raise torch._inductor.exc.InvalidCxxCompiler
+        raise torch._inductor.exc.InductorError(torch._inductor.exc.InvalidCxxCompiler(), None)
 
     monkeypatch.setattr(timing, "compare", fail)
     text = error(capsys, *BENCH, "--schedule", "0:0.5")
-    assert "torch.compile's backend failed: " in text and "or pass --backend eager" in text
+    assert "torch.compile's backend failed: InvalidCxxCompiler" in text and "or pass --backend eager" in text
 
 
-def test_an_interrupt_is_no_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -227,9 +209,8 @@ def test_an_interrupt_is_no_traceback(
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    state, target = torch.get_rng_state(), tmp_path / "d.json"
+    target = tmp_path / "d.json"
     assert main(["demo", "--quick", "--backend", "eager", "--json", str(target)]) == 0
-    assert torch.equal(torch.get_rng_state(), state)
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[1].split("  ")[0] == "keep after blocks" and lines[3].split()[:3] == [
@@ -260,9 +241,7 @@ def test_the_verdict_counts_wins_and_no_ties() -> None:
     assert "one image is 0.25 points and the standard error of the dense accuracy 1.0" in text
 
 
-def test_demo_without_scikit_learn(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_without_scikit_learn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert "pip install 'rs-compile[demo]'" in error(capsys, "demo")
 

@@ -119,8 +119,7 @@ def test_scores_choose_different_tokens() -> None:
     """The oracles of the test above are not all the same."""
     images = ZOO["dinov2_reg4"].images(2, seed=2)
     outputs = [
-        oracle.timm_vit(model_of("dinov2_reg4"), images, Pruning({0: 0.6}, *score, protected=5))
-        for score in SCORES
+        oracle.timm_vit(model_of("dinov2_reg4"), images, Pruning({0: 0.6}, *score, protected=5)) for score in SCORES
     ]
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
@@ -144,8 +143,7 @@ def test_protected_tokens_by_hand() -> None:
     images = ZOO["deit_tiny"].images(2)
     got = rs_compile.optimize(model_of("deit_tiny"), schedule, backend="eager")(images)
     ten, one = (
-        oracle.timm_vit(model_of("deit_tiny"), images, Pruning({0: 0.5, 1: 0.8}, protected=count))
-        for count in (10, 1)
+        oracle.timm_vit(model_of("deit_tiny"), images, Pruning({0: 0.5, 1: 0.8}, protected=count)) for count in (10, 1)
     )
     oracle.assert_close(got, ten.outputs, TOLERANCE, "ten protected tokens")
     gap = oracle.max_difference(ten.outputs["output"], one.outputs["output"])

@@ -106,9 +106,7 @@ def test_autocast_outside_is_a_signature_of_its_own() -> None:
 @pytest.mark.parametrize("with_skip", [False, True])
 @pytest.mark.parametrize("operation", get_args(oracle.Operation))
 @pytest.mark.parametrize("parallel", ["left", "inner"])
-def test_parallel_branches_are_told_apart(
-    parallel: str, operation: oracle.Operation, with_skip: bool
-) -> None:
+def test_parallel_branches_are_told_apart(parallel: str, operation: oracle.Operation, with_skip: bool) -> None:
     """The sum of three terms is no branch's x + F(x)."""
     config = Config(parallel=parallel, output="patch-mean", grid=(4, 4))
     check(config, Pruning({0: 0.6}, operation, with_skip=with_skip))
@@ -128,6 +126,21 @@ def test_ties_go_to_the_earlier_token(output: str, lowest: bool) -> None:
     assert wanted.margin == 0
     got = rs_compile.optimize(model, schedule_of(pruning), backend="eager")(images)
     oracle.assert_close(got, wanted.outputs, TOLERANCE, "ties")
+
+
+@pytest.mark.parametrize("config", [Config(prefix=2), Config(rope=True, mask="buffer", norm="post")])
+@torch.no_grad()
+def test_kept_tokens_stay_in_order(config: Config) -> None:
+    """Full-length outputs cannot show the order of the tokens within, so ask for the short ones."""
+    model = GeneratedViT(Config(**{**vars(config), "output": "tokens", "depth": 3, "grid": (4, 4)}))
+    images = model.images(3)
+    pruning = Pruning({0: 0.7, 1: 0.7})
+    wanted = model.forward_pruned(images, pruning)
+    compiled = rs_compile.optimize(model, {0: 0.7, 1: 0.7}, backend="eager", token_outputs="compact")
+    tokens, kept = compiled(images)
+    assert kept.tolist() == wanted.kept.tolist()
+    where = wanted.kept.unsqueeze(-1).expand(-1, -1, config.width)
+    oracle.assert_close(tokens, wanted.outputs["output"].gather(1, where), TOLERANCE, "short tokens")
 
 
 class UnusedTokens(nn.Module):

@@ -82,9 +82,7 @@ ZOO: dict[str, Entry] = {
     "dinov2_reg4": _timm("vit_small_patch14_reg4_dinov2", 98, 5, depth=2),
     "siglip": _timm("vit_base_patch16_siglip_224", 96, 0, depth=2),
     "vit_average": _timm("vit_tiny_patch16_224", 96, 1, global_pool="avg"),
-    "vit_average_no_class": _timm(
-        "vit_tiny_patch16_224", 96, 0, global_pool="avg", class_token=False, num_classes=0
-    ),
+    "vit_average_no_class": _timm("vit_tiny_patch16_224", 96, 0, global_pool="avg", class_token=False, num_classes=0),
     "vit_all_tokens": _timm("vit_tiny_patch16_224", 96, 1, global_pool="", num_classes=0),
     "hf_vit": _hf("ViTModel", "ViTConfig", oracle.hf_vit),
     "hf_vit_eager": _hf("ViTModel", "ViTConfig", oracle.hf_vit, attention="eager"),
@@ -98,9 +96,7 @@ ZOO: dict[str, Entry] = {
     ),
     "hf_clip": _hf("CLIPVisionModel", "CLIPVisionConfig", oracle.hf_clip),
     "hf_clip_eager": _hf("CLIPVisionModel", "CLIPVisionConfig", oracle.hf_clip, attention="eager"),
-    "hf_videomae": _hf(
-        "VideoMAEModel", "VideoMAEConfig", oracle.hf_videomae, use_mean_pooling=False, **_VIDEO
-    ),
+    "hf_videomae": _hf("VideoMAEModel", "VideoMAEConfig", oracle.hf_videomae, use_mean_pooling=False, **_VIDEO),
     "hf_videomae_classifier": _hf(
         "VideoMAEForVideoClassification",
         "VideoMAEConfig",

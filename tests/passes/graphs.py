@@ -5,9 +5,7 @@ x is [B, N, C] with B = 3 samples, N = 6 tokens, C = 8 channels, unless a test s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +21,6 @@ from passes.retarget import RetargetTokens
 from passes.select import keep_highest, protected_mask
 from passes.splice import splice
 from passes.token_axis import TokenAxis, analyse, stream_layout
-
-# pytest imports these files by their own name; the shared oracle stands one folder up
-sys.path.append(str(Path(__file__).parent.parent))
 
 B, N, C = 3, 6, 8
 aten = torch.ops.aten
@@ -52,9 +47,7 @@ def table(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def graph_of(
-    f: Callable[..., Any] | nn.Module, *inputs: Tensor, tables: tuple[Tensor, ...] = ()
-) -> GraphModule:
+def graph_of(f: Callable[..., Any] | nn.Module, *inputs: Tensor, tables: tuple[Tensor, ...] = ()) -> GraphModule:
     """The captured graph of a module or a function; of x [3, 6, 8] where no input is given."""
     model = f if isinstance(f, nn.Module) else Applies(f, *tables)
     gm = capture(model.eval(), inputs or (sample(),), {})
@@ -94,6 +87,11 @@ def layout_text(axis: TokenAxis, node: Node) -> str:
     text = show(axis.layouts[node])
     weights = any(t.weights for dim in axis.layouts[node] if (t := tokens_in(dim)))
     return text + (" weights" if weights else "")
+
+
+def refusals(axis: TokenAxis) -> list[str]:
+    """Why ops need every token, the batch symbol written as B; outputs of the model do not count."""
+    return [r.replace(str(axis.batch.size), "B") for n, r in axis.dense.items() if n.op != "output"]
 
 
 def importance(x: Tensor) -> Tensor:
@@ -144,8 +142,5 @@ def on_short_input(
 
 def rows(value: Tensor, index: Tensor, samples: int = 0, tokens: int = 1) -> Tensor:
     """Each sample's kept tokens, one sample at a time: what a gather has to equal."""
-    parts = [
-        value.select(samples, i).index_select(tokens - (tokens > samples), index[i])
-        for i in range(len(index))
-    ]
+    parts = [value.select(samples, i).index_select(tokens - (tokens > samples), index[i]) for i in range(len(index))]
     return torch.stack(parts, samples)

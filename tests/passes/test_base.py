@@ -101,19 +101,19 @@ def test_writes_and_random_numbers() -> None:
 
 def test_requires_is_checked_on_the_input() -> None:
     gm = graph_of(lambda x: x + 1)
-    with pytest.raises(CompileError, match="^before pass NeedsMul: no mul is left$"):
+    with pytest.raises(CompileError, match=r"^before pass NeedsMul: no mul is left$"):
         NeedsMul()(gm)
     NeedsMul()(graph_of(lambda x: x * 2))
 
 
 def test_ensures_is_checked_on_the_result() -> None:
-    with pytest.raises(CompileError, match="^after pass PromisesMul: no mul is left$"):
+    with pytest.raises(CompileError, match=r"^after pass PromisesMul: no mul is left$"):
         PromisesMul()(graph_of(lambda x: x * 2))
     assert doubles(NewGraph()(graph_of(lambda x: x + 1)).gm) == 1  # the input has none, the result has
 
 
 def test_a_malformed_graph_is_laid_at_the_passs_door() -> None:
-    with pytest.raises(CompileError, match="^pass Misorders left a malformed graph: ") as error:
+    with pytest.raises(CompileError, match=r"^pass Misorders left a malformed graph: ") as error:
         Misorders()(graph_of(lambda x: (x * 2).relu()))
     assert "used before it has been defined" in str(error.value)
 

@@ -53,9 +53,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(
-        self, order: str = "pre", mlp: str = "gelu", scale: bool = False, token_first: bool = False
-    ) -> None:
+    def __init__(self, order: str = "pre", mlp: str = "gelu", scale: bool = False, token_first: bool = False) -> None:
         super().__init__()
         self.order = order
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
@@ -323,6 +321,9 @@ def test_convolution_blocks() -> None:
     assert branch.kind == "mixer" and "not [batch, tokens, channels]" in branch.reason
 
 
+MODEL = MLP().requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     "network",
     [
@@ -342,9 +343,6 @@ def test_no_residual_no_block(network: Callable[[Tensor], Tensor]) -> None:
     assert find_blocks(gm) == []
 
 
-MODEL = MLP().requires_grad_(False)
-
-
 def test_positions_are_no_branch() -> None:
     gm = graph_of(lambda x, t: x + t.relu(), tables=(torch.randn(6, 8),))
     assert find_branches(gm) == []
@@ -352,9 +350,7 @@ def test_positions_are_no_branch() -> None:
 
 def test_ancestors() -> None:
     """Bit 0 says whether a value holds what is in the image: its size alone does not count."""
-    gm = graph_of(
-        lambda x, t: (x.relu(), t * 2, t.expand(x.shape[0], -1, -1)), tables=(torch.randn(1, 2, 8),)
-    )
+    gm = graph_of(lambda x, t: (x.relu(), t * 2, t.expand(x.shape[0], -1, -1)), tables=(torch.randn(1, 2, 8),))
     above = ancestors(gm)
     outputs = gm.graph.output_node().args[0]
     assert [above[n] & 1 for n in outputs] == [1, 0, 0]  # type: ignore[union-attr, index]

@@ -170,9 +170,7 @@ def test_data_dependent_control_flow_names_the_models_line() -> None:
     with pytest.raises(CaptureError) as error:
         capture(Decides(), (sample(),), {})
     first, where, way_out = str(error.value).splitlines()
-    assert first.startswith(
-        "torch.export cannot capture Decides: Could not guard on data-dependent expression"
-    )
+    assert first.startswith("torch.export cannot capture Decides: Could not guard on data-dependent expression")
     code = Decides.forward.__code__
     assert where == f"  in the model: {code.co_filename}, line {code.co_firstlineno + 2}, in forward"
     assert way_out == (

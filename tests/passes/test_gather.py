@@ -43,8 +43,7 @@ def naive_take(full: Tensor, target: Layout, gathered: set[int], kept: Tensor) -
     at = next(i for i, (_, f) in enumerate(factors) if isinstance(f, Batch))
     length = {SEQUENCE: kept.shape[1], PATCHES: kept.shape[1] - 1}
     sizes = [
-        length[f] if isinstance(f, Tokens) and d in gathered else full.shape[i]
-        for i, (d, f) in enumerate(factors)
+        length[f] if isinstance(f, Tokens) and d in gathered else full.shape[i] for i, (d, f) in enumerate(factors)
     ]
     out = torch.empty(sizes, dtype=full.dtype)
     for place in itertools.product(*map(range, sizes)):
@@ -103,9 +102,7 @@ def test_take(target: Layout, batch: int) -> None:
         ((5,), "two sequences", (3,)),
     ],
 )
-def test_take_from_a_table_without_samples(
-    shape: tuple[int, ...], target: str, gathered: tuple[int, ...]
-) -> None:
+def test_take_from_a_table_without_samples(shape: tuple[int, ...], target: str, gathered: tuple[int, ...]) -> None:
     """A side input that all samples share has its own kept entries for each sample afterwards."""
     layout = TARGETS[target]
     x = numbers(*shape)
@@ -155,9 +152,7 @@ def test_take_against_loops(case: tuple[Layout, tuple[bool, ...]], data: st.Data
     taken = take(grouped(x, layout), layout, sorted(gathered), indices)
     # a dimension in which samples are folded with others comes back with all of them
     room = [s for dim, yes in zip(layout, there, strict=True) for s in _room(dim, yes, 3, 3)]
-    assert torch.equal(
-        taken.expand(grouped(wanted.expand(room), layout).shape), grouped(wanted.expand(room), layout)
-    )
+    assert torch.equal(taken.expand(grouped(wanted.expand(room), layout).shape), grouped(wanted.expand(room), layout))
 
 
 def _room(dim: tuple[Factor, ...], there: bool, batch: int, kept: int) -> list[int]:

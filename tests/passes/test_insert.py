@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from graphs import B, N, aten, prepared, rows, sample
-from test_branches import Block, MLP, Stack
+from test_branches import MLP, Block, Stack
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -29,10 +30,20 @@ def model() -> nn.Module:
     return Stack(Block(scale=True), Block()).eval()
 
 
+GRAPHS: dict[nn.Module, GraphModule] = {}
+
+
+def graph(model: nn.Module) -> GraphModule:
+    """A copy of the model's graph, captured once."""
+    if model not in GRAPHS:
+        GRAPHS[model] = prepared(model, sample())
+    return copy.deepcopy(GRAPHS[model])
+
+
 def inserted(
     model: nn.Module, at: int = 0, keep: int = 4, guard: Protected = NONE, **options: Any
 ) -> tuple[GraphModule, Site]:
-    gm = prepared(model, sample())
+    gm = graph(model)
     gm = InsertSelection(find_blocks(gm)[at], keep, guard, **options)(gm).gm
     return gm, gm.meta[SITE]
 
@@ -100,15 +111,11 @@ def between(found: Found, operation: str, with_skip: bool) -> tuple[Node, Node]:
     [("mlp", "l2", False), ("mlp", "l1", True), ("attention", "cosine", False), ("block", "l2", False)],
 )
 @torch.no_grad()
-def test_the_tokens_that_stay(
-    model: nn.Module, operation: Any, metric: Any, with_skip: bool, lowest: bool
-) -> None:
+def test_the_tokens_that_stay(model: nn.Module, operation: Any, metric: Any, with_skip: bool, lowest: bool) -> None:
     gm, site = inserted(model, at=1, operation=operation, metric=metric, with_skip=with_skip, lowest=lowest)
-    found = find_blocks(prepared(model, sample()))[1]  # the same names in a graph without selections
+    found = find_blocks(graph(model))[1]  # the same names in a graph without selections
     nodes = {n.name: n for n in gm.graph.nodes}
-    after, before, index = values(
-        gm, *(nodes[n.name] for n in between(found, operation, with_skip)), site.index
-    )
+    after, before, index = values(gm, *(nodes[n.name] for n in between(found, operation, with_skip)), site.index)
     wanted = score.shift(after, before, metric).topk(4, largest=not lowest).indices.sort().values
     assert torch.equal(index, wanted)
 
@@ -140,7 +147,7 @@ def test_random_scores_differ_by_run_and_sample(model: nn.Module) -> None:
 @torch.no_grad()
 def test_a_token_in_the_middle_stays_by_its_original_position(model: nn.Module) -> None:
     """After an earlier selection a protected token stands elsewhere, in every sample at its own place."""
-    gm = prepared(model, sample())
+    gm = graph(model)
     blocks = find_blocks(gm)
     guard = Protected(0, 0, (3,))
     gm = InsertSelection(blocks[0], 4, guard)(gm).gm

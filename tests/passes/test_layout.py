@@ -94,9 +94,7 @@ def test_cut(start: int, stop: int, pieces: tuple[Fixed | Prunable, ...] | None)
 def test_merged() -> None:
     assert merged((free(1), free(2), free(3), BATCH, free(1))) == (free(6), BATCH)
     assert merged((free(1),)) == ()
-    assert merged((free(2), Tokens((Fixed(3),)), free(2))) == (
-        free(12),
-    )  # nothing can leave: a plain dimension
+    assert merged((free(2), Tokens((Fixed(3),)), free(2))) == (free(12),)  # nothing can leave: a plain dimension
     assert merged((Tokens((Fixed(1),)),)) == ()
     assert merged((free(2), SEQUENCE, free(3))) == (free(2), SEQUENCE, free(3))
 

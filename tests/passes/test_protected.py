@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import aten, graph_of, only, prepared, sample, table
+from graphs import aten, graph_of, leaves, only, prepared, sample, table
 from test_branches import Block
 from torch import Tensor, nn
 
-from passes.branches import find_blocks, find_branches
+from passes.branches import find_blocks
 from passes.protected import Protected, find_protected
 
 CLASS, TWO = table(1, 1, 8), table(1, 2, 8, seed=2)
@@ -20,9 +20,7 @@ CLASS, TWO = table(1, 1, 8), table(1, 2, 8, seed=2)
 def put(x: Tensor, *front: Tensor, back: tuple[Tensor, ...] = ()) -> Tensor:
     """The sequence with learned tokens at both ends."""
     size = x.shape[0]
-    return torch.cat(
-        [*(t.expand(size, -1, -1) for t in front), x, *(t.expand(size, -1, -1) for t in back)], 1
-    )
+    return torch.cat([*(t.expand(size, -1, -1) for t in front), x, *(t.expand(size, -1, -1) for t in back)], 1)
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Protected]] = {
@@ -32,18 +30,26 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Protected]] = 
     "suffix": (lambda x, d: put(x, back=(d,)), (TWO,), Protected(0, 2)),
     "both": (lambda x, c, d: put(x, c, back=(d,)), (CLASS, TWO), Protected(1, 2)),
     "in the middle": (
-        lambda x, c: torch.cat([x[:, :3], c.expand(x.shape[0], -1, -1), x[:, 3:]], 1), (CLASS,), Protected(0, 0, (3,)),
+        lambda x, c: torch.cat([x[:, :3], c.expand(x.shape[0], -1, -1), x[:, 3:]], 1),
+        (CLASS,),
+        Protected(0, 0, (3,)),
     ),
     "front and middle": (
-        lambda x, c: torch.cat([put(x[:, :3], c), put(x[:, 3:], c)], 1), (CLASS,), Protected(1, 0, (4,)),
+        lambda x, c: torch.cat([put(x[:, :3], c), put(x[:, 3:], c)], 1),
+        (CLASS,),
+        Protected(1, 0, (4,)),
     ),
     "positions added": (lambda x, c, t: put(x, c) + t, (CLASS, table(1, 7, 8)), Protected(1, 0)),
     "positions [N, C]": (lambda x, c, t: put(x, c) + t, (CLASS, table(7, 8)), Protected(1, 0)),
     "positions by slices": (
-        lambda x, c, t: put(x + t[:, 1:], c + t[:, :1]), (CLASS, table(1, 7, 8)), Protected(1, 0),
+        lambda x, c, t: put(x + t[:, 1:], c + t[:, :1]),
+        (CLASS, table(1, 7, 8)),
+        Protected(1, 0),
     ),
     "norm and dropout": (
-        lambda x, c: F.dropout(F.layer_norm(put(x, c), [8]), 0.1, False).contiguous(), (CLASS,), Protected(1, 0),
+        lambda x, c: F.dropout(F.layer_norm(put(x, c), [8]), 0.1, False).contiguous(),
+        (CLASS,),
+        Protected(1, 0),
     ),
     "cast": (lambda x, c: put(x, c).double(), (CLASS,), Protected(1, 0)),
     "scaled": (lambda x, c: put(x, c) * c.sum() * 2, (CLASS,), Protected(1, 0)),
@@ -54,20 +60,22 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Protected]] = 
     "channels joined": (lambda x, c: torch.cat([put(x, c), put(x, c)], -1)[..., :8], (CLASS,), Protected(0, 0)),
     "a mean of the image in front": (lambda x: torch.cat([x.mean(1, keepdim=True), x], 1), (), Protected(0, 0)),
     "class token with something of the image": (
-        lambda x, c: put(x, c) + x.mean((1, 2))[:, None, None], (CLASS,), Protected(0, 0),
+        lambda x, c: put(x, c) + x.mean((1, 2))[:, None, None],
+        (CLASS,),
+        Protected(0, 0),
     ),
     "zeros in front": (lambda x: torch.cat([x.new_zeros(x.shape[0], 1, 8), x], 1), (), Protected(1, 0)),
     "only learned tokens": (lambda x, t: t.expand(x.shape[0], -1, -1) * 2, (TWO,), Protected(2, 0)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("network", "tables", "wanted"), CASES.values(), ids=CASES)
 def test_protected(network: Callable[..., Tensor], tables: tuple[Tensor, ...], wanted: Protected) -> None:
     gm = graph_of(network, tables=tables)
-    (stream,) = gm.graph.output_node().args[0]  # type: ignore[misc, union-attr]
-    shape = stream.meta["val"].shape  # type: ignore[union-attr]
+    (stream,) = leaves(gm)
+    shape = stream.meta["val"].shape
     dim = next(d for d in range(2) if isinstance(shape[d], int))
-    assert find_protected(gm, stream, dim, {}) == wanted  # type: ignore[arg-type]
+    assert find_protected(gm, stream, dim) == wanted
 
 
 def test_counts() -> None:
@@ -95,6 +103,5 @@ def test_through_the_blocks_up_to_where_a_token_joins() -> None:
     """Attention spreads the image to every token: what counts is what the stream was before the sums."""
     gm = prepared(LateClass(), sample())
     blocks = find_blocks(gm)
-    sums = {b.add: b.stream for b in find_branches(gm)}
-    assert [find_protected(gm, b.output, 1, sums) for b in blocks] == [Protected(0, 0), Protected(1, 0)]
-    assert find_protected(gm, only(gm, aten.cat.default), 1, sums) == Protected(1, 0)
+    assert [find_protected(gm, b.output, 1) for b in blocks] == [Protected(0, 0), Protected(1, 0)]
+    assert find_protected(gm, only(gm, aten.cat.default), 1) == Protected(1, 0)

@@ -1,4 +1,4 @@
-"""Behind a selection every op runs on the short sequence, with sizes from layouts and side inputs gathered."""
+"""Behind a selection every op runs on the short sequence: sizes come from layouts, side inputs are gathered."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def test_the_batch_size_is_read_off_the_stream() -> None:
 
 def mistaken(node: Node, ctx: Any) -> Transfer:
     """Says that a reshape with a literal keeps working on a short sequence."""
-    return Transfer(
-        ctx.layout(node.args[0]), target=aten.reshape.default, args=(node.args[0], [-1, 6, C]), kwargs={}
-    )
+    return Transfer(ctx.layout(node.args[0]), target=aten.reshape.default, args=(node.args[0], [-1, 6, C]), kwargs={})
 
 
 @pytest.mark.parametrize(
@@ -116,9 +114,7 @@ def mistaken(node: Node, ctx: Any) -> Transfer:
     [
         (mistaken, "gives (2*B, 6, 8) on the short sequence, not [B, 4, 8]"),
         (
-            lambda node, ctx: Transfer(
-                ctx.layout(node.args[0]), target=aten.select.int, args=(node.args[0], 1, 5)
-            ),
+            lambda node, ctx: Transfer(ctx.layout(node.args[0]), target=aten.select.int, args=(node.args[0], 1, 5)),
             "does not run on the short sequence: ",
         ),
     ],

@@ -6,7 +6,7 @@ dense result with tokens taken out of it afterwards, and the function itself on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from graphs import (
     C,
     N,
-    aten,
     axis_from_input,
     graph_of,
     layout_text,
@@ -27,11 +26,6 @@ from graphs import (
     table,
 )
 from torch import Tensor
-
-from passes.base import Refusal
-from passes.layout import Dim, Layout
-from passes.rules import Context, Transfer, register_token_rule, registry
-from passes.token_axis import TokenAxis
 
 KEEP = 4
 WEIGHT = table(C, C)
@@ -88,9 +82,7 @@ POINTWISE = {
     "channel vector": Carries(lambda x, t: x * t, STREAM, tables=(table(C),)),
     "position table [N, C]": Carries(lambda x, t: x + t, STREAM, short=False, tables=(table(N, C),)),
     "position table [1, N, 1]": Carries(lambda x, t: x + t, STREAM, short=False, tables=(table(1, N, 1),)),
-    "table [C, N]": Carries(
-        lambda x, t: x.transpose(1, 2) * t, "[batch, 8, tokens(6)]", (0, 2), False, (table(C, N),)
-    ),
+    "table [C, N]": Carries(lambda x, t: x.transpose(1, 2) * t, "[batch, 8, tokens(6)]", (0, 2), False, (table(C, N),)),
     "class token to all": Carries(lambda x: x + x[:, :1], STREAM, prefix=1),
     "outer sum": Carries(lambda x: x[:, :, None] + x[:, None], "[batch, tokens(6), tokens(6), 8]", None),
 }
@@ -114,9 +106,7 @@ PRODUCTS = {
         tables=(WEIGHT,),
     ),
     "logits": Carries(lambda x: x @ x.transpose(1, 2), "[batch, tokens(6), tokens(6)]", None),
-    "attention weights": Carries(
-        lambda x: (x @ x.mT).softmax(-1), "[batch, tokens(6), tokens(6)] weights", None
-    ),
+    "attention weights": Carries(lambda x: (x @ x.mT).softmax(-1), "[batch, tokens(6), tokens(6)] weights", None),
     "attention by hand": Carries(by_hand, STREAM, None),
     "attention, weights first": Carries(
         lambda x: torch.einsum("bij,bjc->bic", torch.einsum("bic,bjc->bij", x, x).softmax(2), x), STREAM, None
@@ -133,9 +123,7 @@ PRODUCTS = {
     "attention with a mask": Carries(
         lambda x, t: F.scaled_dot_product_attention(x, x, x, t), STREAM, None, False, (table(N, N),)
     ),
-    "causal attention": Carries(
-        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), STREAM, None
-    ),
+    "causal attention": Carries(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), STREAM, None),
     "queries from a table": Carries(
         lambda x, t: F.scaled_dot_product_attention(t.expand(x.shape[0], -1, -1), x, x),
         "none",
@@ -143,25 +131,18 @@ PRODUCTS = {
         tables=(table(2, C),),
     ),
     "keys from a table": Carries(
-        lambda x, t: F.scaled_dot_product_attention(
-            x, t.expand(x.shape[0], -1, -1), t.expand(x.shape[0], -1, -1)
-        ),
+        lambda x, t: F.scaled_dot_product_attention(x, t.expand(x.shape[0], -1, -1), t.expand(x.shape[0], -1, -1)),
         STREAM,
         tables=(table(5, C),),
     ),
-    "class queries": Carries(
-        lambda x: F.scaled_dot_product_attention(x[:, :1], x, x), "none", None, prefix=1
-    ),
+    "class queries": Carries(lambda x: F.scaled_dot_product_attention(x[:, :1], x, x), "none", None, prefix=1),
     "attention pooling": Carries(lambda x: (x[..., :1].softmax(1) * x).sum(1), "none", None),
     "difference of two attentions": Carries(
         lambda x: ((x @ x.mT).softmax(-1) - 0.3 * (x @ -x.mT).softmax(-1)) @ x, STREAM, None
     ),
     "masked and cast weights": Carries(
         lambda x: (
-            F.dropout((x @ x.mT).softmax(-1).double().masked_fill(x[..., :1] > 1, 0.0), 0.5, False).to(
-                x.dtype
-            )
-            @ x
+            F.dropout((x @ x.mT).softmax(-1).double().masked_fill(x[..., :1] > 1, 0.0), 0.5, False).to(x.dtype) @ x
         ),
         STREAM,
         None,
@@ -246,9 +227,7 @@ TOKENS = {
         (table(N, C),),
     ),
     "index of channels": Carries(lambda x: x[..., [0, 2, 2]], "[batch, tokens(6), 3]"),
-    "index_select": Carries(
-        lambda x, t: x.index_select(2, t), "[batch, tokens(6), 2]", tables=(torch.tensor([1, 0]),)
-    ),
+    "index_select": Carries(lambda x, t: x.index_select(2, t), "[batch, tokens(6), 2]", tables=(torch.tensor([1, 0]),)),
     "pad of channels": Carries(lambda x: F.pad(x, (1, 2)), "[batch, tokens(6), 11]"),
 }
 VIEWS = {
@@ -313,256 +292,9 @@ def test_tables_of_pairs_lose_rows_and_columns(name: str, wanted: Op) -> None:
         torch.testing.assert_close(value[b], wanted(x[b][index[b]], *case.tables, index[b]))
 
 
-NORMALISED = "sums over tokens with weights that no softmax over tokens has normalised"
-COUNTS = "a reduction over tokens that depends on how many there are"
-NO_RULE = "no rule says what this op does to a shorter sequence of tokens"
-PICKS = "picks from tokens that are folded with another dimension"
-REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
-    "pointwise: other sequences": (
-        lambda x: x[:, 1:] + x[:, :-1],
-        "takes tokens 0 to 5 of 6, some of which may be pruned",
-        1,
-    ),
-    "pointwise: two sequences": (
-        lambda x: torch.cat([x[:, :1], x], 1)[:, :6] + x,
-        "takes tokens 0 to 6 of 7, some of which may be pruned",
-        1,
-    ),
-    "pointwise: sequences of other pieces": (
-        lambda x: (
-            torch.cat([x, torch.ones(x.shape[0], 1, 8)], 1) + torch.cat([torch.ones(x.shape[0], 1, 8), x], 1)
-        ),
-        "two different sequences of tokens meet",
-        0,
-    ),
-    "pointwise: foldings": (
-        lambda x: x.reshape(-1, 6, 2, 4).transpose(1, 2).flatten(1, 2) + x.reshape(-1, 6, 2, 4).flatten(1, 2),
-        "tokens are folded with different dimensions",
-        0,
-    ),
-    "linear over tokens": (
-        lambda x: F.linear(x.transpose(1, 2), torch.ones(6, 6)),
-        "a linear layer over the tokens, of a fixed size",
-        0,
-    ),
-    "linear over tokens and channels": (
-        lambda x: F.linear(x.flatten(1), torch.ones(2, 48)),
-        "a linear layer over the tokens, of a fixed size",
-        0,
-    ),
-    "weight from tokens": (
-        lambda x: F.linear(torch.ones(2, 8), x.flatten(0, 1)),
-        "only a side input of it carries tokens",
-        0,
-    ),
-    "matmul over tokens": (lambda x: torch.ones(6, 6) @ x, NORMALISED, 0),
-    "covariance": (lambda x: x.transpose(1, 2) @ x, NORMALISED, 0),
-    "linear attention": (lambda x: x.softmax(-1) @ (x.relu().mT @ x), NORMALISED, 0),
-    "einsum over tokens": (lambda x: torch.einsum("bnc,bnd->bcd", x, x), NORMALISED, 0),
-    "einsum with ellipsis": (
-        lambda x: torch.einsum("...c,c->...", x, torch.ones(8)),
-        "an einsum with an ellipsis or without an arrow",
-        0,
-    ),
-    "matmul with a vector": (lambda x: x @ torch.ones(8), "a product with a vector", 0),
-    "conv1d of three": (
-        lambda x: F.conv1d(x.mT, torch.ones(8, 8, 3), padding=1),
-        "a convolution over the sequence of tokens",
-        0,
-    ),
-    "keys and values apart": (
-        lambda x: F.scaled_dot_product_attention(x, x, torch.ones(x.shape[0], 6, 8)),
-        "keys and values belong to different sequences",
-        0,
-    ),
-    "causal across": (
-        lambda x: F.scaled_dot_product_attention(x, x[:, 1:], x[:, 1:], is_causal=True),
-        "causal attention between different sequences",
-        1,
-    ),
-    "attention over channels": (
-        lambda x: F.scaled_dot_product_attention(x.mT, x.mT, x.mT),
-        "the channels of attention runs over the token axis",
-        0,
-    ),
-    "layer_norm over tokens": (lambda x: F.layer_norm(x, [6, 8]), "a norm runs over the token axis", 0),
-    "batch_norm in training": (
-        lambda x: F.batch_norm(x.mT, None, None, training=True),
-        "batch norm in training mode, whose statistics run over tokens",
-        0,
-    ),
-    "batch_norm over tokens": (
-        lambda x: F.batch_norm(x, torch.ones(6), torch.ones(6)),
-        "batch norm runs over the token axis",
-        0,
-    ),
-    "group_norm": (lambda x: F.group_norm(x.mT, 2), NO_RULE, 0),
-    "sum": (lambda x: x.sum(1), COUNTS, 0),
-    "standard deviation": (lambda x: x.std(1), COUNTS, 0),
-    "norm over tokens": (lambda x: torch.linalg.vector_norm(x, dim=1), COUNTS, 0),
-    "position of the maximum": (lambda x: x.argmax(1), COUNTS, 0),
-    "mean of the batch": (lambda x: x.mean(0), "a reduction runs over the samples of the batch", 0),
-    "mean folded": (lambda x: x.flatten(1).mean(1), COUNTS, 0),
-    "softmax folded": (
-        lambda x: x.flatten(1).softmax(1),
-        "a softmax over tokens that are folded with another dimension",
-        0,
-    ),
-    "softmax over samples": (lambda x: x.softmax(0), "a softmax runs over the samples of the batch", 0),
-    "cumsum over tokens": (lambda x: x.cumsum(1), "an op along a dimension that runs over the token axis", 0),
-    "topk": (lambda x: x.topk(2, 1).values, NO_RULE, 0),
-    "sort": (lambda x: x.sort(1).values, NO_RULE, 0),
-    "pool to two": (lambda x: F.adaptive_avg_pool1d(x.mT, 2), "pools tokens into more than one", 0),
-    "weights and something else": (lambda x: (x[..., :1].softmax(1) + x).sum(1), COUNTS, 0),
-    "weights and one": (lambda x: (x[..., :1].softmax(1) + 1).sum(1), COUNTS, 0),
-    "squared weights": (lambda x: (x[..., :1].softmax(1) ** 2).sum(1), COUNTS, 0),
-    "no weights below a limit": (lambda x: ((x @ x.mT).softmax(-1) > 0.1).to(x.dtype) @ x, NORMALISED, 0),
-    "slice in the middle": (lambda x: x[:, 1:3], "takes tokens 1 to 3 of 6, some of which may be pruned", 1),
-    "slice of a prefix too long": (
-        lambda x: x[:, :2],
-        "takes tokens 0 to 2 of 6, some of which may be pruned",
-        1,
-    ),
-    "every other": (lambda x: x[:, ::2], "takes every other token", 0),
-    "slice folded": (lambda x: x.flatten(1)[:, 8:], PICKS, 0),
-    "samples": (lambda x: x[1:], "picks samples of the batch", 0),
-    "select": (lambda x: x[:, 1], "reads token 1 of 6, which may be pruned", 1),
-    "last token": (lambda x: x[:, -1], "reads token 5 of 6, which may be pruned", 1),
-    "one sample": (lambda x: x[0], "selects an entry, which runs over the samples of the batch", 0),
-    "single weights": (lambda x: (x @ x.mT).softmax(-1)[..., 0], "picks single attention weights", 1),
-    "split": (lambda x: x.split(2, 1)[0], "splits the tokens at 2 of 6, between tokens that may go", 1),
-    "unbind": (lambda x: x.unbind(1)[0], "takes the sequence apart token by token", 0),
-    "index of tokens": (lambda x: x[:, [0, 2]], "indexes a dimension that runs over the token axis", 0),
-    "two indices": (lambda x: x[:, [0, 1], [0, 1]], "indexes with several or computed index tensors", 0),
-    "pad of tokens": (lambda x: F.pad(x, (0, 0, 1, 0)), "pads a dimension that runs over the token axis", 0),
-    "flip": (lambda x: x.flip(1), "changes the order of the tokens", 0),
-    "roll": (lambda x: x.roll(1, 1), "changes the order of the tokens", 0),
-    "roll of all": (lambda x: x.roll(1), "changes the order of the tokens", 0),
-    "repeat": (lambda x: x.repeat(1, 2, 1), "repeats the sequence of tokens", 0),
-    "grid": (
-        lambda x: x.mT.reshape(-1, 8, 2, 3),
-        "reshapes [batch, 8, tokens(6)] to [B, 8, 2, 3], which splits the token axis",
-        0,
-    ),
-    "windows": (
-        lambda x: x.reshape(-1, 2, 3, 8),
-        "reshapes [batch, tokens(6), 8] to [B, 2, 3, 8], which splits the token axis",
-        0,
-    ),
-    "conv2d": (
-        lambda x: F.conv2d(x[:, None], torch.ones(1, 1, 1, 1)),
-        "a convolution, which needs the tokens on their full grid",
-        0,
-    ),
-}
-
-
-def reasons(axis: TokenAxis, batch: str) -> list[str]:
-    """Why tokens are needed at full length, the batch symbol written as B."""
-    return [r.replace(batch, "B") for n, r in axis.dense.items() if n.op != "output"]
-
-
-@pytest.mark.parametrize(("op", "reason", "prefix"), REFUSES.values(), ids=REFUSES)
-def test_refuses(op: Op, reason: str, prefix: int) -> None:
-    gm = graph_of(op)
-    try:
-        axis = axis_from_input(gm, prefix)
-    except Refusal as refusal:  # it met the axis again
-        assert refusal.reason == f"{reason}, and later layers depend on it"
-        return
-    assert reasons(axis, str(axis.batch.size)) == [reason]
-    assert not [n for n in leaves(gm) if n in axis.layouts]
-
-
-def test_reading_the_number_of_tokens() -> None:
-    """A literal in every captured graph; a rule asked for it all the same says no."""
-    gm = graph_of(lambda x: x * 2)
-    axis = axis_from_input(gm)
-    (leaf,) = leaves(gm)
-    context = Context(axis.layouts, axis.batch)
-    with gm.graph.inserting_after(leaf):
-        tokens, samples = (gm.graph.call_function(aten.sym_size.int, (leaf, d)) for d in (1, 0))
-    rule = registry.rule_for(aten.sym_size.int)
-    assert rule is not None and rule(samples, context).out is None
-    with pytest.raises(registry.Untransferable, match="^reads the number of tokens as a value$"):
-        rule(tokens, context)
-
-
 def test_random_numbers_are_drawn_for_the_short_sequence() -> None:
     x = sample()
     gm = graph_of(lambda x: x + torch.rand_like(x))
     (value,), index = on_short_input(gm, x, keep=KEEP)
     noise = value - rows(x, index)
-    assert value.shape == (3, KEEP, C) and 0 <= noise.min() and noise.max() <= 1
-
-
-@pytest.fixture(scope="module")
-def custom() -> Iterator[Any]:
-    """An op that torch knows nothing about: the running sum over tokens."""
-    with torch.library._scoped_library("rs_rules", "DEF") as library:
-        library.define("scan(Tensor x) -> Tensor")
-        library.impl("scan", lambda x: x.cumsum(1), "CompositeExplicitAutograd")
-        library.impl("scan", lambda x: torch.empty_like(x), "Meta")
-        yield torch.ops.rs_rules.scan
-
-
-def keep_layout(node: Any, ctx: Context) -> Transfer:
-    layout = ctx.layout(node.args[0])
-    assert layout is not None
-    return Transfer(layout, mixes=True)
-
-
-def other_layout(node: Any, ctx: Context) -> Transfer:
-    swapped: Layout = tuple(reversed(keep_layout(node, ctx).out))  # type: ignore[arg-type]
-    return Transfer(swapped)
-
-
-def broken(node: Any, ctx: Context) -> Transfer:
-    return Transfer(node.kwargs["absent"])
-
-
-@pytest.mark.parametrize(
-    ("rule", "reason"),
-    [
-        (None, NO_RULE),
-        (keep_layout, None),
-        (other_layout, "the layout [8, tokens(6), batch] does not explain the shape (B, 6, 8)"),
-        (broken, "its rule does not know this form of rs_rules.scan.default ('absent')"),
-    ],
-)
-def test_custom_op(
-    custom: Any, rule: registry.Rule | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
-    if rule is not None:
-        register_token_rule(custom.default, rule)
-    x = sample()
-    gm = graph_of(lambda x: custom(x))
-    axis = axis_from_input(gm)
-    assert reasons(axis, str(axis.batch.size)) == ([] if reason is None else [reason])
-    if reason is None:
-        (value,), index = on_short_input(gm, x, keep=KEEP)
-        torch.testing.assert_close(value, rows(x, index).cumsum(1))
-
-
-def test_a_rule_may_stand_for_all_overloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
-    register_token_rule(aten.sort, lambda node, ctx: Transfer(None))
-    assert registry.rule_for(aten.sort.default) is registry.rule_for(aten.sort.stable)
-    with pytest.raises(
-        TypeError, match=r"^expected an op such as torch\.ops\.mine\.scan\.default, got 'sort'$"
-    ):
-        register_token_rule("sort", keep_layout)
-
-
-def test_inplace_pointwise_has_no_rule() -> None:
-    assert registry.rule_for(aten.relu.default) is not None
-    assert registry.rule_for(aten.relu_.default) is None
-
-
-def test_plain_dimensions() -> None:
-    axis = axis_from_input(graph_of(lambda x: x * 2))
-    context = Context(axis.layouts, axis.batch)
-    samples: Dim = (axis.batch,)
-    assert context.plain(axis.batch.size) == samples and len(context.plain(6)) == 1 and context.plain(1) == ()
-    assert context.layout("no node") is None
+    assert value.shape == (3, KEEP, C) and noise.min() >= 0 and noise.max() <= 1

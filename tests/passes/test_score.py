@@ -94,15 +94,9 @@ def test_attention_scores(mask: Tensor | None, scale: float | None) -> None:
     maps = torch.tensor(naive_map(q, k, mask, scale or 0.5))
     torch.testing.assert_close(score.attention_map(q, k, mask, scale), maps, rtol=1e-5, atol=1e-6)
     by_class = [[sum(maps[b, h, 0, j] for h in range(3)) / 3 for j in range(5)] for b in range(2)]
-    torch.testing.assert_close(
-        score.class_attention(q, k, mask, scale), torch.tensor(by_class), rtol=1e-5, atol=1e-6
-    )
-    received = [
-        [sum(maps[b, h, i, j] for h in range(3) for i in range(5)) / 15 for j in range(5)] for b in range(2)
-    ]
-    torch.testing.assert_close(
-        score.mean_attention(q, k, mask, scale), torch.tensor(received), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(score.class_attention(q, k, mask, scale), torch.tensor(by_class), rtol=1e-5, atol=1e-6)
+    received = [[sum(maps[b, h, i, j] for h in range(3) for i in range(5)) / 15 for j in range(5)] for b in range(2)]
+    torch.testing.assert_close(score.mean_attention(q, k, mask, scale), torch.tensor(received), rtol=1e-5, atol=1e-6)
 
 
 def test_random_score() -> None:

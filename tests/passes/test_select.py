@@ -78,18 +78,14 @@ SCORES = st.one_of(
 
 @given(data=st.data(), count=st.integers(1, 9), batch=st.integers(1, 3), lowest=st.booleans())
 def test_against_a_plain_sort(data: st.DataObject, count: int, batch: int, lowest: bool) -> None:
-    score = data.draw(
-        st.lists(st.lists(SCORES, min_size=count, max_size=count), min_size=batch, max_size=batch)
-    )
+    score = data.draw(st.lists(st.lists(SCORES, min_size=count, max_size=count), min_size=batch, max_size=batch))
     # the largest float is what an infinite score counts as
     score = [[s if abs(s) < 3e38 or not math.isfinite(s) else 0.0 for s in row] for row in score]
     protected = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     keep = data.draw(st.integers(sum(protected), count))
     kept = keep_highest(torch.tensor(score), torch.tensor(protected), keep, lowest)
     assert kept.tolist() == [naive(row, protected, keep, lowest) for row in score]
-    alone = [
-        keep_highest(torch.tensor([row]), torch.tensor(protected), keep, lowest)[0].tolist() for row in score
-    ]
+    alone = [keep_highest(torch.tensor([row]), torch.tensor(protected), keep, lowest)[0].tolist() for row in score]
     assert kept.tolist() == alone  # a sample's tokens do not depend on its neighbours
 
 

@@ -1,7 +1,7 @@
 """The token axis on whole small networks: collisions of sizes, prefixes, side inputs, and what it declines.
 
-Each network is a function f(x, *tables). The reference runs f on one sample at a time, with the tokens that stay
-and with tables cut by hand.
+Each network is a function f(x, *tables). The reference runs f on one sample at a time,
+with the tokens that stay and with tables cut by hand.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ whole: Cut = lambda t, i: t  # noqa: E731
 
 def attention(x: Tensor, mask: Tensor | None = None, heads: int = 2) -> Tensor:
     b, n, c = x.shape
-    q, k, v = (
-        torch.cat([x, 2 * x, -x], -1).reshape(b, n, 3, heads, c // heads).permute(2, 0, 3, 1, 4).unbind(0)
-    )
+    q, k, v = torch.cat([x, 2 * x, -x], -1).reshape(b, n, 3, heads, c // heads).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(b, n, c)
 
 
@@ -78,33 +76,52 @@ NETWORKS: dict[str, tuple[Network, tuple[Tensor, ...], tuple[Cut, ...], dict[str
     "[N, N] mask, N = C": (attention, (table(8, 8),), (by_pair,), {"tokens": 8}),
     "[H, N, N] bias": (attention, (table(2, 6, 6),), (by_head_and_pair,), {}),
     "bias that depends on the tokens": (
-        lambda x, t: attention(x, (t * x.mean(-1)[:, :, None])[:, None]), (table(6, 6),), (by_pair,), {},
+        lambda x, t: attention(x, (t * x.mean(-1)[:, :, None])[:, None]),
+        (table(6, 6),),
+        (by_pair,),
+        {},
     ),
     "[N, C] table": (lambda x, t: attention(x + t), (table(6, 8),), (by_token,), {}),
     "[N, C] table, N = C": (lambda x, t: attention(x + t), (table(8, 8),), (by_token,), {"tokens": 8}),
     "a matrix [C, C], N = C": (lambda x, t: attention(x @ t), (table(8, 8),), (whole,), {"tokens": 8}),
     "RoPE behind a prefix": (
-        rope_attention, (table(5, 8),), (lambda t, i: t[i[1:] - 1],), {"prefix": 1},
+        rope_attention,
+        (table(5, 8),),
+        (lambda t, i: t[i[1:] - 1],),
+        {"prefix": 1},
     ),
     "class token that joins late": (
         lambda x, t: attention(torch.cat([t.expand(x.shape[0], -1, -1), attention(x)], 1))[:, 0],
-        (table(1, 1, 8),), (whole,), {},
+        (table(1, 1, 8),),
+        (whole,),
+        {},
     ),
     "class attention over patches": (
-        lambda x, t: F.scaled_dot_product_attention(t.expand(x.shape[0], -1, -1), x, x), (table(1, 1, 8),), (whole,), {},
+        lambda x, t: F.scaled_dot_product_attention(t.expand(x.shape[0], -1, -1), x, x),
+        (table(1, 1, 8),),
+        (whole,),
+        {},
     ),
     "suffix tokens": (lambda x: attention(x)[:, -2:], (), (), {"suffix": 2}),
     "prefix and suffix": (
-        lambda x: torch.cat([attention(x)[:, :1], attention(x)[:, -1:]], 1), (), (), {"prefix": 1, "suffix": 1},
+        lambda x: torch.cat([attention(x)[:, :1], attention(x)[:, -1:]], 1),
+        (),
+        (),
+        {"prefix": 1, "suffix": 1},
     ),
     "mean over patches": (lambda x: attention(x)[:, 2:].mean(1), (), (), {"prefix": 2}),
     "folded heads": (
-        lambda x, t: (lambda q: (q @ q.mT + t).softmax(-1) @ q)(
-            x.reshape(-1, x.shape[1], 2, 4).transpose(1, 2).flatten(0, 1)
-        ).reshape(-1, 2, x.shape[1], 4).transpose(1, 2).flatten(2),
-        (table(6, 6),), (by_pair,), {},
+        lambda x, t: (
+            (lambda q: (q @ q.mT + t).softmax(-1) @ q)(x.reshape(-1, x.shape[1], 2, 4).transpose(1, 2).flatten(0, 1))
+            .reshape(-1, 2, x.shape[1], 4)
+            .transpose(1, 2)
+            .flatten(2)
+        ),
+        (table(6, 6),),
+        (by_pair,),
+        {},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("network", "tables", "cuts", "sizes"), NETWORKS.values(), ids=NETWORKS)
@@ -118,7 +135,7 @@ def test_short_network(
     (value,), index = on_short_input(gm, x, keep=x.shape[1] * 2 // 3, prefix=prefix, suffix=suffix)
     for b, own in enumerate(index):
         wanted = network(x[b : b + 1][:, own], *(cut(t, own) for cut, t in zip(cuts, tables, strict=True)))
-        torch.testing.assert_close(value[b : b + 1], wanted, msg=lambda m, b=b: f"sample {b}: {m}")
+        torch.testing.assert_close(value[b : b + 1], wanted, msg=f"sample {b}")
 
 
 @torch.no_grad()
