@@ -141,9 +141,7 @@ def _stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 def _candidates(op: OpOverload, leaves: list[Any], under: list[tuple[Any, ...]]) -> list[_Plan]:
     casts: list[tuple[int, torch.dtype]] = []
     numbers: dict[int, int] = {}
-    number_of = [
-        numbers.setdefault(id(x), len(numbers)) if isinstance(x, torch.Tensor) else None for x in leaves
-    ]
+    number_of = [numbers.setdefault(id(x), len(numbers)) if isinstance(x, torch.Tensor) else None for x in leaves]
     for func, *event in under:
         if func is not aten._to_copy.default or set(event[1]) != {"dtype"} or event[0][0] not in number_of:
             break

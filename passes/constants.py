@@ -80,9 +80,7 @@ class Constants:
         known = {n: 1 if _is_size(n) else self.value(n) for n in node.all_input_nodes}
         if any(value is None for value in known.values()) or not callable(node.target):
             return None
-        args, kwargs = map_aggregate(
-            (node.args, node.kwargs), lambda a: known[a] if isinstance(a, Node) else a
-        )
+        args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: known[a] if isinstance(a, Node) else a)
         with torch.no_grad():
             return node.target(*args, **kwargs)
 

@@ -119,9 +119,7 @@ def _count(gm: GraphModule, batch: dict[sympy.Symbol, sympy.Integer]) -> Cost:
             try:
                 found = _apply(rule, gm, node, batch)
             except _UnknownSize as error:
-                uncounted.append(
-                    Skip.at(node, f"{op_name(node)} counts as 0: its size {error} is not the batch's")
-                )
+                uncounted.append(Skip.at(node, f"{op_name(node)} counts as 0: its size {error} is not the batch's"))
                 continue
             if found != Count():
                 by_node[node] = found

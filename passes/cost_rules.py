@@ -166,13 +166,10 @@ _BY_RULE: dict[CostFn, str] = {
     _norm(2): "layer_norm native_layer_norm group_norm",
     _batch_norm: "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm",
     _batch_norm_eval: "_native_batch_norm_legit_no_training",
-    _reads: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d",
+    _reads: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d",
     _writes(4): "upsample_bilinear2d grid_sampler grid_sampler_2d",
     _writes(1): "upsample_nearest2d",
 }
 
 # the op's name, with or without its overload -> its rule; `passes.cost.register_cost` adds to it
-RULES: dict[str, CostFn] = {
-    f"aten.{name}": rule for rule, names in _BY_RULE.items() for name in names.split()
-}
+RULES: dict[str, CostFn] = {f"aten.{name}": rule for rule, names in _BY_RULE.items() for name in names.split()}

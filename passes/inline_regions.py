@@ -103,8 +103,7 @@ class InlineRegions(Pass):
     def _prepare(self, gm: GraphModule, region: Region) -> str:
         """Makes the body independent of its region; returns why that is not possible."""
         users_ok = not isinstance(region.results, (tuple, list)) or all(
-            user.target is operator.getitem and isinstance(region.result(user), Node)
-            for user in region.node.users
+            user.target is operator.getitem and isinstance(region.result(user), Node) for user in region.node.users
         )
         if not users_ok or region.node.kwargs:
             return "the region's results are used as one value"

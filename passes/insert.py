@@ -90,9 +90,7 @@ class InsertSelection(Pass):
             scores = self._score(graph, layout)
             index = self._select(graph, scores, tokens)
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
-            short = splice(
-                graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index
-            )
+            short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
             full = splice(graph, "restore", lambda x, s, i: put(x, s, i, layout), stream, short, index)
         for user in users:
             user.replace_input_with(stream, full)
@@ -112,9 +110,7 @@ class InsertSelection(Pass):
 
     def _score(self, graph: torch.fx.Graph, layout: Layout) -> Node:
         if self.importance == "random":
-            return splice(
-                graph, "score", lambda x: score.random_score(tokens_first(x, layout)), self.block.output
-            )
+            return splice(graph, "score", lambda x: score.random_score(tokens_first(x, layout)), self.block.output)
         if self.importance != "shift":
             return self._attention_score(graph)
         after, before = self._shift_between()
@@ -134,7 +130,8 @@ class InsertSelection(Pass):
         branch = self.block.mlp if self.operation == "mlp" else self.block.attention
         if branch is None:
             raise Refusal(
-                f"block {self.block.index} has no attention branch to score by", self.block.output,
+                f"block {self.block.index} has no attention branch to score by",
+                self.block.output,
                 'use Schedule(operation="mlp")',
             )
         return branch.term, branch.stream
@@ -143,12 +140,14 @@ class InsertSelection(Pass):
         op = self.block.attention_op()
         if op is None:
             raise Refusal(
-                f"block {self.block.index} has no single attention op to take a map from", self.block.output,
+                f"block {self.block.index} has no single attention op to take a map from",
+                self.block.output,
                 'use Schedule(importance="shift"), which needs no attention map',
             )
         if self.importance == "class-attention" and self.protected.prefix == 0:
             raise Refusal(
-                "class attention needs a class token in front", self.block.output,
+                "class attention needs a class token in front",
+                self.block.output,
                 'use Schedule(importance="mean-attention") or "shift"',
             )
         query, key = op.args[:2]
@@ -158,5 +157,3 @@ class InsertSelection(Pass):
         if mask is None:
             return splice(graph, "score", lambda q, k: fn(q, k, None, scale), query, key)
         return splice(graph, "score", lambda q, k, m: fn(q, k, m, scale), query, key, mask)
-
-

@@ -92,9 +92,7 @@ def _function(found: Attention, restores_nan: bool, copies_mask: bool) -> Callab
     """The new arithmetic: a PyTorch function of q, k, v and the tensors of the steps."""
     lowest = torch.finfo(found.dtype).min
     # the one size that is not known stays open
-    batches = {
-        s: [n if isinstance(n, int) else -1 for n in s.node.meta["val"].shape[:-2]] for s in found.steps
-    }
+    batches = {s: [n if isinstance(n, int) else -1 for n in s.node.meta["val"].shape[:-2]] for s in found.steps}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
         q, k = align(arrange(q, found.q_order), arrange(k, found.k_order))

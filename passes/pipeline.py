@@ -131,7 +131,14 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
             continue
         start = block_stream(branches, blocks[p.block].output)
         result = InsertSelection(
-            block, keep, guarded[p.block], p.operation, p.metric, p.with_skip, p.importance, p.lowest,
+            block,
+            keep,
+            guarded[p.block],
+            p.operation,
+            p.metric,
+            p.with_skip,
+            p.importance,
+            p.lowest,
             tuple(earlier.get(start, ())),
         )(gm)
         anchors = [now.get(s, s) for s in streams]
@@ -151,11 +158,17 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
     for b in blocks:
         nodes = {now.get(n, n) for n in spans[b.index]}
         op = b.attention_op()
-        rows.append(BlockReport(
-            b, b.where, lengths[b.index] and _tokens(now.get(b.entry, b.entry)),
-            lengths[b.index] and _tokens(now.get(b.output, b.output)),
-            before[b.index], cost.between(nodes).macs, choice.get(now.get(op, op)) if op is not None else None,
-        ))
+        rows.append(
+            BlockReport(
+                b,
+                b.where,
+                lengths[b.index] and _tokens(now.get(b.entry, b.entry)),
+                lengths[b.index] and _tokens(now.get(b.output, b.output)),
+                before[b.index],
+                cost.between(nodes).macs,
+                choice.get(now.get(op, op)) if op is not None else None,
+            )
+        )
     return Compiled(gm, tuple(rows), dense, cost, cost.uncounted)
 
 
@@ -172,7 +185,7 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
             nearest.add if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models cannot be pruned",
+            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -182,9 +195,7 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
             )
 
 
-def protected_tokens(
-    gm: GraphModule, block: Block, given: tuple[int, ...] | None
-) -> Protected:
+def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
     """The tokens that must stay: those found, and those given."""
     layout, _ = stream_layout(block.output)
     dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
@@ -264,7 +275,13 @@ def _moved(block: Block, now: Mapping[Node, Node]) -> Block:
     """The block's nodes as earlier selections left them."""
 
     def branch(b: Branch) -> Branch:
-        return Branch(b.kind, now.get(b.stream, b.stream), now.get(b.term, b.term), now.get(b.add, b.add),
-                      frozenset(now.get(n, n) for n in b.nodes), b.reason)
+        return Branch(
+            b.kind,
+            now.get(b.stream, b.stream),
+            now.get(b.term, b.term),
+            now.get(b.add, b.add),
+            frozenset(now.get(n, n) for n in b.nodes),
+            b.reason,
+        )
 
     return Block(block.index, branch(block.mlp), branch(block.attention) if block.attention is not None else None)

@@ -75,7 +75,7 @@ def _from_image(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[
         if wrap(argument(node, 1, "dim", 0), rank) != dim:
             return full
         start = argument(node, 2, "start", 0) or 0
-        return full[start : argument(node, 3, "end")][: size]
+        return full[start : argument(node, 3, "end")][:size]
     if isinstance(first, Node) and (order := permuted(node)) is not None:
         return of(first, order[dim])
     if node.target is aten.expand.default and isinstance(first, Node) and len(shape_of(first)) == rank:

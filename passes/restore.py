@@ -66,8 +66,12 @@ class RestoreTokens(Pass):
         if is_stream(site.layout, axis, value, self.streams):
             with gm.graph.inserting_before(value.next):
                 back = splice(
-                    gm.graph, "restore", lambda x, s, i: put(x, s, i, site.layout),
-                    site.stream, site.compact[value], site.index,
+                    gm.graph,
+                    "restore",
+                    lambda x, s, i: put(x, s, i, site.layout),
+                    site.stream,
+                    site.compact[value],
+                    site.index,
                 )
             restored[value] = back
             return back

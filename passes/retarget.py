@@ -62,8 +62,10 @@ class _Emitter:
     def __call__(self, node: Node, transfer: Transfer) -> None:
         with self.graph.inserting_before(node):
             swapped = {n: self._aligned(n, target) for n, target in transfer.aligned.items()}
-            given = (node.args if transfer.args is None else transfer.args,
-                     node.kwargs if transfer.kwargs is None else dict(transfer.kwargs))
+            given = (
+                node.args if transfer.args is None else transfer.args,
+                node.kwargs if transfer.kwargs is None else dict(transfer.kwargs),
+            )
             args, kwargs = self._argument(given, swapped)
             twin = self.graph.call_function(transfer.target or node.target, args, kwargs)  # type: ignore[arg-type]
         twin.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
@@ -138,8 +140,11 @@ class _Emitter:
         shape = node.meta["val"].shape
         offset = len(target) - len(shape)
         gathered = tuple(
-            d for d, dim in enumerate(target)
-            if tokens_in(dim) and d >= offset and not (isinstance(shape[d - offset], int) and shape[d - offset] == 1)
+            d
+            for d, dim in enumerate(target)
+            if tokens_in(dim)
+            and d >= offset
+            and not (isinstance(shape[d - offset], int) and shape[d - offset] == 1)
             and (own is None or not tokens_in(own[d - offset]))
         )
         key = (node, target, gathered)
@@ -158,7 +163,9 @@ class _Emitter:
         if tokens.pieces not in self.indices:
             with self.graph.inserting_before(self.site.full.next):
                 self.indices[tokens.pieces] = splice(
-                    self.graph, "select",
-                    lambda i: stretch_index(i, self.site.tokens, tokens.pieces), self.site.index,
+                    self.graph,
+                    "select",
+                    lambda i: stretch_index(i, self.site.tokens, tokens.pieces),
+                    self.site.index,
                 )
         return self.indices[tokens.pieces]

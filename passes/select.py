@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 
-def protected_mask(count: int, prefix: int, suffix: int, extra: tuple[int, ...], positions: Tensor | None,
-                   device: torch.device) -> Tensor:
+def protected_mask(
+    count: int, prefix: int, suffix: int, extra: tuple[int, ...], positions: Tensor | None, device: torch.device
+) -> Tensor:
     """[N] or [B, N], true where a token must stay.
 
     Args:

@@ -62,7 +62,8 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
     symbolic = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
     if len(shape) != 3 or len(symbolic) != 1 or symbolic[0] == 2 or not expr(shape[symbolic[0]]).is_Symbol:
         raise Refusal(
-            f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]", stream,
+            f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]",
+            stream,
             "tokens kept on a grid, folded into the batch or with a fixed batch size cannot be pruned",
         )
     batch = Batch(expr(shape[symbolic[0]]))
@@ -107,9 +108,7 @@ def analyse(
     return axis
 
 
-def _step(
-    node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node], anchors: Collection[Node]
-) -> None:
+def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node], anchors: Collection[Node]) -> None:
     inputs = node.all_input_nodes
     source = next((behind[n] for n in inputs if n in behind), None)
     carries = any(n in axis.layouts for n in inputs)

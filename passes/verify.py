@@ -33,7 +33,9 @@ def no_stale_shapes(gm: GraphModule) -> None:
             expr(a) == expr(b) for a, b in zip(val.shape, said.shape, strict=True)
         )
         if not same or val.dtype != said.dtype or val.device != said.device:
-            raise CompileError(f"{node.name} ({node.target}) gives {tuple(val.shape)}, its node says {tuple(said.shape)}")
+            raise CompileError(
+                f"{node.name} ({node.target}) gives {tuple(val.shape)}, its node says {tuple(said.shape)}"
+            )
 
 
 def no_dangling_sites(gm: GraphModule) -> None:

@@ -110,14 +110,18 @@ class OptimizedModel(nn.Module):
             raise CompileError("nothing is compiled before the first call; call the model once, then report()")
         c = plan.compiled
         rows = tuple(
-            BlockRow(
-                r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *_kernel(r.kernel)
-            )
+            BlockRow(r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *_kernel(r.kernel))
             for r in c.blocks
         )
         return Report(
-            type(self._model).__name__, plan.signature, rows, c.dense.macs, c.cost.macs, c.dense.flops,
-            c.cost.flops, c.skips,
+            type(self._model).__name__,
+            plan.signature,
+            rows,
+            c.dense.macs,
+            c.cost.macs,
+            c.dense.flops,
+            c.cost.flops,
+            c.skips,
         )
 
     def graph_module(self) -> torch.fx.GraphModule:
@@ -171,8 +175,9 @@ class OptimizedModel(nn.Module):
         if options.backend != "eager":
             say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
-        compiled = Compiled(compiled.gm, compiled.blocks, compiled.dense, compiled.cost,
-                            prepared.skips + compiled.skips)
+        compiled = Compiled(
+            compiled.gm, compiled.blocks, compiled.dense, compiled.cost, prepared.skips + compiled.skips
+        )
         plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
         if fixed and len(key) == _KEY_LENGTH:
             self._plans[key] = plan  # says that the batch belongs into the key
@@ -222,9 +227,7 @@ def optimize(
         raise ValueError(f'token_outputs is {token_outputs!r}; write "restore" or "compact"')
     if not (isinstance(backend, str) or callable(backend)):
         raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
-    options = Options(
-        Schedule.of(schedule), backend, mode, token_outputs, lower_attention, progress, force_insert
-    )
+    options = Options(Schedule.of(schedule), backend, mode, token_outputs, lower_attention, progress, force_insert)
     return OptimizedModel(model, options)
 
 
@@ -254,11 +257,16 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
         able, reason = prunable(prepared.gm, block, branches)
         kinds = [b.kind for b in (block.attention, block.mlp) if b is not None]
         shape = block.output.meta["val"].shape
-        tokens = int(shape[1]) if len(shape) == 3 and isinstance(shape[1], int) else (
-            int(shape[0]) if isinstance(shape[0], int) else None)
-        rows.append(ExplanationRow(
-            block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
-        ))
+        tokens = (
+            int(shape[1])
+            if len(shape) == 3 and isinstance(shape[1], int)
+            else (int(shape[0]) if isinstance(shape[0], int) else None)
+        )
+        rows.append(
+            ExplanationRow(
+                block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
+            )
+        )
     notes = []
     if not blocks:
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
@@ -271,8 +279,17 @@ def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
         return lambda n: n - removed(n, ratio)
 
     return [
-        Prune(block, kept(ratio), schedule.operation, schedule.metric, schedule.with_skip, schedule.importance,
-              schedule.lowest, schedule.protected, force)
+        Prune(
+            block,
+            kept(ratio),
+            schedule.operation,
+            schedule.metric,
+            schedule.with_skip,
+            schedule.importance,
+            schedule.lowest,
+            schedule.protected,
+            force,
+        )
         for block, ratio in schedule.keep.items()
     ]
 
@@ -288,7 +305,8 @@ def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
     runs = batched(leaves)
     return tuple(
         (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
-        if isinstance(leaf, torch.Tensor) else repr(leaf)
+        if isinstance(leaf, torch.Tensor)
+        else repr(leaf)
         for leaf, over in zip(leaves, runs, strict=True)
     )
 
@@ -300,11 +318,11 @@ def _batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
 def _signature(leaves: Sequence[Any]) -> str:
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     runs = batched(tensors)
-    return ", ".join(
-        f"{str(t.dtype).removeprefix('torch.')}[{', '.join(['B' if over else str(t.shape[0]), *map(str, t.shape[1:])])}]"
-        f" on {t.device}" if t.dim() else str(t.dtype)
-        for t, over in zip(tensors, runs, strict=True)
-    )
+    texts = []
+    for t, over in zip(tensors, runs, strict=True):
+        sizes = ", ".join("B" if over and d == 0 else str(s) for d, s in enumerate(t.shape))
+        texts.append(f"{str(t.dtype).removeprefix('torch.')}[{sizes}] on {t.device}")
+    return ", ".join(texts)
 
 
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:

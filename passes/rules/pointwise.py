@@ -77,10 +77,27 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
 
 @rules_for("pointwise")
 @rules_for(
-    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.to, aten._to_copy, aten.type_as, aten.clone,
-    aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.rand_like, aten.randn_like,
-    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.bernoulli, aten.where,
-    aten.masked_fill, aten.nan_to_num,
+    aten.dropout,
+    aten.native_dropout,
+    aten.feature_dropout,
+    aten.to,
+    aten._to_copy,
+    aten.type_as,
+    aten.clone,
+    aten.contiguous,
+    aten.detach,
+    aten.alias,
+    aten.lift_fresh_copy,
+    aten.rand_like,
+    aten.randn_like,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.empty_like,
+    aten.full_like,
+    aten.bernoulli,
+    aten.where,
+    aten.masked_fill,
+    aten.nan_to_num,
 )
 def pointwise(node: Node, ctx: Context) -> Transfer:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""

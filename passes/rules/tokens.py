@@ -83,8 +83,14 @@ def select(node: Node, ctx: Context) -> Transfer:
     return Transfer(rest, args=(node.args[0], d, Position(over, index)), kwargs={})
 
 
-@rules_for(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default,
-           aten.tensor_split.indices, aten.tensor_split.sections)
+@rules_for(
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.chunk.default,
+    aten.tensor_split.indices,
+    aten.tensor_split.sections,
+)
 def split(node: Node, ctx: Context) -> Transfer:
     """Several stretches at once, cut at borders."""
     layout = carried(node, ctx)
@@ -198,4 +204,3 @@ def pad(node: Node, ctx: Context) -> Transfer:
             need_free(layout, [d], "pads a dimension that")
             out[d] = ctx.plain(shape_of(node)[d])
     return Transfer(tuple(out))
-

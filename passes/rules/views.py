@@ -31,9 +31,17 @@ def carried(node: Node, ctx: Context) -> Layout:
 
 
 @rules_for(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-    aten.view_as.default, aten.reshape_as.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
 )
 def reshape(node: Node, ctx: Context) -> Transfer:
     """Regroups the factors; tokens stay whole."""
