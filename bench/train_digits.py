@@ -77,9 +77,7 @@ def new_model() -> nn.Module:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Weight decay for matrices only: not for biases, norms, positions and the class token."""
-    decay = [
-        p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")
-    ]
+    decay = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")]
     kept = {id(p) for p in decay}
     rest = [p for p in model.parameters() if id(p) not in kept]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

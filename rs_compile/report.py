@@ -161,9 +161,7 @@ class Explanation:
                 for row in self.rows
             ]
             table = _table(heads, rows, "rllrllll")
-        return "\n".join(
-            [self.model, table, *_skip_lines(self.skips), *(f"note: {note}" for note in self.notes)]
-        )
+        return "\n".join([self.model, table, *_skip_lines(self.skips), *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> str:
         """The same content as JSON."""

@@ -114,9 +114,7 @@ class Schedule:
     def parse(cls, text: str) -> Schedule:
         """Reads `block:ratio` pairs, separated by commas: "0:0.8,3:0.8,6:0.8"."""
         if not text.strip():
-            raise ScheduleError(
-                f"the schedule is empty; write block:ratio pairs, {_EXAMPLE}, or 0:1 to prune nothing"
-            )
+            raise ScheduleError(f"the schedule is empty; write block:ratio pairs, {_EXAMPLE}, or 0:1 to prune nothing")
         pairs = []
         for part in text.split(","):
             block, colon, ratio = (piece.strip() for piece in part.partition(":"))
@@ -157,9 +155,7 @@ class Schedule:
                 f'the schedule is no JSON ({error}); write an object like {{"keep": {{"0": 0.8}}}}'
             ) from None
         if not isinstance(values, dict):
-            raise ScheduleError(
-                f'the schedule is {text.strip()}; write an object like {{"keep": {{"0": 0.8}}}}'
-            )
+            raise ScheduleError(f'the schedule is {text.strip()}; write an object like {{"keep": {{"0": 0.8}}}}')
         known = [field.name for field in fields(cls)]
         if unknown := sorted(values.keys() - known):
             raise ScheduleError(
@@ -220,9 +216,7 @@ def _protected(value: Any) -> tuple[int, ...]:
     tokens = tuple(value)
     for token in tokens:
         if not _is_int(token) or token < 0:
-            raise ScheduleError(
-                f"protected token {token!r}; write an integer of at least 0, its place in the sequence"
-            )
+            raise ScheduleError(f"protected token {token!r}; write an integer of at least 0, its place in the sequence")
     return tuple(sorted({int(token) for token in tokens}))
 
 
@@ -230,9 +224,7 @@ def _blocks_of(pairs: Iterable[tuple[str, Any]]) -> dict[int, Any]:
     keep: dict[int, Any] = {}
     for text, ratio in pairs:
         if not _BLOCK_TEXT.fullmatch(text):
-            raise ScheduleError(
-                f"block index {text!r} in keep; write an integer of at least 0, counted from 0"
-            )
+            raise ScheduleError(f"block index {text!r} in keep; write an integer of at least 0, counted from 0")
         if int(text) in keep:
             raise ScheduleError(f"block {text} has two keep ratios; keep one of them")
         keep[int(text)] = ratio

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import rs_compile
 import torch
 from torch import Tensor, nn
+
+import rs_compile
 
 
 class Block(nn.Module):
@@ -77,7 +78,7 @@ def test_a_model_without_residual_mlp_names_what_is_nearest() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.conv(x).relu()
 
-    with pytest.raises(rs_compile.Refusal, match="no residual MLP branch.*nearest to one comes this conv branch") as e:
+    with pytest.raises(rs_compile.Refusal, match=r"no residual MLP branch.*nearest to one comes this conv branch") as e:
         call(Convolutional(), {0: 0.5}, torch.randn(2, 3, 8, 8))
     assert "test_errors.py" in str(e.value)
     with pytest.raises(rs_compile.Refusal, match="no sum of a value and a function of it was found"):
@@ -89,7 +90,7 @@ def test_a_model_that_export_cannot_capture() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1 if x.sum() > 0 else x
 
-    with pytest.raises(rs_compile.CaptureError, match="torch.export cannot capture Branching") as e:
+    with pytest.raises(rs_compile.CaptureError, match=r"torch\.export cannot capture Branching") as e:
         call(Branching(), {0: 0.5})
     assert "test_errors.py" in str(e.value) and "way out" in str(e.value)
     assert len(str(e.value).splitlines()) <= 4

@@ -12,15 +12,9 @@ from passes.base import Skip
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
 
 SKIPS = (
-    Skip(
-        "softmax", "softmax over channels, not over keys", 'File "vit.py", line 3, in forward: a.softmax(1)'
-    ),
-    Skip(
-        "softmax_1", "softmax over channels, not over keys", 'File "vit.py", line 9, in forward: b.softmax(1)'
-    ),
-    Skip(
-        "softmax_2", "softmax over channels, not over keys", 'File "vit.py", line 9, in forward: b.softmax(1)'
-    ),
+    Skip("softmax", "softmax over channels, not over keys", 'File "vit.py", line 3, in forward: a.softmax(1)'),
+    Skip("softmax_1", "softmax over channels, not over keys", 'File "vit.py", line 9, in forward: b.softmax(1)'),
+    Skip("softmax_2", "softmax over channels, not over keys", 'File "vit.py", line 9, in forward: b.softmax(1)'),
     Skip("mul", "scale is a tensor"),
 )
 SKIP_LINES = """\

@@ -208,9 +208,7 @@ def test_parse_refuses(text: str, message: str) -> None:
     ],
 )
 def test_refuses_a_keep_ratio(ratio: Any) -> None:
-    with refused(
-        f"the keep ratio of block 3 is {ratio!r}; write a number above 0 and at most 1, like 0.8 to keep 80%"
-    ):
+    with refused(f"the keep ratio of block 3 is {ratio!r}; write a number above 0 and at most 1, like 0.8 to keep 80%"):
         Schedule({3: ratio})
 
 

@@ -22,9 +22,7 @@ HERE = [
 ]
 
 
-def tensor(
-    *shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32, grad: bool = False
-) -> Tensor:
+def tensor(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
     return torch.zeros(shape, device=device, dtype=dtype).requires_grad_(grad)
 
 
@@ -134,9 +132,7 @@ def test_switching_flash_off_is_seen() -> None:
         (torch.float64, 64, 64, False, "math", "torch.float64 queries; flash takes float16 and bfloat16"),
     ],
 )
-def test_cuda_without_a_gpu(
-    dtype: torch.dtype, dim: int, value_dim: int, mask: bool, name: str, reason: str
-) -> None:
+def test_cuda_without_a_gpu(dtype: torch.dtype, dim: int, value_dim: int, mask: bool, name: str, reason: str) -> None:
     with FakeTensorMode():
         tensors = qkv(dim, value_dim, device="cuda", dtype=dtype)
         given = tensor(8, 8, device="cuda", dtype=dtype) if mask else None
@@ -175,9 +171,7 @@ class Biased(nn.Module):
 
 
 def capture(model: nn.Module, x: Tensor) -> GraphModule:
-    return torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},), strict=False).module(
-        check_guards=False
-    )
+    return torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},), strict=False).module(check_guards=False)
 
 
 @pytest.mark.parametrize("arithmetic", [False, True])

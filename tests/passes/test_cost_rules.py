@@ -130,9 +130,7 @@ def test_convolution_counts_every_tap(rank: int, groups: int, data: st.DataObjec
     kernel = tuple(data.draw(st.integers(1, 3)) for _ in range(rank))
     x = (2, 2 * groups, *(data.draw(st.integers(4, 6)) for _ in range(rank)))
     weight = (3 * groups, 2, *kernel)
-    cost, node = one_op(
-        getattr(aten, f"conv{rank}d"), x, weight, None, [2] * rank, [1] * rank, [1] * rank, groups
-    )
+    cost, node = one_op(getattr(aten, f"conv{rank}d"), x, weight, None, [2] * rank, [1] * rank, [1] * rank, groups)
     out = node.meta["val"].shape
     assert cost.macs == prod(out) * 2 * prod(kernel)
     full = one_op(

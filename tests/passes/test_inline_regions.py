@@ -65,9 +65,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         for grad, expected in zip(grads, want_grads, strict=True):
             assert (grad is None) == (expected is None)
             assert grad is None or torch.equal(grad, expected)
-        assert all(
-            torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items() if k in b.state_dict()
-        )
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items() if k in b.state_dict())
 
 
 def inlined(gm: GraphModule, model: nn.Module, **options: Any) -> PassResult:
@@ -199,9 +197,7 @@ def test_running_average_of_a_differentiable_value_stays_in_its_region() -> None
 
     model = Fn(average)
     result = InlineRegions()(capture(copy.deepcopy(model), inputs().detach()))
-    assert [s.reason for s in result.skips] == [
-        "mul_ writes to memory from outside, which autograd would record"
-    ]
+    assert [s.reason for s in result.skips] == ["mul_ writes to memory from outside, which autograd would record"]
     assert len(regions_in(result.gm)) == 1
 
 
@@ -331,9 +327,7 @@ def test_parameters_of_a_body_move_out_under_names_of_their_own() -> None:
 
     gm.hidden = body("x", build, owner, [mul.meta["val"]])
     with gm.graph.inserting_before(gm.graph.output_node()):
-        inside = gm.graph.call_function(
-            AUTOCAST, ("cpu", None, False, None, gm.graph.get_attr("hidden"), mul)
-        )
+        inside = gm.graph.call_function(AUTOCAST, ("cpu", None, False, None, gm.graph.get_attr("hidden"), mul))
         out = gm.graph.call_function(operator.getitem, (inside, 0))
     mul.replace_all_uses_with(out, lambda user: user.op == "output")
     result = InlineRegions()(gm)
@@ -385,9 +379,7 @@ def test_nested_gradient_regions(outer: bool, inner: bool) -> None:
 def test_gradients_switched_on_inside_a_region_without_stay() -> None:
     result = inlined(nested_gradients(False, True), nested_gradients(False, True))
     assert result.rewrites == 0
-    assert [s.reason for s in result.skips] == [
-        "gradients are switched back on inside a region without gradients"
-    ]
+    assert [s.reason for s in result.skips] == ["gradients are switched back on inside a region without gradients"]
 
 
 def test_results_used_as_one_value_stay() -> None:

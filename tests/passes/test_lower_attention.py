@@ -28,9 +28,7 @@ Core = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 class Attention(nn.Module):
     """Multi-head attention on [B, N, H * D] whose inside, [B, H, N, D] to [B, H, N, D], is given."""
 
-    def __init__(
-        self, core: Core, heads: int = HEADS, tokens: int = TOKENS, channels: int = CHANNELS
-    ) -> None:
+    def __init__(self, core: Core, heads: int = HEADS, tokens: int = TOKENS, channels: int = CHANNELS) -> None:
         super().__init__()
         width = heads * channels
         self.core, self.heads = core, heads
@@ -199,16 +197,10 @@ SPELLINGS: dict[str, Core] = {
     "mask over keys": lambda m, q, k, v: (q @ k.mT + m.bias[0, 0]).softmax(-1) @ v,
     "mask from tokens": from_tokens,
     "masked_fill -inf": lambda m, q, k, v: (q @ k.mT).masked_fill(~m.causal, -INF).softmax(-1) @ v,
-    "masked_fill, then bias": lambda m, q, k, v: (
-        ((q @ k.mT).masked_fill(~m.causal, -INF) + m.bias).softmax(-1) @ v
-    ),
+    "masked_fill, then bias": lambda m, q, k, v: ((q @ k.mT).masked_fill(~m.causal, -INF) + m.bias).softmax(-1) @ v,
     "masked_fill -1e9": lambda m, q, k, v: (q @ k.mT).masked_fill(~m.causal, -1e9).softmax(-1) @ v,
-    "where": lambda m, q, k, v: (
-        torch.where(m.causal, q @ k.mT + m.bias, torch.finfo(q.dtype).min).softmax(-1) @ v
-    ),
-    "where, value first": lambda m, q, k, v: (
-        torch.where(~m.causal, torch.tensor(-INF), q @ k.mT * 0.3).softmax(-1) @ v
-    ),
+    "where": lambda m, q, k, v: torch.where(m.causal, q @ k.mT + m.bias, torch.finfo(q.dtype).min).softmax(-1) @ v,
+    "where, value first": lambda m, q, k, v: torch.where(~m.causal, torch.tensor(-INF), q @ k.mT * 0.3).softmax(-1) @ v,
     "in place": in_place,
     "windows": by_window,
     "one key head": one_key_head,
@@ -469,9 +461,7 @@ NEAR_MISSES: dict[str, tuple[Core, str]] = {
         "logits are filled with -5, which hides no key",
     ),
     "two fills": (
-        lambda m, q, k, v: (
-            (q @ k.mT).masked_fill(~m.causal, -1e9).masked_fill(m.causal.mT, -1e5).softmax(-1) @ v
-        ),
+        lambda m, q, k, v: (q @ k.mT).masked_fill(~m.causal, -1e9).masked_fill(m.causal.mT, -1e5).softmax(-1) @ v,
         "logits are filled with -1e+09 and with -100000",
     ),
     "bias on a fill": (
@@ -481,9 +471,7 @@ NEAR_MISSES: dict[str, tuple[Core, str]] = {
     "bias by rows and columns": (
         lambda m, q, k, v: (
             (
-                ((q @ k.mT).view(-1, HEADS, 2, 5, 2, 5) + m.bias[0, :5, :5].view(5, 1, 5)).view(
-                    -1, HEADS, 10, 10
-                )
+                ((q @ k.mT).view(-1, HEADS, 2, 5, 2, 5) + m.bias[0, :5, :5].view(5, 1, 5)).view(-1, HEADS, 10, 10)
             ).softmax(-1)
             @ v
         ),
