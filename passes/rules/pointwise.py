@@ -132,7 +132,7 @@ def _still_weights(node: Node, weighted: set[Node]) -> bool:
     """Whether attention weights come out as such: scaled, masked or mixed, but not shifted or bent."""
     op, args = getattr(node.target, "overloadpacket", None), node.args
     if op is aten.mul:
-        return len(weighted) == 1
+        return sum(a in weighted for a in args[:2]) == 1
     if op is aten.div:
         return weighted == {args[0]}
     if op in (aten.add, aten.sub):

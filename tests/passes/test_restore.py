@@ -200,6 +200,11 @@ def test_mixed_tokens_cannot_be_put_back() -> None:
     assert not possible and why == str(refusal.value).replace("\n", "; ")
 
 
+def test_two_readers_share_what_is_put_back() -> None:
+    gm = pruned(Net(lambda y, streams: (y, streams[-1])), sample(), {0: 4})
+    assert len(gm.graph.find_nodes(op="call_function", target=aten.scatter.src)) == 1
+
+
 def test_prunable_changes_nothing(captured: tuple[Net, GraphModule]) -> None:
     _, gm = captured
     before = str(gm.graph)

@@ -6,6 +6,7 @@ dense result with tokens taken out of it afterwards, and the function itself on 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -258,17 +259,33 @@ VIEWS = {
 CARRIES = {**POINTWISE, **PRODUCTS, **REDUCTIONS, **TOKENS, **VIEWS}
 
 
-@pytest.mark.parametrize("case", CARRIES.values(), ids=CARRIES)
+@functools.cache
 @torch.no_grad()
-def test_carries(case: Carries) -> None:
-    x = sample()
-    gm = graph_of(case.op, x, tables=case.tables)
-    axis = axis_from_input(gm, case.prefix)
-    (leaf,) = leaves(gm)
-    assert not [reason for node, reason in axis.dense.items() if node.op != "output"]
-    assert (layout_text(axis, leaf) if leaf in axis.layouts else "none") == case.layout
-    (value,), index = on_short_input(gm, x, keep=KEEP, prefix=case.prefix)
+def all_on_short_input(prefix: int) -> tuple[dict[str, tuple[str, Tensor]], Tensor]:
+    """Every op's layout and result on a short x, and the kept positions: one graph, captured once."""
+    cases = {name: case for name, case in CARRIES.items() if case.prefix == prefix}
+    tables = [t for case in cases.values() for t in case.tables]
+
+    def every_op(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        own = iter(given)
+        return tuple(case.op(x, *(next(own) for _ in case.tables)) for case in cases.values())
+
+    gm = graph_of(every_op, tables=tuple(tables))
+    axis = axis_from_input(gm, prefix)
+    assert not [(n, reason) for n, reason in axis.dense.items() if n.op != "output"]
+    layouts = [layout_text(axis, n) if n in axis.layouts else "none" for n in leaves(gm)]
+    values, index = on_short_input(gm, sample(), keep=KEEP, prefix=prefix)
     assert index.shape == (3, KEEP) and len({tuple(row) for row in index.tolist()}) > 1  # samples differ
+    return dict(zip(cases, zip(layouts, values, strict=True), strict=True)), index
+
+
+@pytest.mark.parametrize("name", CARRIES)
+@torch.no_grad()
+def test_carries(name: str) -> None:
+    case, x = CARRIES[name], sample()
+    results, index = all_on_short_input(case.prefix)
+    layout, value = results[name]
+    assert layout == case.layout
     if case.per_token is not None:
         dense = case.op(x, *case.tables)
         torch.testing.assert_close(value, rows(dense, index, *case.per_token))

@@ -115,6 +115,26 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "weights and something else": (lambda x: (x[..., :1].softmax(1) + x).sum(1), COUNTS, 0),
     "weights and one": (lambda x: (x[..., :1].softmax(1) + 1).sum(1), COUNTS, 0),
     "squared weights": (lambda x: (x[..., :1].softmax(1) ** 2).sum(1), COUNTS, 0),
+    "weights times themselves": (lambda x: ((w := x[..., :1].softmax(1)) * w).sum(1), COUNTS, 0),
+    "weights times others": (lambda x: (x[..., :1].softmax(1) * x[..., 1:2].softmax(1)).sum(1), COUNTS, 0),
+    "one over weights": (lambda x: (1 / x[..., :1].softmax(1)).sum(1), COUNTS, 0),
+    "weights of another sequence": (
+        lambda x: (
+            (x @ torch.cat([x, x.new_ones(x.shape[0], 1, 8)], 1).mT).softmax(-1)
+            @ torch.cat([x.new_ones(x.shape[0], 1, 8), x], 1)
+        ),
+        "sums over two different sequences of tokens",
+        0,
+    ),
+    "einsum of two sequences": (
+        lambda x: torch.einsum(
+            "bnc,bnd->bncd",
+            torch.cat([x, x.new_ones(x.shape[0], 1, 8)], 1),
+            torch.cat([x.new_ones(x.shape[0], 1, 8), x], 1),
+        ),
+        "two different sequences of tokens meet",
+        0,
+    ),
     "no weights below a limit": (lambda x: ((x @ x.mT).softmax(-1) > 0.1).to(x.dtype) @ x, NORMALISED, 0),
     "slice in the middle": (lambda x: x[:, 1:3], "takes tokens 1 to 3 of 6, some of which may be pruned", 1),
     "slice of a prefix too long": (
