@@ -24,7 +24,7 @@ from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import RetargetTokens
 from passes.token_axis import analyse, stream_layout
-from passes.verify import no_dangling_sites, no_stale_shapes
+from passes.verify import no_stale_shapes, not_put_back
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
         gm = RetargetTokens(anchors)(result.gm).gm
         gm = RestoreTokens(anchors, compact_outputs)(gm).gm
         site: Site = gm.meta.pop(SITE)
+        not_put_back(gm, site.full)
         earlier.setdefault(start, []).append(site.index)
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
         gm = AppendKept()(gm).gm
     no_stale_shapes(gm)
-    no_dangling_sites(gm)
     cost = count(gm)
     choice = dict(kernels(gm))
     rows = []

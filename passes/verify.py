@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.base import CompileError
 from passes.layout import expr
@@ -38,12 +38,16 @@ def no_stale_shapes(gm: GraphModule) -> None:
             )
 
 
-def no_dangling_sites(gm: GraphModule) -> None:
-    """No inserted selection may be left half-done: what was taken out is used short.
+def not_put_back(gm: GraphModule, full: Node) -> None:
+    """A selection must not be half-done: nothing may still read what `InsertSelection` put back.
+
+    Args:
+        gm: the graph after `RestoreTokens`.
+        full: the value that it put back, `Site.full`.
 
     Raises:
-        CompileError: a value is still taken out and put back at once.
+        CompileError: part of the network still runs on every token.
     """
-    for node in gm.graph.nodes:
-        if node.meta.get("rs_compile") == "gather" and len(node.users) == 0:
-            raise CompileError(f"{node.name}: tokens are gathered and nothing reads them")
+    if any(node is full for node in gm.graph.nodes):
+        readers = ", ".join(user.name for user in full.users)
+        raise CompileError(f"{full.name} puts pruned tokens back at once, and is still read by {readers}")

@@ -151,6 +151,12 @@ def sym_size(node: Node, ctx: Context) -> Transfer:
     return Transfer(None)
 
 
+@rules_for(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
+def new(node: Node, ctx: Context) -> Transfer:
+    """Reads only dtype and device; what it makes is a side input like any other."""
+    return Transfer(None)
+
+
 def without(layout: Layout, dims: set[int], keepdim: bool) -> Layout:
     """The layout once some dimensions are reduced away."""
     if keepdim:
