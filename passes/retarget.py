@@ -57,11 +57,13 @@ class _Emitter:
         self.mode = fake_mode(gm.graph)
         self.indices: dict[Any, Node] = {site.tokens.pieces: site.index}
         self.taken: dict[Any, Node] = {}
+        self.replaced: dict[Node, Node] = {}  # values that run over tokens no more
         self.samples: Node | None = None
 
     def __call__(self, node: Node, transfer: Transfer) -> None:
         with self.graph.inserting_before(node):
-            swapped = {n: self._aligned(n, target) for n, target in transfer.aligned.items()}
+            aligned = {self.replaced.get(n, n): target for n, target in transfer.aligned.items()}
+            swapped = {n: self._aligned(n, target) for n, target in aligned.items()}
             given = (
                 node.args if transfer.args is None else transfer.args,
                 node.kwargs if transfer.kwargs is None else dict(transfer.kwargs),
@@ -75,6 +77,7 @@ class _Emitter:
             self.site.compact[node] = twin
         else:
             node.replace_all_uses_with(twin)
+            self.replaced[node] = twin
 
     def _evaluate(self, node: Node, twin: Node, transfer: Transfer) -> None:
         """Recomputes the value, and holds it against the layout that the rule promised."""
@@ -106,6 +109,7 @@ class _Emitter:
         if isinstance(given, dict):
             return {k: self._argument(a, swapped) for k, a in given.items()}
         if isinstance(given, Node):
+            given = self.replaced.get(given, given)
             return swapped.get(given, self.site.compact.get(given, given))
         if isinstance(given, Extent):
             return self._size(given.dim)

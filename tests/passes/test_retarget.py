@@ -163,3 +163,14 @@ def test_meta_of_the_model_goes_along() -> None:
     site = leave_at_input(gm, keep=4)
     RetargetTokens()(gm)
     assert site.compact[relu].meta["stack_trace"] == relu.meta["stack_trace"]
+
+
+@torch.no_grad()
+def test_a_gate_made_from_the_mean_is_gathered_like_a_table() -> None:
+    """What runs over tokens no more, computed on the short sequence, may still have an entry per token."""
+    x, weight = sample(), table(C, 6)
+    gm = graph_of(lambda x, w: x * (x.mean(1) @ w)[:, :, None], tables=(weight,))
+    (value,), index = on_short_input(gm, x)
+    for b in range(3):
+        own = x[b][index[b]]
+        torch.testing.assert_close(value[b], own * (own.mean(0) @ weight)[index[b], None])

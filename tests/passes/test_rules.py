@@ -6,7 +6,6 @@ dense result with tokens taken out of it afterwards, and the function itself on 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -263,7 +262,6 @@ VIEWS = {
 CARRIES = {**POINTWISE, **PRODUCTS, **REDUCTIONS, **TOKENS, **VIEWS}
 
 
-@functools.cache
 @torch.no_grad()
 def all_on_short_input(prefix: int) -> tuple[dict[str, tuple[str, Tensor]], Tensor]:
     """Every op's layout and result on a short x, and the kept positions: one graph, captured once."""
@@ -283,11 +281,16 @@ def all_on_short_input(prefix: int) -> tuple[dict[str, tuple[str, Tensor]], Tens
     return dict(zip(cases, zip(layouts, values, strict=True), strict=True)), index
 
 
+@pytest.fixture(scope="module")
+def on_short() -> dict[int, tuple[dict[str, tuple[str, Tensor]], Tensor]]:
+    return {prefix: all_on_short_input(prefix) for prefix in (0, 1, 2)}
+
+
 @pytest.mark.parametrize("name", CARRIES)
 @torch.no_grad()
-def test_carries(name: str) -> None:
+def test_carries(name: str, on_short: dict[int, tuple[dict[str, tuple[str, Tensor]], Tensor]]) -> None:
     case, x = CARRIES[name], sample()
-    results, index = all_on_short_input(case.prefix)
+    results, index = on_short[case.prefix]
     layout, value = results[name]
     assert layout == case.layout
     if case.per_token is not None:
