@@ -45,5 +45,5 @@ def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = Fal
     score = torch.where(protected, torch.inf, score)
     at = torch.arange(score.shape[1], device=score.device)
     order = score.sort(dim=1, descending=True, stable=True).indices
-    # both sorts over all N, so that a GPU does them in one kernel
+    # both sorts over all N, so that a GPU may do them in one kernel
     return torch.where(at < keep, order, order + score.shape[1]).sort(dim=1).values[:, :keep]
