@@ -23,6 +23,12 @@ from passes.token_axis import TokenAxis, stream_layout
 
 SITE = "site"  # gm.meta key
 
+_ATTENTION_SCORES = {
+    "class-attention": score.class_attention,
+    "mean-attention": score.mean_attention,
+    "attention-entropy": score.attention_entropy,
+}
+
 
 @dataclass
 class Site:
@@ -153,7 +159,7 @@ class InsertSelection(Pass):
         query, key = op.args[:2]
         mask = argument(op, 3, "attn_mask")
         scale = argument(op, 6, "scale")
-        fn = score.class_attention if self.importance == "class-attention" else score.mean_attention
+        fn = _ATTENTION_SCORES[self.importance]
         if mask is None:
             return splice(graph, "score", lambda q, k: fn(q, k, None, scale), query, key)
         return splice(graph, "score", lambda q, k, m: fn(q, k, m, scale), query, key, mask)

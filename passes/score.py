@@ -10,7 +10,7 @@ from torch import Tensor
 
 Metric = Literal["l2", "l1", "cosine"]
 Operation = Literal["mlp", "attention", "block"]
-Importance = Literal["shift", "class-attention", "mean-attention", "random"]
+Importance = Literal["shift", "class-attention", "mean-attention", "attention-entropy", "random"]
 
 
 def shift(after: Tensor, before: Tensor, metric: Metric = "l2") -> Tensor:
@@ -48,6 +48,12 @@ def class_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, scal
 def mean_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Attention that each token receives, averaged over heads and queries, Eq. 3: [B, N] from [B, H, N, d]."""
     return attention_map(query, key, mask, scale).mean((1, 2))
+
+
+def attention_entropy(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Negative entropy of each token's attention, heads averaged first (vid-TLDR): [B, N] from [B, H, N, d]."""
+    attention = attention_map(query, key, mask, scale).mean(1).float()
+    return torch.xlogy(attention, attention).sum(-1)  # xlogy: attention underflows to 0
 
 
 def random_score(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from passes.cost import register_cost
 from passes.restore import TokenOutput
 from passes.rules import register_token_rule
 from rs_compile.errors import ScheduleError
+from rs_compile.grid_prune import GridPrune
 from rs_compile.optimize import InputError, OptimizedModel, explain, optimize
 from rs_compile.report import Explanation, Report
 from rs_compile.schedule import Schedule
@@ -22,6 +23,7 @@ __all__ = [
     "CaptureError",
     "CompileError",
     "Explanation",
+    "GridPrune",
     "InputError",
     "OptimizedModel",
     "Refusal",

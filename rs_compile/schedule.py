@@ -1,34 +1,34 @@
-"""What to prune: after which blocks, how many tokens, and by which score."""
+"""What leaves the model where: tokens pruned or merged after blocks, rows and columns after a CNN's stages."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+from passes.score import Importance, Metric, Operation
 from rs_compile.errors import ScheduleError
+from rs_compile.grid_prune import GridPrune
 
-Operation = Literal["mlp", "attention", "block"]
-Metric = Literal["l2", "l1", "cosine"]
-Importance = Literal["shift", "class-attention", "mean-attention", "random"]
+Merger = Literal["stream", "tome", "vid-tldr"]
 
 _BLOCK_TEXT = re.compile(r"0|[1-9][0-9]*")
 _EXAMPLE = '"0:0.8,3:0.8,6:0.8"'
 
 
-class KeepRatios(Mapping[int, float]):
-    """An immutable, hashable, picklable mapping of block index to keep ratio, in block order."""
+class PerBlock(Mapping[int, Any]):
+    """An immutable, hashable, picklable mapping of block index to a value, in block order."""
 
     __slots__ = ("_pairs",)
 
-    def __init__(self, pairs: Iterable[tuple[int, float]]) -> None:
-        self._pairs = tuple(sorted(pairs))
+    def __init__(self, pairs: Iterable[tuple[int, Any]] = ()) -> None:
+        self._pairs = tuple(sorted(pairs, key=lambda pair: pair[0]))
 
-    def __getitem__(self, block: int) -> float:
+    def __getitem__(self, block: int) -> Any:
         return dict(self._pairs)[block]
 
     def __iter__(self) -> Iterator[int]:
@@ -46,7 +46,7 @@ class KeepRatios(Mapping[int, float]):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which tokens leave the model where; hashable, so that it can key a cache.
+    """What leaves the model where; hashable, so that it can key a cache.
 
     After the complete block `i` of `keep`, `removed(n, keep[i])` of the n current tokens leave, prefix
     tokens counted in n but never removed. DeiT with `{0: 0.8, 3: 0.8, 6: 0.8}`: 197 -> 158 -> 127 -> 102.
@@ -61,20 +61,33 @@ class Schedule:
         protected: indices of the tokens that never leave; None lets the compiler find the class,
             register and distillation tokens. Stored sorted, each once.
         importance: "shift", or a baseline: "class-attention" (Eq. 2), "mean-attention" (Eq. 3), "random".
-            The baselines do not read operation, metric and with_skip.
+            The baselines do not read operation, metric and with_skip. vid-TLDR weighs what it merges by it;
+            its own saliency is "attention-entropy".
         lowest: keep the tokens of lowest score; a baseline that shows what the score is worth.
+        merge: block index -> how many tokens merge away there: a count r, or a share of the tokens below 1.
+        merger: which tokens merge, where: "tome" by their keys, between attention and MLP; "vid-tldr" by the
+            stream, weighted by importance, there too (after the MLP with the MLP's shift); "stream" by the
+            residual stream after the complete block.
+        size_bias: attention behind a merge adds the log of how many tokens a key stands for.
+        weighted_mean: a mean over tokens behind a merge weighs them by size.
+        grid: stage index (0-based) -> `GridPrune`, for CNNs; goes with neither keep nor merge.
 
     Raises:
         ScheduleError: a value out of its range, with what to write instead.
     """
 
-    keep: Mapping[int, float]
+    keep: Mapping[int, float] = PerBlock()
     operation: Operation = "mlp"
     metric: Metric = "l2"
     with_skip: bool = False
     protected: tuple[int, ...] | None = None
     importance: Importance = "shift"
     lowest: bool = False
+    merge: Mapping[int, int | float] = PerBlock()
+    merger: Merger = "stream"
+    size_bias: bool = True
+    weighted_mean: bool = False
+    grid: Mapping[int, GridPrune] = PerBlock()
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Mapping):
@@ -83,20 +96,40 @@ class Schedule:
                 "write keep={0: 0.8, 3: 0.8}, or Schedule.uniform(depth, keep_ratio) for one ratio everywhere"
             )
         pairs = [(_block(block), _ratio(ratio, block)) for block, ratio in self.keep.items()]
-        object.__setattr__(self, "keep", KeepRatios(pairs))
+        object.__setattr__(self, "keep", PerBlock(pairs))
+        for name, of in (("merge", "how many tokens merge"), ("grid", "GridPrune")):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise ScheduleError(f"{name} is {value!r}, not a mapping of index to {of}")
+        merges = [(_block(block, "merge"), _merged(r, block)) for block, r in self.merge.items()]
+        object.__setattr__(self, "merge", PerBlock(merges))
+        object.__setattr__(self, "grid", PerBlock((_block(i, "grid"), _grid(g, i)) for i, g in self.grid.items()))
+        self._check_together()
         _choice("operation", self.operation, get_args(Operation))
         _choice("metric", self.metric, get_args(Metric))
         _choice("importance", self.importance, get_args(Importance))
-        for flag in ("with_skip", "lowest"):
+        _choice("merger", self.merger, get_args(Merger))
+        for flag in ("with_skip", "lowest", "size_bias", "weighted_mean"):
             if not isinstance(value := getattr(self, flag), bool):
                 raise ScheduleError(f"{flag} is {value!r}; write True or False")
         if self.protected is not None:
             object.__setattr__(self, "protected", _protected(self.protected))
 
+    def _check_together(self) -> None:
+        if self.grid and (self.keep or self.merge):
+            raise ScheduleError(
+                "grid prunes a CNN's stages, keep and merge a transformer's blocks; write one of the two"
+            )
+        if both := sorted(i for i, r in self.merge.items() if r and self.keep.get(i, 1) < 1):
+            raise ScheduleError(f"block {both[0]} both prunes and merges; leave it in one of keep and merge")
+
     @property
     def prunes(self) -> bool:
-        """Whether any token leaves: some keep ratio is below 1."""
-        return any(ratio < 1 for ratio in self.keep.values())
+        """Whether any token, row or column leaves."""
+        return (
+            any(ratio < 1 for ratio in self.keep.values())
+            or any(self.merge.values())
+            or any(g.rows or g.columns for g in self.grid.values())
+        )
 
     @classmethod
     def uniform(cls, depth: int, keep_ratio: float, every: int = 1, start: int = 0) -> Schedule:
@@ -143,7 +176,12 @@ class Schedule:
     def to_json(self) -> str:
         """One line of JSON; `Schedule.from_json` gives an equal schedule back."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return json.dumps(values | {"keep": {str(block): ratio for block, ratio in self.keep.items()}})
+        per_block = {
+            "keep": {str(block): ratio for block, ratio in self.keep.items()},
+            "merge": {str(block): r for block, r in self.merge.items()},
+            "grid": {str(stage): asdict(cut) for stage, cut in self.grid.items()},
+        }
+        return json.dumps(values | per_block)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
@@ -162,9 +200,19 @@ class Schedule:
                 f"unknown key {', '.join(map(repr, unknown))} in the schedule; remove it, "
                 f"the keys are {', '.join(known)}"
             )
-        if not isinstance(keep := values.get("keep"), dict):
-            raise ScheduleError(f'keep is {keep!r} in the schedule; write "keep": {{"0": 0.8}}')
-        return cls(**(values | {"keep": _blocks_of(keep.items())}))
+        if not values.keys() & {"keep", "merge", "grid"}:
+            raise ScheduleError('the schedule has no keep, merge or grid; write "keep": {"0": 0.8}')
+        for name in {"keep", "merge", "grid"} & values.keys():
+            if not isinstance(of := values[name], dict):
+                raise ScheduleError(f'{name} is {of!r} in the schedule; write an object like "keep": {{"0": 0.8}}')
+            values[name] = _blocks_of(of.items(), name)
+        values["grid"] = {stage: _grid_from(cut, stage) for stage, cut in values.get("grid", {}).items()}
+        return cls(**values)
+
+
+def merged(n: int, r: int | float) -> int:
+    """How many of `n` tokens merge away: r where it is a count, else int(n * r) in exact arithmetic."""
+    return r if isinstance(r, int) else int(n * Fraction(str(r)))
 
 
 def removed(n: int, keep_ratio: float) -> int:
@@ -184,9 +232,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _block(value: Any) -> int:
+def _block(value: Any, table: str = "keep") -> int:
     if not _is_int(value) or value < 0:
-        raise ScheduleError(f"block index {value!r} in keep; write an integer of at least 0, counted from 0")
+        raise ScheduleError(
+            f"{_item(table)} index {value!r} in {table}; write an integer of at least 0, counted from 0"
+        )
     return int(value)
 
 
@@ -205,6 +255,37 @@ def _ratio(value: Any, block: Any = None) -> float:
     return ratio
 
 
+def _merged(value: Any, block: Any) -> int | float:
+    """A count of at least 0, or a share below 1."""
+    if _is_int(value) and value >= 0:
+        return int(value)
+    real = isinstance(value, Real) and not isinstance(value, bool | Integral)
+    if not (real and 0 <= value < 1):
+        raise ScheduleError(
+            f"merge of block {block} is {value!r}; write how many tokens merge away, like 13, "
+            "or a share below 1, like 0.2"
+        )
+    return float(value) if isinstance(value, float | Fraction) else float(str(value))
+
+
+def _grid(value: Any, stage: Any) -> GridPrune:
+    if not isinstance(value, GridPrune):
+        raise ScheduleError(f"grid of stage {stage} is {value!r}; write GridPrune(rows=8, columns=8)")
+    return value
+
+
+def _grid_from(values: Any, stage: Any) -> GridPrune:
+    known = [field.name for field in fields(GridPrune)]
+    if not isinstance(values, dict) or (unknown := sorted(values.keys() - known)):
+        fault = f"{values!r}" if not isinstance(values, dict) else f"unknown key {', '.join(map(repr, unknown))}"
+        raise ScheduleError(f"grid of stage {stage}: {fault}; write an object with the keys {', '.join(known)}")
+    return GridPrune(**values)
+
+
+def _item(table: str) -> str:
+    return "stage" if table == "grid" else "block"
+
+
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ScheduleError(f"unknown {name} {value!r}; write one of {', '.join(map(repr, allowed))}")
@@ -220,15 +301,18 @@ def _protected(value: Any) -> tuple[int, ...]:
     return tuple(sorted({int(token) for token in tokens}))
 
 
-def _blocks_of(pairs: Iterable[tuple[str, Any]]) -> dict[int, Any]:
-    keep: dict[int, Any] = {}
-    for text, ratio in pairs:
+def _blocks_of(pairs: Iterable[tuple[str, Any]], table: str = "keep") -> dict[int, Any]:
+    values: dict[int, Any] = {}
+    for text, value in pairs:
         if not _BLOCK_TEXT.fullmatch(text):
-            raise ScheduleError(f"block index {text!r} in keep; write an integer of at least 0, counted from 0")
-        if int(text) in keep:
-            raise ScheduleError(f"block {text} has two keep ratios; keep one of them")
-        keep[int(text)] = ratio
-    return keep
+            raise ScheduleError(
+                f"{_item(table)} index {text!r} in {table}; write an integer of at least 0, counted from 0"
+            )
+        if int(text) in values:
+            twice = {"keep": "keep ratios", "merge": "merge counts", "grid": "grid prunes"}[table]
+            raise ScheduleError(f"{_item(table)} {text} has two {twice}; keep one of them")
+        values[int(text)] = value
+    return values
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from passes.base import CompileError
 from rs_compile.errors import ScheduleError
-from rs_compile.schedule import Importance, Metric, Operation, Schedule, removed
+from rs_compile.grid_prune import Against, GridPrune, Mode, Order
+from rs_compile.schedule import Importance, Merger, Metric, Operation, Schedule, merged, removed
 
 RATIOS = st.floats(min_value=0, max_value=1, exclude_min=True)
 SCHEDULES = st.builds(
@@ -29,6 +30,23 @@ SCHEDULES = st.builds(
     protected=st.none() | st.lists(st.integers(0, 20), max_size=4),
     importance=st.sampled_from(get_args(Importance)),
     lowest=st.booleans(),
+    merge=st.dictionaries(st.integers(201, 300), st.integers(0, 50) | st.floats(0, 1, exclude_max=True), max_size=4),
+    merger=st.sampled_from(get_args(Merger)),
+    size_bias=st.booleans(),
+    weighted_mean=st.booleans(),
+) | st.builds(
+    Schedule,
+    grid=st.dictionaries(
+        st.integers(0, 5),
+        st.builds(
+            GridPrune,
+            rows=st.integers(0, 9),
+            columns=st.integers(0, 9),
+            mode=st.sampled_from(get_args(Mode)),
+            order=st.sampled_from(get_args(Order)),
+            against=st.sampled_from(get_args(Against)),
+        ),
+    ),
 )
 
 
@@ -90,6 +108,11 @@ def test_json_is_readable() -> None:
         "protected": [0],
         "importance": "shift",
         "lowest": False,
+        "merge": {},
+        "merger": "stream",
+        "size_bias": True,
+        "weighted_mean": False,
+        "grid": {},
     }
 
 
@@ -229,7 +252,7 @@ def test_refuses_a_block_index(block: Any) -> None:
         ({"metric": "L2"}, "unknown metric 'L2'; write one of 'l2', 'l1', 'cosine'"),
         (
             {"importance": []},
-            "unknown importance []; write one of 'shift', 'class-attention', 'mean-attention', 'random'",
+            "unknown importance []; write one of 'shift', 'class-attention', 'mean-attention', 'attention-entropy'",
         ),
         ({"with_skip": 1}, "with_skip is 1; write True or False"),
         ({"lowest": None}, "lowest is None; write True or False"),
@@ -252,8 +275,12 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
     [
         ("{", "the schedule is no JSON ("),
         ("[1]", 'the schedule is [1]; write an object like {"keep": {"0": 0.8}}'),
-        ("{}", 'keep is None in the schedule; write "keep": {"0": 0.8}'),
-        ('{"keep": [0.8]}', 'keep is [0.8] in the schedule; write "keep": {"0": 0.8}'),
+        ("{}", 'the schedule has no keep, merge or grid; write "keep": {"0": 0.8}'),
+        ('{"keep": [0.8]}', 'keep is [0.8] in the schedule; write an object like "keep": {"0": 0.8}'),
+        ('{"grid": {"0": 8}}', "grid of stage 0: 8; write an object with the keys rows, columns, mode"),
+        ('{"grid": {"0": {"row": 8}}}', "grid of stage 0: unknown key 'row'; write an object with the keys rows"),
+        ('{"grid": {"x": {"rows": 8}}}', "stage index 'x' in grid; write an integer of at least 0"),
+        ('{"merge": {"0": 13, "0": 8}}', "key '0' stands twice in the schedule; keep one of them"),
         (
             '{"keep": {"0": 0.8}, "ratio": 1, "layer": 2}',
             "unknown key 'layer', 'ratio' in the schedule; remove it, the keys are keep, operation, metric, "
@@ -274,3 +301,50 @@ def test_a_schedule_error_is_a_compile_error_and_a_value_error() -> None:
     for kind in (CompileError, ValueError):
         with pytest.raises(kind):
             Schedule({0: 2})
+
+
+def test_a_merge_is_a_count_or_a_share() -> None:
+    schedule = Schedule(merge={0: 13, 2: 0.3})
+    assert [merged(197, r) for r in schedule.merge.values()] == [13, 59]
+    assert merged(10, 0.7) == 7  # int(10 * 0.7) is 7 in floats only by luck; 0.57 of 100 would be 56
+    assert merged(100, 0.57) == 57
+    assert schedule.prunes
+    assert not Schedule(merge={0: 0}).prunes
+
+
+@pytest.mark.parametrize("r", [-1, 1.0, 1.5, True, "13", float("nan")])
+def test_refuses_a_merge(r: Any) -> None:
+    with refused(f"merge of block 2 is {r!r}; write how many tokens merge away, like 13, or a share below 1"):
+        Schedule(merge={2: r})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"keep": {1: 0.8}, "merge": {1: 3}}, "block 1 both prunes and merges; leave it in one of keep and merge"),
+        ({"keep": {1: 0.8}, "grid": {0: GridPrune(1, 1)}}, "grid prunes a CNN's stages, keep and merge a"),
+        ({"merge": 13}, "merge is 13, not a mapping of index to how many tokens merge"),
+        ({"merge": {-1: 13}}, "block index -1 in merge; write an integer of at least 0, counted from 0"),
+        ({"grid": {0: 8}}, "grid of stage 0 is 8; write GridPrune(rows=8, columns=8)"),
+        ({"grid": {"a": GridPrune(1, 1)}}, "stage index 'a' in grid; write an integer of at least 0"),
+        ({"merger": "pitome"}, "unknown merger 'pitome'; write one of 'stream', 'tome', 'vid-tldr'"),
+        ({"size_bias": 1}, "size_bias is 1; write True or False"),
+    ],
+)
+def test_refuses_what_cannot_go_together(options: dict[str, Any], text: str) -> None:
+    with refused(text):
+        Schedule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rows": -1}, "rows is -1; write how many leave, an integer of at least 0"),
+        ({"columns": 1.5}, "columns is 1.5; write how many leave, an integer of at least 0"),
+        ({"mode": "row"}, "unknown mode 'row'; write one of 'line', 'token'"),
+        ({"against": "input"}, "unknown against 'input'; write one of 'shortcut', 'first-block', 'sum'"),
+    ],
+)
+def test_refuses_a_grid_prune(options: dict[str, Any], text: str) -> None:
+    with refused(text):
+        GridPrune(**options)

@@ -105,3 +105,13 @@ def test_random_score() -> None:
     first, second = score.random_score(x), score.random_score(x)
     assert first.shape == (2, 5) and first.dtype == torch.float32
     assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+
+
+def test_attention_entropy_is_high_where_attention_is_sharp_and_finite_where_it_underflows() -> None:
+    key = torch.eye(4).expand(1, 2, 4, 4)
+    query = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [2e3, 0, 0, 0], [0, 3, 0, 0]]).expand(1, 2, 4, 4)
+    sharp = score.attention_entropy(query, key)
+    assert sharp.isfinite().all()
+    assert sharp[0, 2] == 0  # all attention on one token
+    torch.testing.assert_close(sharp[0, 1], -torch.tensor(4.0).log())  # even over four
+    assert sharp[0, 1] < sharp[0, 0] < sharp[0, 3] < sharp[0, 2]
