@@ -78,7 +78,24 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: the file cannot be read, holds more than weights, or does not fit; names the keys.
     """
-    weights = _unwrapped(_read(path), path)
+    load_weights(model, read_weights(path), path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's state dict, unwrapped as `load_checkpoint` says, nothing loaded.
+
+    Raises:
+        ModelError: the file cannot be read, or holds more than weights.
+    """
+    return _unwrapped(_read(path), path)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copies weights, read from `path`, into `model`; its keys and shapes must be theirs.
+
+    Raises:
+        ModelError: they do not fit; names the keys.
+    """
     own = model.state_dict()
     faults = []
     if missing := [key for key in own if key not in weights]:

@@ -246,6 +246,34 @@ def optimize(
     return OptimizedModel(model, options)
 
 
+def plan(
+    model: nn.Module,
+    schedule: Schedule | Mapping[int, float],
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Report:
+    """What `optimize` would make of a model: captured and rewritten, nothing compiled, no forward pass.
+
+    Model and inputs may be on the meta device, so that a large model's GFLOPs need neither memory nor time.
+
+    Args:
+        model, schedule: see `optimize`.
+        example_inputs, example_kwargs: see `explain`.
+        options: other arguments of `optimize`, except backend and mode.
+
+    Raises:
+        CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    handle = optimize(model, schedule, backend="eager", **options)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key = (handle._state_key(), _leaf_key(leaves), spec)
+    handle.__dict__["_last"] = handle._compile(key, leaves, args, kwargs)
+    return handle.report()
+
+
 def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Explanation:
     """What the matcher finds in a model, with nothing changed or compiled.
 
