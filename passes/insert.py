@@ -11,23 +11,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes import score
-from passes.base import Pass, PassResult, Refusal
+from passes.base import Pass, PassResult
 from passes.branches import Block
-from passes.gather import original_positions, put, take, tokens_first
+from passes.gather import original_positions, put, take
+from passes.insert_score import Scoring, insert_score
 from passes.layout import Batch, Layout, Tokens, tokens_in
 from passes.protected import Protected
-from passes.rules.registry import argument
 from passes.select import keep_highest, protected_mask
 from passes.splice import splice
 from passes.token_axis import TokenAxis, stream_layout
 
 SITE = "site"  # gm.meta key
-
-_ATTENTION_SCORES = {
-    "class-attention": score.class_attention,
-    "mean-attention": score.mean_attention,
-    "attention-entropy": score.attention_entropy,
-}
 
 
 @dataclass
@@ -93,7 +87,8 @@ class InsertSelection(Pass):
         graph = gm.graph
         users = list(stream.users)
         with graph.inserting_before(stream.next):
-            scores = self._score(graph, layout)
+            scoring = Scoring(self.operation, self.metric, self.with_skip, self.importance)
+            scores = insert_score(graph, self.block, layout, self.protected.prefix, scoring)
             index = self._select(graph, scores, tokens)
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
             short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
@@ -113,53 +108,3 @@ class InsertSelection(Pass):
             return keep_highest(s, mask, self.keep, self.lowest)
 
         return splice(graph, "select", select, scores, *(self.earlier if p.extra else ()))
-
-    def _score(self, graph: torch.fx.Graph, layout: Layout) -> Node:
-        if self.importance == "random":
-            return splice(graph, "score", lambda x: score.random_score(tokens_first(x, layout)), self.block.output)
-        if self.importance != "shift":
-            return self._attention_score(graph)
-        after, before = self._shift_between()
-
-        skip = self.with_skip and self.operation != "block"
-
-        def shift(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            a = a + b if skip else a  # not the block's sum: beside a parallel branch that holds more
-            return score.shift(tokens_first(a, layout), tokens_first(b, layout), self.metric)
-
-        return splice(graph, "score", shift, after, before)
-
-    def _shift_between(self) -> tuple[Node, Node]:
-        """F(x) and x."""
-        if self.operation == "block":
-            return self.block.output, self.block.entry
-        branch = self.block.mlp if self.operation == "mlp" else self.block.attention
-        if branch is None:
-            raise Refusal(
-                f"block {self.block.index} has no attention branch to score by",
-                self.block.output,
-                'use Schedule(operation="mlp")',
-            )
-        return branch.term, branch.stream
-
-    def _attention_score(self, graph: torch.fx.Graph) -> Node:
-        op = self.block.attention_op()
-        if op is None:
-            raise Refusal(
-                f"block {self.block.index} has no single attention op to take a map from",
-                self.block.output,
-                'use Schedule(importance="shift"), which needs no attention map',
-            )
-        if self.importance == "class-attention" and self.protected.prefix == 0:
-            raise Refusal(
-                "class attention needs a class token in front",
-                self.block.output,
-                'use Schedule(importance="mean-attention") or "shift"',
-            )
-        query, key = op.args[:2]
-        mask = argument(op, 3, "attn_mask")
-        scale = argument(op, 6, "scale")
-        fn = _ATTENTION_SCORES[self.importance]
-        if mask is None:
-            return splice(graph, "score", lambda q, k: fn(q, k, None, scale), query, key)
-        return splice(graph, "score", lambda q, k, m: fn(q, k, m, scale), query, key, mask)
