@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -64,13 +64,15 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A rewritten graph and what is to be said about it."""
+    """A rewritten graph and what is to be said about it; `selections` holds by block the kept positions of each
+    selection up to it, every one counted in the sequence that the one before it left."""
 
     gm: GraphModule
     blocks: tuple[BlockReport, ...]
     dense: Cost
     cost: Cost
     skips: tuple[Skip, ...]
+    selections: Mapping[int, tuple[Node, ...]] = field(default_factory=dict)
 
 
 Progress = Callable[[str], None]
@@ -124,6 +126,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
     streams: dict[Node, Node] = {b.add: b.add for b in branches}
     now: dict[Node, Node] = {}
     earlier: dict[Node, list[Node]] = {}
+    selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(prunes, key=lambda p: p.block):
         block = _moved(blocks[p.block], now)
         keep = _count(p, block, guarded[p.block])
@@ -147,6 +150,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         earlier.setdefault(start, []).append(site.index)
+        selections[p.block] = tuple(earlier[start])
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
@@ -169,7 +173,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
                 choice.get(now.get(op, op)) if op is not None else None,
             )
         )
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted)
+    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, selections)
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
