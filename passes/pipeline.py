@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,8 @@ from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import RetargetTokens
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
+
+SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,13 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A rewritten graph and what is to be said about it; `selections` holds by block the kept positions of each
-    selection up to it, every one counted in the sequence that the one before it left."""
+    """A rewritten graph and what is to be said about it."""
 
     gm: GraphModule
     blocks: tuple[BlockReport, ...]
     dense: Cost
     cost: Cost
     skips: tuple[Skip, ...]
-    selections: Mapping[int, tuple[Node, ...]] = field(default_factory=dict)
 
 
 Progress = Callable[[str], None]
@@ -156,6 +156,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
     if compact_outputs:
         gm = AppendKept()(gm).gm
     no_stale_shapes(gm)
+    gm.meta[SELECTIONS] = selections
     cost = count(gm)
     choice = dict(kernels(gm))
     rows = []
@@ -173,7 +174,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
                 choice.get(now.get(op, op)) if op is not None else None,
             )
         )
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, selections)
+    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted)
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:

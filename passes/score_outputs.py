@@ -41,7 +41,7 @@ class KeptOutputs(Pass):
     """Replaces the outputs by the original positions [B, K] of the tokens left after each selection.
 
     Args:
-        selections: by block the selections that its sequence went through (`pipeline.Compiled.selections`).
+        selections: by block the selections that its sequence went through (`gm.meta[SELECTIONS]`).
     """
 
     selections: Mapping[int, tuple[Node, ...]]
