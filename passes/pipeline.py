@@ -32,6 +32,8 @@ from passes.splice import stand_ins
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
+SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
+
 
 @dataclass(frozen=True)
 class Prune:
@@ -164,6 +166,7 @@ def prune(
     now: dict[Node, Node] = {}
     earlier: dict[Node, list[Node]] = {}
     sizes: dict[Node, Node] = {}
+    selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
         block = _moved(blocks[p.block], now)
         step = _step(gm, p, block, guarded[p.block])
@@ -183,6 +186,7 @@ def prune(
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         earlier.setdefault(start, []).append(site.index)
+        selections[p.block] = tuple(earlier[start])
         if site.sizes is not None:
             sizes[start] = site.sizes
         moved = {site.stream: site.short, **site.compact}
@@ -193,6 +197,7 @@ def prune(
     if behind.explicit:
         gm = ExplicitAttention()(gm).gm
     no_stale_shapes(gm)
+    gm.meta[SELECTIONS] = selections
     cost = count(gm)
     choice = dict(kernels(gm))
     rows = []
