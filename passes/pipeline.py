@@ -23,6 +23,7 @@ from passes.lower_attention import LowerAttention
 from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import RetargetTokens
+from passes.stages import StageReport, find_stages
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
@@ -71,6 +72,7 @@ class Compiled:
     dense: Cost
     cost: Cost
     skips: tuple[Skip, ...]
+    stages: tuple[StageReport, ...] = ()
 
 
 Progress = Callable[[str], None]
@@ -185,7 +187,9 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
             nearest.add if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models are not pruned",
+            "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
+            if find_stages(gm)
+            else "rs_compile.explain(model, inputs) shows what was found; windowed models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,12 @@ from torch.utils import _pytree as pytree
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError
 from passes.capture import FIXED_BATCH, batched
+from passes.grid_pipeline import GridCut, cut_stages, cuttable
 from passes.pipeline import Compiled, Progress, Prune, block_kernels, prepare, prunable, prune
 from passes.restore import KEPT, TokenOutput
-from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
+from passes.stages import find_stages
+from rs_compile.errors import ScheduleError
+from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.schedule import Schedule, removed
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
@@ -122,6 +125,7 @@ class OptimizedModel(nn.Module):
             c.dense.flops,
             c.cost.flops,
             c.skips,
+            tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
         )
 
     def graph_module(self) -> torch.fx.GraphModule:
@@ -169,15 +173,18 @@ class OptimizedModel(nn.Module):
             prepared = prepare(self._model, args, kwargs, lower, ambient, say)
             gm = prepared.gm
             out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
-            compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
+            compact = options.token_outputs == "compact"
+            compiled = (
+                cut_stages(gm, _cuts(schedule, options.force_insert), compact)
+                if schedule.grid
+                else prune(gm, _prunes(schedule, options.force_insert), compact)
+            )
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
             say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
-        compiled = Compiled(
-            compiled.gm, compiled.blocks, compiled.dense, compiled.cost, prepared.skips + compiled.skips
-        )
+        compiled = replace(compiled, skips=prepared.skips + compiled.skips)
         plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
         if fixed and len(key) == _KEY_LENGTH:
             self._plans[key] = plan  # says that the batch belongs into the key
@@ -267,11 +274,15 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
                 block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
             )
         )
+    stages = []
+    for stage in find_stages(prepared.gm):
+        able, reason = cuttable(stage)
+        stages.append(StageExplanation(stage.index, stage.where, len(stage.blocks), stage.grid, able, reason))
     notes = []
-    if not blocks:
+    if not blocks and not stages:
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
         notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
-    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes))
+    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
 
 
 def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
@@ -291,6 +302,30 @@ def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
             force,
         )
         for block, ratio in schedule.keep.items()
+    ]
+
+
+def _cuts(schedule: Schedule, force: bool) -> list[GridCut]:
+    if schedule.importance not in ("shift", "random"):
+        raise ScheduleError(
+            f'importance={schedule.importance!r} reads attention, which no stage has; write "shift" or "random"'
+        )
+    if schedule.protected is not None:
+        raise ScheduleError("protected names tokens, and a stage has rows and columns; leave it out")
+    return [
+        GridCut(
+            stage,
+            g.rows,
+            g.columns,
+            g.mode,
+            g.order == "rows-first",
+            g.against,
+            schedule.metric,
+            schedule.importance == "random",
+            schedule.lowest,
+            force,
+        )
+        for stage, g in schedule.grid.items()
     ]
 
 
