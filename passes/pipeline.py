@@ -29,6 +29,7 @@ from passes.retarget import RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import stand_ins
+from passes.stages import StageReport, find_stages
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
@@ -109,6 +110,7 @@ class Compiled:
     dense: Cost
     cost: Cost
     skips: tuple[Skip, ...]
+    stages: tuple[StageReport, ...] = ()
     size_bias: str = ""  # how it reaches attention: "mask", "channel"
 
 
@@ -215,7 +217,7 @@ def prune(
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
             )
         )
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, gm.meta.get(HOW, ""))
+    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
@@ -231,7 +233,9 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
             nearest.add if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models are not pruned",
+            "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
+            if find_stages(gm)
+            else "rs_compile.explain(model, inputs) shows what was found; windowed models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):
