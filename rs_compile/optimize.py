@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,11 @@ from torch.utils import _pytree as pytree
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError
 from passes.capture import FIXED_BATCH, batched
-from passes.pipeline import Compiled, Progress, Prune, block_kernels, prepare, prunable, prune
+from passes.importance import Scoring
+from passes.pipeline import Behind, Compiled, Merge, Progress, Prune, block_kernels, prepare, prunable, prune
 from passes.restore import KEPT, TokenOutput
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
-from rs_compile.schedule import Schedule, removed
+from rs_compile.schedule import Schedule, merged, removed
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
@@ -42,6 +44,7 @@ class Options:
     lower_attention: bool | None
     progress: Progress | None
     force_insert: bool
+    explicit_attention: bool
 
 
 @dataclass
@@ -169,15 +172,15 @@ class OptimizedModel(nn.Module):
             prepared = prepare(self._model, args, kwargs, lower, ambient, say)
             gm = prepared.gm
             out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
-            compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
+            behind = Behind(schedule.size_bias, schedule.weighted_mean, options.explicit_attention)
+            steps = _steps(schedule, options.force_insert)
+            compiled = prune(gm, steps, options.token_outputs == "compact", behind)
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
             say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
-        compiled = Compiled(
-            compiled.gm, compiled.blocks, compiled.dense, compiled.cost, prepared.skips + compiled.skips
-        )
+        compiled = replace(compiled, skips=prepared.skips + compiled.skips)
         plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
         if fixed and len(key) == _KEY_LENGTH:
             self._plans[key] = plan  # says that the batch belongs into the key
@@ -196,6 +199,7 @@ def optimize(
     lower_attention: bool | None = None,
     progress: Progress | None = None,
     force_insert: bool = False,
+    explicit_attention: bool = False,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
 
@@ -211,6 +215,8 @@ def optimize(
             schedule prunes; with nothing to prune the result is then bit-equal to the model's.
         progress: called with a line of text at each stage of the first call, which takes seconds to a minute.
         force_insert: insert selection even where every token stays (for tests).
+        explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
+            that is done only where a baseline's importance reads the attention map.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -227,7 +233,16 @@ def optimize(
         raise ValueError(f'token_outputs is {token_outputs!r}; write "restore" or "compact"')
     if not (isinstance(backend, str) or callable(backend)):
         raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
-    options = Options(Schedule.of(schedule), backend, mode, token_outputs, lower_attention, progress, force_insert)
+    options = Options(
+        Schedule.of(schedule),
+        backend,
+        mode,
+        token_outputs,
+        lower_attention,
+        progress,
+        force_insert,
+        explicit_attention,
+    )
     return OptimizedModel(model, options)
 
 
@@ -302,24 +317,27 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes))
 
 
-def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
-    def kept(ratio: float) -> Callable[[int], int]:
-        return lambda n: n - removed(n, ratio)
-
+def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
+    scoring = Scoring(schedule.operation, schedule.metric, schedule.with_skip, schedule.importance)
+    # in a block merges come first: they can lie between attention and MLP
     return [
-        Prune(
-            block,
-            kept(ratio),
-            schedule.operation,
-            schedule.metric,
-            schedule.with_skip,
-            schedule.importance,
-            schedule.lowest,
-            schedule.protected,
-            force,
-        )
-        for block, ratio in schedule.keep.items()
+        *(
+            Merge(block, partial(_gone, r=r), schedule.merger, scoring, schedule.protected)
+            for block, r in schedule.merge.items()
+        ),
+        *(
+            Prune(block, partial(_kept, ratio=ratio), scoring, schedule.lowest, schedule.protected, force)
+            for block, ratio in schedule.keep.items()
+        ),
     ]
+
+
+def _kept(n: int, ratio: float) -> int:
+    return n - removed(n, ratio)
+
+
+def _gone(n: int, r: int | float) -> int:
+    return merged(n, r)
 
 
 def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
