@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rs_compile import CompileError, InputError, Schedule, optimize, plan
 from rs_compile.models import build
+from rs_compile.optimize import plans
 
 SCHEDULE = Schedule({0: 0.8, 2: 0.5})
 
@@ -44,3 +45,20 @@ def test_options_and_refusals_are_those_of_optimize() -> None:
         plan(model, Schedule({99: 0.5}), images)
     with pytest.raises(InputError, match="was called with str; pass tensors"):
         plan(model, SCHEDULE, "photo.png")
+
+
+def test_several_schedules_share_a_capture_and_nothing_else() -> None:
+    model, images = build("test_vit", img_size=64), torch.randn(2, 3, 64, 64)
+    schedules = [SCHEDULE, Schedule({1: 0.5}, importance="random"), Schedule({}), SCHEDULE]
+    captures: list[str] = []
+    model.get_submodule("blocks.0").register_forward_hook(lambda *_: captures.append("pass"))
+    handles = [optimize(model, schedule, backend="eager") for schedule in schedules]
+    reports = list(plans(handles, images))
+    # one capture with attention lowered, one without, for the schedule that prunes nothing
+    assert len(captures) == 2
+    for handle, schedule, report in zip(handles, schedules, reports, strict=True):
+        assert report == plan(model, schedule, images)
+        torch.manual_seed(1)
+        out = handle(images)
+        torch.manual_seed(1)
+        assert torch.equal(out, optimize(model, schedule, backend="eager")(images))

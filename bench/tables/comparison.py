@@ -42,7 +42,7 @@ def compare(args: argparse.Namespace, subjects: Sequence[Subject], digits: Subje
         subjects: the table's models.
         digits: what accuracy is measured on where no pictures are given.
         unit: of throughput, "img/s".
-        note: what else a reader should know.
+        note: what the paper's accuracy is of.
 
     Raises:
         CompileError: an option that cannot be followed, or a model that cannot be captured or pruned.
@@ -56,11 +56,11 @@ def compare(args: argparse.Namespace, subjects: Sequence[Subject], digits: Subje
         if not columns:
             continue
         methods = methods_for(subject, args.methods, setting.eager_everywhere)
-        fill_gflops(results, subject, methods)
         if "throughput" in columns:
             fill_throughput(results, subject, timed(methods, setting.backend), setting)
         if "accuracy" in columns:
             fill_accuracy(results, subject, methods, setting, args)
+        fill_gflops(results, subject, methods)  # what the others have not captured
         shown += [(subject, results.row(identity(subject, method))) for method in methods]
     print(text(shown, unit))
     for line in notes(shown, setting, note):
@@ -103,7 +103,7 @@ def _line(subject: Subject, row: Row) -> list[str]:
     return [
         subject.name,
         METHODS[row["method"]],
-        f"{row['gflops']:.3f}",
+        f"{row['gflops']:.3f}" if row["gflops"] >= 0.1 else f"{row['gflops']:.3g}",
         f"{printed['gflops']:.1f}" if "gflops" in printed else "",
         f"{row['throughput']:.4g}" if "throughput" in row else "",
         speed_up,
@@ -131,4 +131,4 @@ def notes(shown: Sequence[tuple[Subject, Row]], setting: Setting, note: str = ""
             lines.append(f"accuracy: of the demo's digits ViT on {images} digits, as no other data was given.")
         else:
             lines.append(f"accuracy: top-1 in % on {images} pictures of {data}.")
-    return [*lines, *([note] if note else [])]
+    return [*lines, *([note] if note and measured else [])]

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from bench.tables import accuracy
 from bench.tables.methods import COMPILED, Method
 from bench.tables.options import Setting
 from bench.tables.results import Results, environment
 from bench.tables.subjects import Subject
-from rs_compile import plan
+from rs_compile import OptimizedModel, plan
+from rs_compile.optimize import plans
 from rs_compile.timing import Call, interleaved
 
 _SETTINGS = ("quick", "device", "dtype", "batch_size", "baseline_eager_everywhere")
 
 Methods = Sequence[Method]
+Forwards = Sequence[tuple[Method, Callable[..., Any]]]
 
 
 def results_of(args: argparse.Namespace, setting: Setting) -> Results:
@@ -43,22 +46,26 @@ def say(text: str) -> None:
 
 def fill_gflops(results: Results, subject: Subject, methods: Methods) -> None:
     """GFLOPs of one sample on the rewritten graph, in fvcore's convention; no forward pass is run."""
-    if not results.lacking([identity(subject, m) for m in methods], "gflops"):
-        return
-    model, sample = subject.on_meta()
-    dense: float | None = None
-    for method in sorted(methods, key=lambda m: m.schedule is None):  # a pruned one knows the dense count too
-        if not results.lacking([identity(subject, method)], "gflops"):
-            continue
-        if method.schedule is not None or dense is None:
-            say(f"{subject.name}, {method.label}: GFLOPs")
-            report = plan(model, method.schedule or {}, sample, **method.options)
-            dense = report.flops_dense / 1e9
-            value = report.flops / 1e9
-        else:
-            value = dense
+    lacking = [m for m in methods if "gflops" not in results.row(identity(subject, m))]
+    if lacking:
+        model, sample = subject.on_meta()
+        _capture(results, subject, [(m, m.apply(model, "eager")) for m in lacking], model, sample)
+
+
+def _capture(results: Results, subject: Subject, forwards: Forwards, model: nn.Module, sample: Tensor) -> None:
+    """Captures the model once for all that is to be run, and notes its GFLOPs."""
+    say(f"{subject.name}: capturing the model")
+    pruned = [(method, forward) for method, forward in forwards if isinstance(forward, OptimizedModel)]
+    flops = {}
+    if not pruned:
+        flops[""] = plan(model, {}, sample).flops_dense
+    for (method, _), report in zip(pruned, plans([forward for _, forward in pruned], sample), strict=True):
+        say(f"{subject.name}, {method.label}: rewritten")
+        flops |= {method.label: report.flops, "": report.flops_dense}
+    for method, forward in forwards:
+        gflops = flops[method.label if isinstance(forward, OptimizedModel) else ""] / 1e9
         printed = subject.paper.get(method.name)
-        results.fill(identity(subject, method), {"gflops": value, **({"paper": printed} if printed else {})})
+        results.fill(identity(subject, method), {"gflops": gflops, **({"paper": printed} if printed else {})})
 
 
 def fill_throughput(results: Results, subject: Subject, methods: Methods, setting: Setting) -> None:
@@ -71,7 +78,9 @@ def fill_throughput(results: Results, subject: Subject, methods: Methods, settin
     batch = setting.batch(subject)
     inputs = torch.randn(batch, *subject.shape, generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(setting.device, setting.dtype)
-    calls: dict[str, Call] = {m.label: partial(m.apply(model, setting.backend), inputs) for m in methods}
+    forwards = [(m, m.apply(model, setting.backend)) for m in methods]
+    _capture(results, subject, forwards, model, inputs)
+    calls: dict[str, Call] = {m.label: partial(forward, inputs) for m, forward in forwards}
     with torch.no_grad():
         timing = interleaved(
             calls, setting.rounds, device=setting.device, say=lambda text: say(f"{subject.name}: {text}")
@@ -100,13 +109,14 @@ def fill_accuracy(
 
 
 def _accuracy_on_digits(results: Results, subject: Subject, methods: Methods, setting: Setting) -> None:
-    """Accuracy of the digits ViT, method by method; uncompiled, which changes nothing but speed."""
+    """Method by method; uncompiled, which changes nothing but speed."""
     model = subject.make(True, None)
-    for method in methods:
-        if results.lacking([identity(subject, method)], "accuracy"):
-            say(f"{subject.name}, {method.label}: accuracy")
-            values = accuracy.on_digits(method.apply(model, "eager"), setting.quick)
-            results.fill(identity(subject, method), values)
+    forwards = [(m, m.apply(model, "eager")) for m in methods if results.lacking([identity(subject, m)], "accuracy")]
+    if forwards:
+        _capture(results, subject, forwards, model, torch.zeros(1, *subject.shape))
+    for method, forward in forwards:
+        say(f"{subject.name}, {method.label}: accuracy")
+        results.fill(identity(subject, method), accuracy.on_digits(forward, setting.quick))
 
 
 def _accuracy_on_images(

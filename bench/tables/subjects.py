@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -63,7 +63,7 @@ def deit(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: 
     def make(pretrained: bool, checkpoint: Path | None) -> nn.Module:
         if quick:
             heads = HEADS[size]
-            options = {"img_size": side, "embed_dim": 16 * heads, "depth": 7, "num_heads": heads}
+            options: dict[str, Any] = {"img_size": side, "embed_dim": 16 * heads, "depth": 7, "num_heads": heads}
             return timm.create_model("deit_tiny_patch16_224", **options).eval()
         return build(f"deit_{size}_patch16_224", pretrained=pretrained, checkpoint=checkpoint)
 

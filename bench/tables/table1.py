@@ -8,10 +8,10 @@ from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import BASE, COMPILED, SDPA
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.options import add_image_arguments
-from bench.tables.subjects import deit, digits, umt_encoder
+from bench.tables.subjects import Paper, deit, digits, umt_encoder
 
-DEIT_S = {BASE: {"accuracy": 79.8, "throughput": 2308}, SDPA: {"accuracy": 79.8, "throughput": 3552}}
-UMT_B = {BASE: {"accuracy": 50.0, "throughput": 32}, SDPA: {"throughput": 85}}
+DEIT_S: Paper = {BASE: {"accuracy": 79.8, "throughput": 2308}, SDPA: {"accuracy": 79.8, "throughput": 3552}}
+UMT_B: Paper = {BASE: {"accuracy": 50.0, "throughput": 32}, SDPA: {"throughput": 85}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

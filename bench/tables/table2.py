@@ -37,7 +37,7 @@ def paper(name: str, dataset: str) -> Paper:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choices(parser, tuple(UMT))
-    parser.add_argument("--dataset", choices=RECALL, default="MSRVTT", help="whose R@1 of the paper is printed")
+    parser.add_argument("--dataset", choices=RECALL, default="MSRVTT", help="whose R@1 in the paper is shown")
     add_shared(parser, rounds=5)
 
 
