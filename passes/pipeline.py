@@ -29,8 +29,11 @@ from passes.retarget import RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import stand_ins
+from passes.stages import StageReport, find_stages
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
+
+SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Compiled:
     dense: Cost
     cost: Cost
     skips: tuple[Skip, ...]
+    stages: tuple[StageReport, ...] = ()
     size_bias: str = ""  # how it reaches attention: "mask", "channel"
 
 
@@ -164,6 +168,7 @@ def prune(
     now: dict[Node, Node] = {}
     earlier: dict[Node, list[Node]] = {}
     sizes: dict[Node, Node] = {}
+    selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
         block = _moved(blocks[p.block], now)
         step = _step(gm, p, block, guarded[p.block])
@@ -183,6 +188,7 @@ def prune(
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         earlier.setdefault(start, []).append(site.index)
+        selections[p.block] = tuple(earlier[start])
         if site.sizes is not None:
             sizes[start] = site.sizes
         moved = {site.stream: site.short, **site.compact}
@@ -193,6 +199,7 @@ def prune(
     if behind.explicit:
         gm = ExplicitAttention()(gm).gm
     no_stale_shapes(gm)
+    gm.meta[SELECTIONS] = selections
     cost = count(gm)
     choice = dict(kernels(gm))
     rows = []
@@ -210,7 +217,7 @@ def prune(
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
             )
         )
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, gm.meta.get(HOW, ""))
+    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
@@ -226,7 +233,9 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
             nearest.add if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models are not pruned",
+            "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
+            if find_stages(gm)
+            else "rs_compile.explain(model, inputs) shows what was found; windowed models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):

@@ -126,7 +126,7 @@ def load_images(paths: Sequence[Path], model: nn.Module, img_size: int | None = 
     colours = {1: "L", 3: "RGB"}.get(size[0])
     if colours is None:
         raise ImageError(f"the model wants {size[0]} channels; image files have 1 or 3")
-    return torch.stack([transform(_image(path, colours)) for path in paths])
+    return torch.stack([transform(read_image(path, colours)) for path in paths])
 
 
 def class_names(classes: int) -> list[str]:
@@ -228,7 +228,12 @@ def _advice(model: nn.Module, keys: set[str]) -> str:
     return " and ".join(advice) if advice else "name the model that the checkpoint was made from"
 
 
-def _image(path: Path, colours: str) -> Image.Image:
+def read_image(path: Path, colours: str) -> Image.Image:
+    """The decoded file in PIL's mode `colours`, "RGB" or "L".
+
+    Raises:
+        ImageError: it is not there, or is no image; what PIL raises is its cause.
+    """
     try:
         with Image.open(path) as image:
             return image.convert(colours)

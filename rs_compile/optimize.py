@@ -6,7 +6,6 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,11 +15,13 @@ from torch.utils import _pytree as pytree
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult
 from passes.capture import FIXED_BATCH, batched
-from passes.importance import Scoring
-from passes.pipeline import Behind, Compiled, Merge, Progress, Prune, block_kernels, prepare, prunable, prune
+from passes.grid_pipeline import cuttable
+from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
-from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
-from rs_compile.schedule import Schedule, merged, removed
+from passes.stages import find_stages
+from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
+from rs_compile.rewrite import rewrite
+from rs_compile.schedule import Schedule
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
@@ -125,6 +126,7 @@ class OptimizedModel(nn.Module):
             c.dense.flops,
             c.cost.flops,
             c.skips,
+            tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
         )
 
     def graph_module(self) -> torch.fx.GraphModule:
@@ -184,9 +186,9 @@ class OptimizedModel(nn.Module):
         gm = prepared.gm
         with torch._C._DisableAutocast():
             out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
-            behind = Behind(schedule.size_bias, schedule.weighted_mean, options.explicit_attention)
-            steps = _steps(schedule, options.force_insert)
-            compiled = prune(gm, steps, options.token_outputs == "compact", behind)
+            compiled = rewrite(
+                gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
+            )
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
@@ -341,34 +343,15 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
                 block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
             )
         )
+    stages = []
+    for stage in find_stages(prepared.gm):
+        able, reason = cuttable(stage)
+        stages.append(StageExplanation(stage.index, stage.where, len(stage.blocks), stage.grid, able, reason))
     notes = []
-    if not blocks:
+    if not blocks and not stages:
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
         notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
-    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes))
-
-
-def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
-    scoring = Scoring(schedule.operation, schedule.metric, schedule.with_skip, schedule.importance)
-    # in a block merges come first: they can lie between attention and MLP
-    return [
-        *(
-            Merge(block, partial(_gone, r=r), schedule.merger, scoring, schedule.protected)
-            for block, r in schedule.merge.items()
-        ),
-        *(
-            Prune(block, partial(_kept, ratio=ratio), scoring, schedule.lowest, schedule.protected, force)
-            for block, ratio in schedule.keep.items()
-        ),
-    ]
-
-
-def _kept(n: int, ratio: float) -> int:
-    return n - removed(n, ratio)
-
-
-def _gone(n: int, r: int | float) -> int:
-    return merged(n, r)
+    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
 
 
 def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
