@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from bench.tables.measure import fill_accuracy, fill_gflops, fill_throughput, identity, results_of, timed
+from bench.tables.measure import fill, identity, measurable, results_of
 from bench.tables.methods import BASE, COMPILED, METHODS, SDPA, Method, dense, pruned
+from bench.tables.notes import give, notes
 from bench.tables.options import Setting, chosen
 from bench.tables.results import Row
 from bench.tables.subjects import Subject
@@ -34,43 +35,40 @@ def methods_for(subject: Subject, names: Sequence[str], eager_everywhere: bool) 
     ]
 
 
-def compare(args: argparse.Namespace, subjects: Sequence[Subject], digits: Subject, unit: str, note: str = "") -> None:
+def compare(
+    args: argparse.Namespace, subjects: Sequence[Subject], extra: Sequence[Subject], unit: str, note: str = ""
+) -> int:
     """Measures and prints a table.
 
     Args:
-        args: of `add_choices` and `options.add_arguments`, and `add_image_arguments` for models of images.
+        args: of `add_choices` and `options.add_arguments`, and of the data that the models' accuracy needs.
         subjects: the table's models.
-        digits: what accuracy is measured on where no pictures are given.
+        extra: models that are there whatever --models says, the digits ViT for one.
         unit: of throughput, "img/s".
         note: what the paper's accuracy is of.
+
+    Returns:
+        The exit code: 1 where files could not be read.
 
     Raises:
         CompileError: an option that cannot be followed, or a model that cannot be captured or pruned.
     """
     setting = Setting.of(args)
     results = results_of(args, setting)
-    pictures = getattr(args, "imagenet", None) is not None
     shown: list[tuple[Subject, Row]] = []
-    for subject in [*(s for s in subjects if s.name in args.models), digits]:
-        columns = set(setting.columns) & _measurable(subject, pictures)
+    for subject in [*(s for s in subjects if s.name in args.models), *extra]:
+        columns = set(setting.columns) & measurable(subject, args)
+        if subject.data == "digits":  # there for their accuracy only
+            columns &= {"accuracy"}
         if not columns:
             continue
-        methods = methods_for(subject, args.methods, setting.eager_everywhere)
-        if "throughput" in columns:
-            fill_throughput(results, subject, timed(methods, setting.backend), setting)
-        if "accuracy" in columns:
-            fill_accuracy(results, subject, methods, setting, args)
-        fill_gflops(results, subject, methods)  # what the others have not captured
+        # uncompiled, torch.compile(base) is base-sdpa, and its accuracy is the base's in any case
+        compiles = setting.backend != "eager" and "throughput" in columns
+        names = [name for name in args.methods if name != COMPILED or compiles or columns == {"gflops"}]
+        methods = methods_for(subject, names, setting.eager_everywhere)
+        fill(results, subject, methods, columns, setting, args)
         shown += [(subject, results.row(identity(subject, method))) for method in methods]
-    print(text(shown, unit))
-    for line in notes(shown, setting, note):
-        print(line)
-
-
-def _measurable(subject: Subject, pictures: bool) -> set[str]:
-    if subject.data == "digits":
-        return set() if pictures else {"accuracy"}
-    return {"gflops", "throughput"} | ({"accuracy"} if pictures and subject.data == "images" else set())
+    return give(text(shown, unit), notes([row for _, row in shown], setting, note), results.rows)
 
 
 def text(shown: Sequence[tuple[Subject, Row]], unit: str) -> str:
@@ -111,24 +109,3 @@ def _line(subject: Subject, row: Row) -> list[str]:
         f"{row['accuracy']:.1f}" if row.get("accuracy") is not None else "",
         f"{printed['accuracy']:.1f}" if "accuracy" in printed else "",
     ]
-
-
-def notes(shown: Sequence[tuple[Subject, Row]], setting: Setting, note: str = "") -> list[str]:
-    """What a reader must know about the numbers above."""
-    rows = [row for _, row in shown]
-    lines = ["GFLOPs: of one sample, counted on the rewritten graph in fvcore's convention."]
-    if setting.quick:
-        lines.insert(0, "quick: small stand-ins for the models named, so that the numbers mean nothing.")
-    if any("throughput" in row for row in rows):
-        batches = "/".join(dict.fromkeys(str(row["batch"]) for row in rows if "batch" in row))
-        lines.append(
-            f"throughput: {setting.describe()}, batch {batches}, medians of {setting.rounds} interleaved rounds, "
-            f"pruned models with backend {setting.backend}; the paper's: RTX A6000."
-        )
-    measured = {row["data"]: row["images"] for row in rows if "data" in row}
-    for data, images in measured.items():
-        if data == "digits":
-            lines.append(f"accuracy: of the demo's digits ViT on {images} digits, as no other data was given.")
-        else:
-            lines.append(f"accuracy: top-1 in % on {images} pictures of {data}.")
-    return [*lines, *([note] if note and measured else [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,20 @@ from rs_compile import OptimizedModel, plan
 from rs_compile.optimize import plans
 from rs_compile.timing import Call, interleaved
 
-_SETTINGS = ("quick", "device", "dtype", "batch_size", "baseline_eager_everywhere")
+# options that choose rows and columns, or do not change a number
+_NO_SETTINGS = {
+    "command",
+    "json",
+    "out",
+    "columns",
+    "models",
+    "methods",
+    "curves",
+    "keeps",
+    "blocks",
+    "dataset",
+    "workers",
+}
 
 Methods = Sequence[Method]
 Forwards = Sequence[tuple[Method, Callable[..., Any]]]
@@ -28,10 +41,10 @@ Forwards = Sequence[tuple[Method, Callable[..., Any]]]
 
 def results_of(args: argparse.Namespace, setting: Setting) -> Results:
     """The rows of an earlier run of this command with these settings, or none."""
-    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings = {name: value for name, value in vars(args).items() if name not in _CHOICES and value}
     settings |= {"backend": setting.backend, "rounds": setting.rounds}
-    data = {name: str(getattr(args, name)) for name in ("imagenet", "limit", "checkpoint") if getattr(args, name, None)}
-    return Results(args.json, environment(args.command, settings | data))
+    settings.pop("default_rounds")
+    return Results(args.json, environment(args.command, {name: str(value) for name, value in settings.items()}))
 
 
 def identity(subject: Subject, method: Method) -> dict[str, Any]:
@@ -42,6 +55,30 @@ def identity(subject: Subject, method: Method) -> dict[str, Any]:
 def say(text: str) -> None:
     """A line of progress."""
     print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def measurable(subject: Subject, args: argparse.Namespace) -> set[str]:
+    """The columns that can be measured with the data at hand; the digits are for want of any other."""
+    given = {data for data, option in (("images", "imagenet"), ("videos", "videos")) if getattr(args, option, None)}
+    if subject.data == "digits":
+        return set() if given else {"gflops", "throughput", "accuracy"}
+    return {"gflops", "throughput"} | ({"accuracy"} if subject.data in given else set())
+
+
+def fill(
+    results: Results,
+    subject: Subject,
+    methods: Methods,
+    columns: Collection[str],
+    setting: Setting,
+    args: argparse.Namespace,
+) -> None:
+    """Measures what the rows of these methods lack: always GFLOPs, and the other columns asked for."""
+    if "throughput" in columns:
+        fill_throughput(results, subject, methods, setting)
+    if "accuracy" in columns:
+        fill_accuracy(results, subject, methods, setting, args)
+    fill_gflops(results, subject, methods)  # where the others have not captured the model
 
 
 def fill_gflops(results: Results, subject: Subject, methods: Methods) -> None:
@@ -102,10 +139,20 @@ def fill_accuracy(
 ) -> None:
     """Accuracy of every method but the compiled base, which is the base, on what the subject can be measured on."""
     methods = [m for m in methods if m.name != COMPILED]
+    if not results.lacking([identity(subject, m) for m in methods], "accuracy"):
+        return
     if subject.data == "digits":
         _accuracy_on_digits(results, subject, methods, setting)
-    else:
-        _accuracy_on_images(results, subject, methods, setting, args)
+        return
+    say(f"{subject.name}: accuracy")
+    checkpoint = dict(args.checkpoint).get(subject.name)
+    model = subject.make(checkpoint is None, checkpoint).to(setting.device, setting.dtype)
+    measure = accuracy.on_images if subject.data == "images" else accuracy.on_videos
+    # beside the rows, so that an interrupted evaluation goes on as well
+    resume = args.json and args.json.with_name(f"{args.json.name}.{subject.name.replace('/', '-')}.resume")
+    scores = measure(subject.name, model, methods, setting, args, resume)
+    for method in methods:
+        results.fill(identity(subject, method), scores[method.label])
 
 
 def _accuracy_on_digits(results: Results, subject: Subject, methods: Methods, setting: Setting) -> None:
@@ -117,34 +164,3 @@ def _accuracy_on_digits(results: Results, subject: Subject, methods: Methods, se
     for method, forward in forwards:
         say(f"{subject.name}, {method.label}: accuracy")
         results.fill(identity(subject, method), accuracy.on_digits(forward, setting.quick))
-
-
-def _accuracy_on_images(
-    results: Results, subject: Subject, methods: Methods, setting: Setting, args: argparse.Namespace
-) -> None:
-    """Accuracy and drift on --imagenet, all methods on the same batches."""
-    if not results.lacking([identity(subject, m) for m in methods], "accuracy"):
-        return
-    say(f"{subject.name}: accuracy on {args.imagenet}")
-    checkpoint = dict(args.checkpoint).get(subject.name)
-    model = subject.make(checkpoint is None, checkpoint).to(setting.device, setting.dtype)
-    scores = accuracy.on_images(
-        model,
-        {m.label: m.apply(model, setting.backend) for m in methods},
-        methods[0].label,
-        args.imagenet,
-        batch_size=setting.batch(subject),
-        workers=args.workers,
-        device=setting.device,
-        dtype=setting.dtype,
-        # beside the rows, so that an interrupted evaluation goes on as well
-        resume=setting.json and setting.json.with_name(f"{setting.json.name}.{subject.name}.resume"),
-        limit=args.limit,
-    )
-    for method in methods:
-        results.fill(identity(subject, method), scores[method.label])
-
-
-def timed(methods: Methods, backend: str) -> list[Method]:
-    """The methods that can run: uncompiled, torch.compile(base) is base-sdpa."""
-    return [m for m in methods if m.name != COMPILED or backend != "eager"]

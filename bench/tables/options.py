@@ -57,19 +57,36 @@ def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
     return read
 
 
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of accuracy on pictures; without --imagenet it is the digits'."""
-    parser.add_argument("--imagenet", type=Path, metavar="DIR", help="a folder a class, or unlabelled pictures")
+def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, videos: bool = False) -> None:
+    """The options of accuracy on pictures or videos; without any of them it is the digits'."""
+    if images:
+        parser.add_argument("--imagenet", type=Path, metavar="DIR", help="a folder a class, or unlabelled pictures")
+    if videos:
+        _add_video_arguments(parser)
     parser.add_argument(
         "--checkpoint",
         type=_named_file,
         action="append",
         default=[],
         metavar="MODEL=FILE",
-        help="weights of a model of the table, timm's pretrained ones if not given; repeat for others",
+        help="weights of a model of the table; if not given DeiT has timm's pretrained ones, UMT random ones",
     )
-    parser.add_argument("--workers", type=_count, default=4, help="processes that read pictures")
-    parser.add_argument("--limit", type=_positive, help="so many pictures at most")
+    parser.add_argument("--workers", type=_count, default=4, help="processes that read files (default 4)")
+    parser.add_argument("--limit", type=_positive, help="so many files at most")
+
+
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="video files")
+    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON, {"video.mp4": ["a caption"]}')
+    parser.add_argument(
+        "--texts",
+        type=_named_file,
+        action="append",
+        default=[],
+        metavar="MODEL=FILE",
+        help="text features of the captions, for UMT-B or UMT-L, whose text encoder is not here",
+    )
+    parser.add_argument("--frames", type=_positive, default=12, help="of a video (default 12)")
 
 
 @dataclass(frozen=True)

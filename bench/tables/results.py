@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,11 @@ Row = dict[str, Any]
 
 class UsageError(CompileError):
     """An option, a folder or a file that a command cannot follow; says what to do."""
+
+
+def first_process() -> bool:
+    """Whether this process prints and saves; the others are those that torchrun started beside it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def environment(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +80,7 @@ class Results:
             row.update(identity)
             self.rows.append(row)
         row.update(values)
-        if self._path is not None:
+        if self._path is not None and first_process():
             fresh = self._path.with_name(f"{self._path.name}.new")
             fresh.write_text(json.dumps({"environment": self._settings, "rows": self.rows}, indent=2) + "\n")
             fresh.replace(self._path)

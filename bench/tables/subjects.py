@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
 
 Make = Callable[[bool, Path | None], nn.Module]  # from pretrained, checkpoint
+Data = Literal["digits", "images", "videos", ""]
 Paper = Mapping[str, Mapping[str, float]]  # method -> column -> figure
 
 DIGITS = "digits ViT"
@@ -47,12 +49,12 @@ class Subject:
     importance: Importance
     batch: tuple[int, int] = (1, 1)
     paper: Paper = field(default_factory=dict)
-    data: Literal["digits", "images", ""] = ""
+    data: Data = ""
 
     def on_meta(self) -> tuple[nn.Module, Tensor]:
         """The model and one sample without memory, for what needs no forward pass."""
         with torch.device("meta"):
-            return self.make(False, None), torch.empty(1, *self.shape)
+            return self.make(False, None).to("meta"), torch.empty(1, *self.shape)
 
 
 def deit(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: bool) -> Subject:
@@ -89,7 +91,16 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
         return model
 
     keep = dict.fromkeys(blocks, ratio)
-    return Subject(name, make, (3, frames, side, side), keep, "mean-attention", (1, 20), {} if quick else paper)
+    return Subject(
+        name,
+        make,
+        (3, frames, side, side),
+        keep,
+        "mean-attention",
+        (1, 20),
+        {} if quick else paper,
+        "" if qa else "videos",
+    )
 
 
 def digits(blocks: tuple[int, ...], ratio: float) -> Subject:
@@ -100,3 +111,18 @@ def digits(blocks: tuple[int, ...], ratio: float) -> Subject:
 
     keep = dict.fromkeys(blocks, ratio)
     return Subject(DIGITS, make, (1, SIDE, SIDE), keep, "class-attention", (64, 64), data="digits")
+
+
+def dual_encoder(path: str, blocks: tuple[int, ...], ratio: float, pretrained: bool) -> Subject:
+    """The vision tower of a dual encoder of transformers, for a frame; see `bench.evaluate.encoders`."""
+    from bench.evaluate.encoders import load_encoder
+
+    encoder, _ = load_encoder(path, pretrained=pretrained)
+    tower = encoder.model.vision_model
+    side = tower.config.image_size
+
+    def make(_pretrained: bool, _checkpoint: Path | None) -> nn.Module:
+        return copy.deepcopy(tower)
+
+    keep = dict.fromkeys(blocks, ratio)
+    return Subject(path, make, (3, side, side), keep, "class-attention", (12, 240), data="videos")

@@ -1,4 +1,4 @@
-"""Table 2: video-text retrieval with UMT; 20% of the tokens leave after each of blocks 0, 1, 2."""
+"""Table 2: video-text retrieval with UMT or a dual encoder; 20% of the tokens leave after each of blocks 0, 1, 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import argparse
 from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import ATTENTION, BASE, OURS
 from bench.tables.options import add_arguments as add_shared
-from bench.tables.subjects import UMT, Paper, digits, umt_encoder
+from bench.tables.options import add_data_arguments
+from bench.tables.subjects import UMT, Paper, digits, dual_encoder, umt_encoder
 
 BLOCKS, KEEP = (0, 1, 2), 0.8
 SPEED = {
@@ -39,8 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choices(parser, tuple(UMT))
     parser.add_argument("--dataset", choices=RECALL, default="MSRVTT", help="whose R@1 in the paper is shown")
     add_shared(parser, rounds=5)
+    add_data_arguments(parser, videos=True)
+    parser.add_argument("--dual-encoder", metavar="FOLDER", help="a CLIP or X-CLIP model of transformers, as a row")
+    parser.add_argument("--pretrained", action="store_true", help="--dual-encoder may name a model of the hub")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     subjects = [umt_encoder(name, BLOCKS, KEEP, paper(name, args.dataset), args.quick, qa=False) for name in UMT]
-    compare(args, subjects, digits(BLOCKS, KEEP), "vid/s", f"paper's accuracy: R@1 on {args.dataset}.")
+    extra = [digits(BLOCKS, KEEP)]
+    if args.dual_encoder is not None:
+        extra.append(dual_encoder(args.dual_encoder, BLOCKS, KEEP, args.pretrained))
+    return compare(args, subjects, extra, "vid/s", f"paper's accuracy: R@1 on {args.dataset}.")

@@ -34,6 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, rounds=5)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     subjects = [umt_encoder(name, BLOCKS, KEEP, paper(name, args.dataset), args.quick, qa=True) for name in UMT]
-    compare(args, subjects, digits(BLOCKS, KEEP), "vid/s", f"paper's accuracy: on {args.dataset}.")
+    return compare(args, subjects, [digits(BLOCKS, KEEP)], "vid/s", f"paper's accuracy: on {args.dataset}.")

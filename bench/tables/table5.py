@@ -7,7 +7,7 @@ import argparse
 from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import ATTENTION, BASE, OURS
 from bench.tables.options import add_arguments as add_shared
-from bench.tables.options import add_image_arguments
+from bench.tables.options import add_data_arguments
 from bench.tables.subjects import DEIT, Paper, deit, digits
 
 BLOCKS, KEEP = (0, 3, 6), 0.8
@@ -29,9 +29,9 @@ def paper(name: str) -> Paper:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choices(parser, tuple(DEIT))
     add_shared(parser)
-    add_image_arguments(parser)
+    add_data_arguments(parser, images=True)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     subjects = [deit(name, BLOCKS, KEEP, paper(name), args.quick) for name in DEIT]
-    compare(args, subjects, digits(DIGITS_BLOCKS, KEEP), "img/s")
+    return compare(args, subjects, [digits(DIGITS_BLOCKS, KEEP)], "img/s")
