@@ -23,7 +23,7 @@ from bench.tables.results import Row, first_process
 from bench.tables.subjects import DEIT, UMT, Subject, deit, digits, umt_encoder
 from rs_compile import Schedule
 
-KEEPS, QUICK_KEEPS = (0.9, 0.8, 0.7, 0.5), (0.8, 0.5)
+KEEPS, QUICK_KEEPS = (0.9, 0.8, 0.7, 0.5, 0.3), (0.8, 0.3)
 
 # A curve gives the schedule that leaves about this share of the tokens after each of these blocks.
 Curve = Callable[[Subject, Mapping[int, float]], Schedule]

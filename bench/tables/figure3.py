@@ -29,5 +29,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    studies = [deit_s(40, BLOCKS), umt_b(1100, BLOCKS), digits_vit(50)]
+    studies = [deit_s(40, BLOCKS), umt_b(1100, BLOCKS), digits_vit(80)]
     return run_figure(args, studies, curves, {"attention score or shift": (ATTENTION, SHIFT, MLP_SHIFT, RANDOM)})

@@ -35,4 +35,4 @@ def run(args: argparse.Namespace) -> int:
         "operation, by L2": [name(operation, "l2") for operation in get_args(Operation)],
         "metric, of the MLP": [name("mlp", metric) for metric in get_args(Metric)],
     }
-    return run_figure(args, [deit_s(40, BLOCKS), umt_b(1100, BLOCKS), digits_vit(50)], lambda _: curves, panels)
+    return run_figure(args, [deit_s(40, BLOCKS), umt_b(1100, BLOCKS), digits_vit(80)], lambda _: curves, panels)

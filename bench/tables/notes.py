@@ -19,9 +19,7 @@ def notes(rows: Sequence[Row], setting: Setting, of_paper: str = "") -> list[str
     """
     lines = ["GFLOPs: of one sample, counted on the rewritten graph in fvcore's convention."]
     if setting.quick:
-        lines.insert(
-            0, "quick: small stand-ins for the paper's models, few digits and rounds; the numbers mean nothing."
-        )
+        lines.insert(0, "quick: stand-ins for the paper's models, few digits and rounds, numbers that mean nothing.")
     if any("throughput" in row for row in rows):
         batches = "/".join(dict.fromkeys(str(row["batch"]) for row in rows if "batch" in row))
         lines.append(
