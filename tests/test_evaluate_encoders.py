@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from dual_encoders import CROP, FRAMES, TEXT, VISION, clip, save, tokenizer, xclip
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
 
 from bench.evaluate.encoders import (
     ClipEncoder,
@@ -28,44 +27,7 @@ from bench.evaluate.journal import EvaluationError, fingerprint
 from rs_compile import optimize
 from rs_compile.schedule import removed
 
-FRAMES = 4
 TEXTS = ["red fish", "a", "two birds in the sky that fly"]
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT = {**VISION, "num_hidden_layers": 1, "max_position_embeddings": 16}
-MIT = {"mit_hidden_size": 24, "mit_intermediate_size": 48, "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2}
-
-
-def tokenizer() -> CLIPTokenizer:
-    """Of single letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-
-
-def clip() -> Any:
-    size = len(tokenizer())
-    text = {**TEXT, "vocab_size": size, "eos_token_id": size - 1, "bos_token_id": size - 2, "pad_token_id": size - 1}
-    torch.manual_seed(1)
-    config = transformers.CLIPConfig(vision_config=VISION, text_config=text, projection_dim=24)
-    return transformers.CLIPModel(config).eval()
-
-
-def xclip() -> Any:
-    torch.manual_seed(1)
-    vision = {**VISION, **MIT, "num_hidden_layers": 3, "num_frames": FRAMES}
-    text = {**TEXT, "vocab_size": len(tokenizer())}
-    config = transformers.XCLIPConfig(
-        vision_config=vision, text_config=text, projection_dim=24, prompt_layers=1, prompt_num_attention_heads=2
-    )
-    return transformers.XCLIPModel(config).eval()
 
 
 @pytest.fixture
@@ -151,16 +113,10 @@ def test_a_pruned_xclip_tower_is_xclip_pruned_by_hand(clips: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders as save_pretrained makes them."""
     folder = tmp_path_factory.mktemp("saved")
-    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    for name, model, processor in (
-        ("clip", clip(), transformers.CLIPImageProcessor(**crop)),
-        ("xclip", xclip(), transformers.VideoMAEImageProcessor(**crop)),
-        ("vit", transformers.ViTModel(transformers.ViTConfig(**VISION)), transformers.ViTImageProcessor()),
-    ):
-        for part in (model, tokenizer(), processor):
-            part.save_pretrained(folder / name)
+    save(clip(), transformers.CLIPImageProcessor(**CROP), folder / "clip")
+    save(xclip(), transformers.VideoMAEImageProcessor(**CROP), folder / "xclip")
+    save(transformers.ViTModel(transformers.ViTConfig(**VISION)), transformers.ViTImageProcessor(), folder / "vit")
     return folder
 
 
@@ -187,8 +143,11 @@ def test_random_weights_are_the_same_each_time(saved: Path) -> None:
 
 
 def test_encoders_that_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"nowhere cannot be loaded: .*\n  way out: .*or pass --pretrained"):
+    with pytest.raises(EvaluationError, match=r"there is no folder .*nowhere; .* or pass --pretrained"):
         load_encoder(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluationError, match=r"empty cannot be loaded: .*\n  way out: give a folder with config"):
+        load_encoder(str(tmp_path / "empty"))
     with pytest.raises(EvaluationError, match="vit is a ViTModel, no dual encoder"):
         load_encoder(str(saved / "vit"))
     for file in (saved / "clip").iterdir():

@@ -202,6 +202,11 @@ def load_encoder(
         EvaluationError: what cannot be had, or a model that is no dual encoder. Code in the folder never runs.
     """
     options: dict[str, Any] = {"local_files_only": not pretrained, "trust_remote_code": False}
+    if not (pretrained or Path(path).is_dir()):
+        raise EvaluationError(
+            f"there is no folder {path}; give one as transformers' save_pretrained makes it, or pass --pretrained to "
+            "ask the hub"
+        )
     absent: list[str] = []
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
@@ -218,10 +223,9 @@ def load_encoder(
         processor = transformers.AutoImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # transformers, its hub client and the readers of weights each have their own
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        way_out = "" if pretrained else ", or pass --pretrained to ask the hub"
         raise EvaluationError(
             f"the dual encoder {path} cannot be loaded: {first}\n  way out: give a folder with configuration, weights, "
-            f"tokenizer and image processor, as save_pretrained makes them{way_out}"
+            f"tokenizer and image processor, as save_pretrained makes them"
         ) from error
     if absent:  # transformers would start them at random
         raise EvaluationError(
