@@ -34,7 +34,8 @@ class Visualized:
     output: Path
 
     def __str__(self) -> str:
-        heads = ["image", "block", self.maps.score, "median", "highest", "attention", "median", "highest"]
+        ranges = ["median", "highest"]
+        heads = ["image", "block", f"{self.maps.score}: lowest", *ranges, "attention: lowest", *ranges]
         rows = [
             [
                 name,

@@ -158,7 +158,7 @@ def _check_layers(gm: GraphModule, blocks: list[Block], layers: Sequence[int]) -
     for i in layers:
         if not 0 <= i < len(blocks):
             raise CompileError(
-                f"layer {i} does not exist: the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}, counted from 0"
+                f"layer {i} does not exist: the model has {len(blocks)} blocks, counted from 0 to {len(blocks) - 1}"
             )
 
 
