@@ -139,7 +139,7 @@ def test_a_patch_tells_its_score(opened: Any) -> None:
     size = canvas.size
     ActionChains(opened).move_to_element_with_offset(canvas, size["width"] // 3, -size["height"] // 4).perform()
     readings = [e.text for e in opened.find_elements("css selector", ".reading")]
-    assert readings[3:] == ["row 0, column 2: 20, rank 4 of 6", "row 0, column 2: 0.375, number 3 of 6",
+    assert readings[3:] == ["row 0, column 2: 20, rank 4 of 6", "row 0, column 2: 0.375, rank 3 of 6",
                             "row 0, column 2: gone"]  # fmt: skip
     assert readings[:3] == ["", "", ""]
     press(opened, "canvas", "ARROW_RIGHT")
