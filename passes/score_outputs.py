@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass, PassResult
 from passes.branches import Block
 from passes.gather import original_positions
-from passes.insert_score import Scoring, insert_score
+from passes.importance import Scoring
 from passes.protected import Protected
 from passes.splice import splice
 from passes.token_axis import stream_layout
@@ -31,7 +31,7 @@ class ScoreOutputs(Pass):
         for block, protected, scoring in self.wanted:
             layout, _ = stream_layout(block.output, protected.prefix, protected.suffix)
             with gm.graph.inserting_before(block.output.next):
-                scores.append(insert_score(gm.graph, block, layout, protected.prefix, scoring))
+                scores.append(scoring.insert(gm, block, block.output, layout, protected.prefix))
         _give(gm, scores)
         return PassResult(gm, rewrites=len(scores))
 

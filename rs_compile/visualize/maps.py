@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from passes.base import CompileError
 from passes.branches import Block, find_blocks, find_branches
-from passes.insert_score import Scoring
+from passes.importance import Scoring
 from passes.patch_grid import PatchGrid, find_grid
 from passes.pipeline import SELECTIONS, check_blocks, prepare, protected_tokens
 from passes.protected import Protected
