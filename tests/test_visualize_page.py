@@ -31,7 +31,7 @@ SITES = (
     SiteMap(0, GRID, torch.ones(2, 2, 3, dtype=torch.bool), 7, 7),
     SiteMap(3, GRID, torch.stack([KEPT, ~KEPT]), 5, 7),
 )
-MAPS = ScoreMaps(SIZE, "MLP shift, l2", LAYERS, SITES)
+MAPS = ScoreMaps(SIZE, "block", "MLP shift, l2", LAYERS, SITES)
 
 
 def test_embedded_json_reads_back_and_ends_no_script() -> None:

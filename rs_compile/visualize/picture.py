@@ -13,7 +13,7 @@ from torch import Tensor
 
 from passes.base import CompileError
 from passes.patch_grid import Extent, PatchGrid
-from rs_compile.visualize.maps import ScoreMaps
+from rs_compile.visualize.layers import ScoreMaps
 
 Picture = NDArray[np.floating[Any]]  # [height, width, 3] in 0..1
 
@@ -81,10 +81,10 @@ def _panels(photo: Picture, index: int, maps: ScoreMaps) -> list[list[Panel | No
                 continue
             ends = colour_range(values[index])
             pixels = overlay(photo, values[index], layer.grid, ends)
-            row.append((f"block {layer.block}: {name}", pixels, ends))
+            row.append((f"{maps.unit} {layer.index}: {name}", pixels, ends))
     kept: list[Panel | None] = [None]
     for site in maps.sites:
-        title = f"after block {site.block}: {site.tokens} of {site.of} tokens"
+        title = f"after {maps.unit} {site.index}: {site.left} of {site.of} {maps.cells}"
         kept.append((title, covered(photo, site.kept[index], site.grid), None))
     return [row for row in (shift, attention, kept) if any(panel is not None for panel in row)]
 
