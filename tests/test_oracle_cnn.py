@@ -36,6 +36,12 @@ def small(block: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: resnet.ResNet(getattr(resnet, block), [2, 1, 2, 1], num_classes=5, **options)  # type: ignore[no-any-return]
 
 
+def small_convnext() -> nn.Module:
+    config = torchvision.models.convnext.CNBlockConfig
+    sizes = ((16, 24, 2), (24, 32, 1), (32, None, 2))
+    return torchvision.models.ConvNeXt([config(*size) for size in sizes], num_classes=5)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Parts]]] = {
     "torchvision basic": (small("BasicBlock"), oracle_cnn.torchvision_resnet),
     "torchvision bottleneck": (small("Bottleneck"), oracle_cnn.torchvision_resnet),
@@ -46,10 +52,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Parts]]] = {
     "torchvision regnet y": (tv("regnet_y_400mf"), oracle_cnn.torchvision_regnet),
     "timm regnet x": (tm("regnetx_002"), oracle_cnn.timm_regnet),
     "torchvision convnext": (
-        lambda: torchvision.models.ConvNeXt(
-            [torchvision.models.convnext.CNBlockConfig(a, b, n) for a, b, n in ((16, 24, 2), (24, 32, 1), (32, None, 2))],
-            num_classes=5,
-        ),
+        small_convnext,
         oracle_cnn.torchvision_convnext,
     ),
     "timm convnext": (tm("convnext_atto", depths=(1, 2, 2, 1), dims=(16, 24, 32, 40)), oracle_cnn.timm_convnext),
@@ -171,7 +174,8 @@ def test_channels_last() -> None:
     wanted = oracle_cnn.walk(oracle_cnn.torchvision_resnet(model), x, cuts)
     fast = optimized(model, cuts)
     oracle.assert_close(fast(x), wanted.output, TOLERANCE)
-    maps = [n.meta["val"] for n in fast.graph_module().graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)]  # fmt: skip
+    convolutions = fast.graph_module().graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+    maps = [n.meta["val"] for n in convolutions]
     assert all(v.is_contiguous(memory_format=torch.channels_last) for v in maps), "the gather lost the memory format"
 
 
