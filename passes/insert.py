@@ -117,6 +117,15 @@ class InsertSelection(Pass):
     def _score(self, graph: torch.fx.Graph, layout: Layout) -> Node:
         if self.importance == "random":
             return splice(graph, "score", lambda x: score.random_score(tokens_first(x, layout)), self.block.output)
+        if self.importance == "top-vim":
+            gated = self.block.gated()
+            if gated is None:
+                raise Refusal(
+                    f"block {self.block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
+                    self.block.output,
+                    'use Schedule(importance="shift"), which any block has',
+                )
+            return splice(graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
         if self.importance != "shift":
             return self._attention_score(graph)
         after, before = self._shift_between()

@@ -22,7 +22,7 @@ from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
-from passes.retarget import RetargetTokens
+from passes.retarget import Gap, RetargetTokens
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
@@ -36,6 +36,7 @@ class Prune:
         kept: from the number of tokens, protected ones included, how many stay.
         protected: positions that stay besides those found; None to find them only.
         force: insert even where every token stays (a test's switch).
+        gap: see `RetargetTokens`.
     """
 
     block: int
@@ -47,6 +48,7 @@ class Prune:
     lowest: bool = False
     protected: tuple[int, ...] | None = None
     force: bool = False
+    gap: Gap = "compact"
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
             tuple(earlier.get(start, ())),
         )(gm)
         anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors)(result.gm).gm
+        gm = RetargetTokens(anchors, p.gap)(result.gm).gm
         gm = RestoreTokens(anchors, compact_outputs)(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
@@ -184,8 +186,9 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         )
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
-            nearest.add if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; windowed and convolutional models are not pruned",
+            (nearest.at or nearest.add) if nearest else None,
+            "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
+            "rs_compile.register_token_rule; windowed and convolutional models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -282,6 +285,7 @@ def _moved(block: Block, now: Mapping[Node, Node]) -> Block:
             now.get(b.add, b.add),
             frozenset(now.get(n, n) for n in b.nodes),
             b.reason,
+            b.at,
         )
 
     return Block(block.index, branch(block.mlp), branch(block.attention) if block.attention is not None else None)

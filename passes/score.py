@@ -10,7 +10,7 @@ from torch import Tensor
 
 Metric = Literal["l2", "l1", "cosine"]
 Operation = Literal["mlp", "attention", "block"]
-Importance = Literal["shift", "class-attention", "mean-attention", "attention-entropy", "random"]
+Importance = Literal["shift", "class-attention", "mean-attention", "attention-entropy", "top-vim", "random"]
 
 
 def shift(after: Tensor, before: Tensor, metric: Metric = "l2") -> Tensor:
@@ -54,6 +54,11 @@ def attention_entropy(query: Tensor, key: Tensor, mask: Tensor | None = None, sc
     """Negative entropy of each token's attention, heads averaged first (vid-TLDR): [B, N] from [B, H, N, d]."""
     attention = attention_map(query, key, mask, scale).mean(1).float()
     return torch.xlogy(attention, attention).sum(-1)  # xlogy: attention underflows to 0
+
+
+def mean_activation(gated: Tensor) -> Tensor:
+    """ToP-ViM's score, the mean over channels of max(0, y): [B, N] from a mixer's gated output y [B, N, D]."""
+    return gated.float().clamp_min(0).mean(-1)
 
 
 def random_score(like: Tensor) -> Tensor:

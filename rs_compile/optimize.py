@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from passes.capture import FIXED_BATCH, batched
 from passes.pipeline import Compiled, Progress, Prune, block_kernels, prepare, prunable, prune
 from passes.restore import KEPT, TokenOutput
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
-from rs_compile.schedule import Schedule, removed
+from rs_compile.schedule import Schedule
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
@@ -275,13 +276,10 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
 
 
 def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
-    def kept(ratio: float) -> Callable[[int], int]:
-        return lambda n: n - removed(n, ratio)
-
     return [
         Prune(
             block,
-            kept(ratio),
+            partial(schedule.left, keep_ratio=ratio),
             schedule.operation,
             schedule.metric,
             schedule.with_skip,
@@ -289,6 +287,7 @@ def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
             schedule.lowest,
             schedule.protected,
             force,
+            schedule.gap,
         )
         for block, ratio in schedule.keep.items()
     ]
