@@ -11,6 +11,8 @@ from torch.fx import GraphModule, Node
 
 from passes.aliasing import writes
 
+ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
+
 Check = Callable[[GraphModule], None]
 
 
@@ -89,7 +91,7 @@ class Pass(abc.ABC):
             if not self.leaves_dead_code:  # lints as well
                 # a random op that nothing reads may go; torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
-                    is_impure_node=lambda n: n.is_impure(impure_random=False) or bool(writes(n))
+                    is_impure_node=lambda n: ALIVE in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
                 )
             result.gm.graph.lint()
         except RuntimeError as error:

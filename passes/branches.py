@@ -7,6 +7,7 @@ a branch says what it is. Names of classes and modules are never consulted.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,11 +137,15 @@ def find_branches(gm: GraphModule) -> list[Branch]:
 
 
 def find_blocks(gm: GraphModule) -> list[Block]:
+    """The blocks of a graph; see `blocks_of`."""
+    return blocks_of(find_branches(gm))
+
+
+def blocks_of(branches: Sequence[Branch]) -> list[Block]:
     """Block i is the i-th MLP branch in topological order, with the attention branch it follows.
 
     Where there is no MLP, it is the i-th branch that mixes tokens and through which rules carry them.
     """
-    branches = find_branches(gm)
     blocks: list[Block] = []
     free = [b for b in branches if b.kind == "attention"]
     mixers = [b for b in branches if b.kind == "mixer" and b.whole]

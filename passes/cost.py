@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -18,6 +19,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils.flop_counter import flop_registry
 
 from passes.base import CompileError, Skip, op_name
@@ -152,7 +154,8 @@ def _apply(rule: CostFn, gm: GraphModule, node: Node, batch: dict[sympy.Symbol, 
         return _sizes(gm, value, batch)
 
     found = rule(sizes(node), *map_aggregate(args, sizes), **map_aggregate(kwargs, sizes))
-    return found if isinstance(found, Count) else Count(macs=found)
+    found = found if isinstance(found, Count) else Count(macs=found)
+    return Count(round(found.macs), round(found.other))
 
 
 def _positional(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -188,13 +191,15 @@ def _sizes(gm: GraphModule, value: Any, batch: dict[sympy.Symbol, sympy.Integer]
     return value
 
 
-def _size(size: int | torch.SymInt, batch: dict[sympy.Symbol, sympy.Integer]) -> int:
+def _size(size: int | torch.SymInt, batch: dict[sympy.Symbol, sympy.Integer]) -> int | Fraction:
     if isinstance(size, int):
         return size
-    at_one = sympy.sympify(size.node.expr).xreplace(batch)
+    # a model that takes its samples in groups (the frames of clips): one sample is a part of a group
+    share = sympy.sympify(size.node.expr).replace(FloorDiv, lambda a, b: a / b)
+    at_one = share.xreplace(batch)
     if at_one.free_symbols:
         raise _UnknownSize(at_one)
-    return int(at_one)
+    return int(at_one) if at_one.is_Integer else Fraction(at_one.p, at_one.q)
 
 
 def _symbols(size: int | torch.SymInt) -> set[sympy.Symbol]:

@@ -89,6 +89,13 @@ def tokens_first(x: Tensor, layout: Layout) -> Tensor:
     return x.movedim((samples, tokens), (0, 1))
 
 
+def tokens_back(x: Tensor, layout: Layout) -> Tensor:
+    """What `tokens_first` made, in the layout's own order again."""
+    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
+    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
+    return x.movedim((0, 1), (samples, tokens))
+
+
 def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
     """`full` with the kept tokens' values replaced by `short`: what left keeps the value it left with.
 
@@ -101,6 +108,21 @@ def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
     samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
     tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
     return full.scatter(tokens, _along(index, full.dim(), samples, tokens).expand(short.shape), short)
+
+
+def spread(short: Tensor, place: Tensor, layout: Layout) -> Tensor:
+    """Every token with the value of the one that stands for it.
+
+    Args:
+        short: a value of `layout`, at its compact length.
+        place: [B, N], for each token a position in `short`.
+        layout: has one dimension for samples and one for tokens, each alone.
+    """
+    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
+    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
+    at = _along(place, short.dim(), samples, tokens)
+    shape = [place.shape[1] if d == tokens else size for d, size in enumerate(short.shape)]
+    return short.gather(tokens, at.expand(shape))
 
 
 def stretch_index(index: Tensor, site: Tokens, pieces: Sequence[Any]) -> Tensor:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from passes import score
 from passes.attention_kernel import KernelChoice, kernels
 from passes.base import CompileError, PassResult, Refusal, Skip
-from passes.branches import Block, Branch, find_blocks, find_branches
+from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.canonicalise import Canonicalise
 from passes.capture import capture
 from passes.cost import Cost, count
+from passes.explicit_attention import ExplicitAttention
+from passes.importance import Scoring
 from passes.inline_regions import InlineRegions
-from passes.insert import SITE, InsertSelection, Site
+from passes.insert import InsertSelection
+from passes.insert_merge import InsertMerge, Merger, merge_point
 from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
+from passes.matching import most
 from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
+from passes.site import SITE, Site
+from passes.sizes import HOW, ApplySizes
+from passes.splice import stand_ins
+from passes.stages import StageReport, find_stages
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
+
+SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
 
 
 @dataclass(frozen=True)
@@ -36,18 +45,48 @@ class Prune:
         kept: from the number of tokens, protected ones included, how many stay.
         protected: positions that stay besides those found; None to find them only.
         force: insert even where every token stays (a test's switch).
-        gap: see `RetargetTokens`.
     """
 
     block: int
     kept: Callable[[int], int]
-    operation: score.Operation = "mlp"
-    metric: score.Metric = "l2"
-    with_skip: bool = False
-    importance: score.Importance = "shift"
+    scoring: Scoring = Scoring()
     lowest: bool = False
     protected: tuple[int, ...] | None = None
     force: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """In which block how many tokens merge into others.
+
+    Args:
+        block: 0-based.
+        gone: from the number of tokens, protected ones included, how many merge away.
+        merger, scoring: see `InsertMerge`.
+        protected: positions that neither merge nor are merged into, besides those found.
+    """
+
+    block: int
+    gone: Callable[[int], int]
+    merger: Merger = "stream"
+    scoring: Scoring = Scoring()
+    protected: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What happens behind the sites, and to the attention.
+
+    Args:
+        size_bias: attention adds the log of how many tokens a key stands for.
+        weighted_mean: a mean over tokens weighs them by that number.
+        explicit: write out every attention as softmax(Q K^T) V, as published baselines run.
+        gap: what scans do where tokens are gone, see `RetargetTokens`.
+    """
+
+    size_bias: bool = True
+    weighted_mean: bool = False
+    explicit: bool = False
     gap: Gap = "compact"
 
 
@@ -73,6 +112,8 @@ class Compiled:
     dense: Cost
     cost: Cost
     skips: tuple[Skip, ...]
+    stages: tuple[StageReport, ...] = ()
+    size_bias: str = ""  # how it reaches attention: "mask", "channel"
 
 
 Progress = Callable[[str], None]
@@ -109,56 +150,63 @@ def prepare(
     return PassResult(gm, skips=tuple(skips))
 
 
-def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = False) -> Compiled:
-    """Inserts the selections one after another; each works on the graph that the one before it left.
+def prune(
+    gm: GraphModule, steps: Sequence[Prune | Merge], compact_outputs: bool = False, behind: Behind = Behind()
+) -> Compiled:
+    """Inserts selections and merges one after another; each works on the graph that the one before it left.
 
     Raises:
         Refusal: a rewrite cannot be proven right.
     """
-    blocks = find_blocks(gm)
     branches = find_branches(gm)
-    check_blocks(gm, blocks, branches, [p.block for p in prunes])
+    blocks = blocks_of(branches)
+    check_blocks(gm, blocks, branches, [p.block for p in steps])
     dense = count(gm)
     spans = {b.index: _nodes(b) for b in blocks}
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
-    guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in prunes}
+    guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
     streams: dict[Node, Node] = {b.add: b.add for b in branches}
     now: dict[Node, Node] = {}
     earlier: dict[Node, list[Node]] = {}
-    for p in sorted(prunes, key=lambda p: p.block):
+    sizes: dict[Node, Node] = {}
+    selections: dict[int, tuple[Node, ...]] = {}
+    for p in sorted(steps, key=lambda p: p.block):
         block = _moved(blocks[p.block], now)
-        keep = _count(p, block, guarded[p.block])
-        if keep is None:
+        step = _step(gm, p, block, guarded[p.block])
+        if step is None:
             continue
         start = block_stream(branches, blocks[p.block].output)
-        result = InsertSelection(
-            block,
-            keep,
-            guarded[p.block],
-            p.operation,
-            p.metric,
-            p.with_skip,
-            p.importance,
-            p.lowest,
-            tuple(earlier.get(start, ())),
+        result = replace(
+            step,
+            earlier=tuple(earlier.get(start, ())),
+            sizes=sizes.get(start),
+            size_bias=behind.size_bias,
+            weighted_mean=behind.weighted_mean,
         )(gm)
         anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors, p.gap)(result.gm).gm
+        gm = RetargetTokens(anchors, behind.gap)(result.gm).gm
         gm = RestoreTokens(anchors, compact_outputs)(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         earlier.setdefault(start, []).append(site.index)
+        selections[p.block] = tuple(earlier[start])
+        if site.sizes is not None:
+            sizes[start] = site.sizes
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
         gm = AppendKept()(gm).gm
+    gm = ApplySizes()(gm).gm
+    if behind.explicit:
+        gm = ExplicitAttention()(gm).gm
     no_stale_shapes(gm)
+    gm.meta[SELECTIONS] = selections
     cost = count(gm)
     choice = dict(kernels(gm))
     rows = []
     for b in blocks:
-        nodes = {now.get(n, n) for n in spans[b.index]}
+        nodes = {m for n in spans[b.index] for m in stand_ins(gm, now.get(n, n))}
         op = b.attention_op()
         rows.append(
             BlockReport(
@@ -168,10 +216,10 @@ def prune(gm: GraphModule, prunes: Sequence[Prune], compact_outputs: bool = Fals
                 lengths[b.index] and _tokens(now.get(b.output, b.output)),
                 before[b.index],
                 cost.between(nodes).macs,
-                choice.get(now.get(op, op)) if op is not None else None,
+                _kernel(gm, now.get(op, op), choice) if op is not None else None,
             )
         )
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted)
+    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
@@ -187,8 +235,10 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
             (nearest.at or nearest.add) if nearest else None,
-            "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
-            "rs_compile.register_token_rule; windowed and convolutional models are not pruned",
+            "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
+            if find_stages(gm)
+            else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
+            "rs_compile.register_token_rule; windowed models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -231,9 +281,10 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple
 
 def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int, KernelChoice]]:
     """The blocks and branches of a graph, and by block the kernel that its attention takes."""
-    blocks, choice = find_blocks(gm), dict(kernels(gm))
+    branches, choice = find_branches(gm), dict(kernels(gm))
+    blocks = blocks_of(branches)
     ops = {b.index: op for b in blocks if (op := b.attention_op()) is not None}
-    return blocks, find_branches(gm), {i: choice[op] for i, op in ops.items() if op in choice}
+    return blocks, branches, {i: choice[op] for i, op in ops.items() if op in choice}
 
 
 def block_stream(branches: Sequence[Branch], node: Node) -> Node:
@@ -244,19 +295,35 @@ def block_stream(branches: Sequence[Branch], node: Node) -> Node:
     return node
 
 
-def _count(p: Prune, block: Block, guard: Protected) -> int | None:
-    """How many tokens stay, or None where there is nothing to do."""
-    length = _tokens(block.output)
+def _step(gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected) -> InsertSelection | InsertMerge | None:
+    """The pass that does a step, or None where there is nothing to do."""
+    at = block.output if isinstance(p, Prune) else merge_point(block, p.merger, p.scoring)
+    length = _tokens(at)
     if length is None:
-        stream_layout(block.output)
-        raise Refusal("the residual stream has no token dimension", block.output)
-    keep = p.kept(length)
-    if keep < guard.count:
+        stream_layout(at)
+        raise Refusal("the residual stream has no token dimension", at)
+    if isinstance(p, Prune):
+        keep = p.kept(length)
+        if keep < guard.count:
+            raise CompileError(
+                f"after block {p.block} {keep} of {length} tokens would be left, "
+                f"fewer than the {guard.count} protected ones; keep a larger share"
+            )
+        return None if keep == length and not p.force else InsertSelection(block, keep, guard, p.scoring, p.lowest)
+    gone, able = p.gone(length), most(length, guard.prefix, guard.suffix, len(guard.extra))
+    if gone > able:
         raise CompileError(
-            f"after block {p.block} {keep} of {length} tokens would be left, "
-            f"fewer than the {guard.count} protected ones; keep a larger share"
+            f"block {p.block} is to merge {gone} of {length} tokens away, and at most {able} can: "
+            "one of two, protected ones never; merge fewer there and the rest in later blocks"
         )
-    return None if keep == length and not p.force else keep
+    return InsertMerge(block, gone, guard, p.merger, p.scoring) if gone else None
+
+
+def _kernel(gm: GraphModule, op: Node, choice: Mapping[Node, KernelChoice]) -> KernelChoice | None:
+    """The kernel of an attention op, whatever stands in its place."""
+    stands = stand_ins(gm, op)
+    explicit = KernelChoice("written out", "its map is read, or asked for") if len(stands) > 1 else None
+    return next((choice[n] for n in stands if n in choice), explicit)
 
 
 def _tokens(stream: Node) -> int | None:

@@ -49,29 +49,42 @@ def find_protected(gm: GraphModule, stream: Node, dim: int) -> Protected:
         stream: a value of it.
         dim: its token dimension.
     """
+    return Protected.of([origin is None for origin in origins(gm, stream, dim)])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a token comes from: a position along a dimension of the value at which its trail ends."""
+
+    node: Node
+    dim: int
+    position: int
+
+
+def origins(gm: GraphModule, stream: Node, dim: int) -> list[Origin | None]:
+    """For each position along `dim` of a residual stream where its token comes from; None for learned tokens."""
     order, above = positions(gm), ancestors(gm)
     sums = {node: s for node in gm.graph.nodes if (s := stream_of(node, order, above)) is not None}
-    return Protected.of([not image for image in _from_image(stream, dim, sums, above)])
+    return _origins(stream, dim, sums, above)
 
 
-def _from_image(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[Node, int]) -> list[bool]:
-    """For each position along `dim`, whether its token is made from an input of the model."""
+def _origins(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[Node, int]) -> list[Origin | None]:
     while node in sums:
         node = sums[node]
     size = int(shape_of(node)[dim])
     if not (above[node] & 1):
-        return [False] * size
+        return [None] * size
 
-    def of(n: Node, d: int) -> list[bool]:
-        found = _from_image(n, d, sums, above)
+    def of(n: Node, d: int) -> list[Origin | None]:
+        found = _origins(n, d, sums, above)
         return found * size if len(found) == 1 else found
 
     first = node.args[0] if node.args else None
     rank = len(shape_of(node))
     if node.target is aten.cat.default and wrap(argument(node, 1, "dim", 0), rank) == dim:
-        return [image for n in tensors(first) for image in _from_image(n, dim, sums, above)]
+        return [origin for n in tensors(first) for origin in _origins(n, dim, sums, above)]
     if node.target is aten.slice.Tensor and isinstance(first, Node):
-        full = _from_image(first, dim, sums, above)
+        full = _origins(first, dim, sums, above)
         if wrap(argument(node, 1, "dim", 0), rank) != dim:
             return full
         start = argument(node, 2, "start", 0) or 0
@@ -82,10 +95,10 @@ def _from_image(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[
         return of(first, dim)
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     if pointwise or node.target in _PER_TOKEN:
-        masks = [
+        found = [
             of(n, dim - rank + len(shape_of(n)))
             for n in (tensors(node.args) if pointwise else tensors(first))
             if len(shape_of(n)) > rank - 1 - dim
         ]
-        return [any(images) for images in zip(*masks, strict=True)]
-    return [True] * size
+        return [next((o for o in at if o is not None), None) for at in zip(*found, strict=True)]
+    return [Origin(node, dim, i) for i in range(size)]

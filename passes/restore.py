@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass, PassResult, Refusal
-from passes.gather import original_positions, put
-from passes.insert import SITE, Site
+from passes.gather import original_positions
 from passes.layout import tokens_in
+from passes.site import SITE, Site
 from passes.splice import splice
 from passes.token_axis import WAY_OUT, TokenAxis
 
@@ -65,14 +65,7 @@ class RestoreTokens(Pass):
         assert axis is not None
         if is_stream(site.layout, axis, value, self.streams):
             with gm.graph.inserting_before(value.next):
-                back = splice(
-                    gm.graph,
-                    "restore",
-                    lambda x, s, i: put(x, s, i, site.layout),
-                    site.stream,
-                    site.compact[value],
-                    site.index,
-                )
+                back = site.back(gm.graph, site.compact[value])
             restored[value] = back
             return back
         refuse_mixed(axis, value, consumer)

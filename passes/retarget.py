@@ -11,16 +11,19 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, PassResult, Refusal
+from passes.base import ALIVE, Pass, PassResult, Refusal
+from passes.branches import SOFTMAX
 from passes.gather import stretch_index, take
-from passes.insert import SITE, Site
 from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
 from passes.rules import Extent, Kept, Position, Transfer
+from passes.site import SITE, Site
+from passes.sizes import KEY_SIZES, MEAN_SIZES, SDPA, check_biasable, stretch_sizes
 from passes.splice import fake, fake_mode, splice
 from passes.token_axis import WAY_OUT, analyse
 
 aten = torch.ops.aten
 Gap = Literal["compact", "decay"]
+MEANS = {aten.mean.dim, aten.adaptive_avg_pool1d.default}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ class RetargetTokens(Pass):
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
         axis = site.axis = analyse(gm, site.full, site.layout, site.batch, self.anchors)
+        in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
+        if in_turn is not None and not site.in_order:
+            raise Refusal(
+                "depends on the order of the tokens, which this merger changes",
+                in_turn,
+                'use Schedule(merger="stream"), which keeps it, or prune instead of merging',
+            )
         decaying = [n for n, t in axis.transfers.items() if self.gap == "decay" and t.decay is not None]
         if self.gap == "decay" and not decaying:
             raise Refusal(
@@ -68,6 +78,7 @@ class _Emitter:
         self.site = site
         self.mode = fake_mode(gm.graph)
         self.indices: dict[Any, Node] = {site.tokens.pieces: site.index}
+        self.sizes: dict[Any, Node] = {site.tokens.pieces: site.sizes} if site.sizes is not None else {}
         self.taken: dict[Any, Node] = {}
         self.replaced: dict[Node, Node] = {}  # values that run over tokens no more
         self.samples: Node | None = None
@@ -82,8 +93,11 @@ class _Emitter:
             )
             args, kwargs = self._argument(given, swapped)
             twin = self.graph.call_function(transfer.target or node.target, args, kwargs)  # type: ignore[arg-type]
-        twin.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
+        kept = ("stack_trace", "nn_module_stack", "torch_fn", KEY_SIZES, MEAN_SIZES)
+        twin.meta = {k: v for k, v in node.meta.items() if k in kept}
         self._evaluate(node, twin, transfer)
+        if self.site.sizes is not None:
+            self._note_sizes(node, twin, transfer)
         assert self.site.axis is not None
         if node in self.site.axis.layouts:
             self.site.compact[node] = twin
@@ -105,6 +119,45 @@ class _Emitter:
         promised = [self._extent(dim) for dim in out]
         if len(promised) != val.dim() or any(p - expr(s) != 0 for p, s in zip(promised, val.shape, strict=True)):
             raise Refusal(f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT)
+
+    def _note_sizes(self, node: Node, twin: Node, transfer: Transfer) -> None:
+        """Where a merged token counts for what it stands for: as a key of attention, and in a mean."""
+        assert self.site.axis is not None and self.site.sizes is not None
+        layouts = self.site.axis.layouts
+        source = node.args[0] if node.args else None
+        layout = layouts.get(source) if isinstance(source, Node) else None
+        if node.target is SDPA and self.site.size_bias:
+            key: Any = node.args[1]
+            if key in layouts and (keys := tokens_in(layouts[key][-2])):
+                out: Any = transfer.out
+                check_biasable(node, out)
+                twin.meta[KEY_SIZES] = self._sizes(keys)
+        elif node.target in SOFTMAX and self.site.size_bias and transfer.mixes:
+            raise Refusal(
+                "attention that is not scaled_dot_product_attention takes no size bias",
+                node,
+                "use Schedule(size_bias=False), or prune instead of merging",
+            )
+        elif node.target in MEANS and self.site.weighted_mean and transfer.mixes and layout is not None:
+            tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
+            samples = next((d for d, dim in enumerate(layout) if len(dim) == 1 and isinstance(dim[0], Batch)), None)
+            over = tokens_in(layout[tokens])
+            if samples is None or over is None:
+                raise Refusal("a mean over tokens folded with samples", node, "use Schedule(weighted_mean=False)")
+            twin.meta[MEAN_SIZES] = (self._sizes(over), samples, tokens)
+
+    def _sizes(self, tokens: Tokens) -> Node:
+        """The sizes [B, K] along a sequence made of the site's prunable stretch."""
+        if tokens.pieces not in self.sizes:
+            with self.graph.inserting_before(self.site.full.next):
+                self.sizes[tokens.pieces] = splice(
+                    self.graph,
+                    "sizes",
+                    lambda n: stretch_sizes(n, self.site.tokens, tokens.pieces),
+                    self.site.sizes,
+                )
+            self.sizes[tokens.pieces].meta[ALIVE] = True
+        return self.sizes[tokens.pieces]
 
     def _extent(self, dim: Dim) -> Any:
         """The compact size of a dimension, as an expression."""

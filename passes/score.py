@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -30,29 +29,19 @@ def shift(after: Tensor, before: Tensor, metric: Metric = "l2") -> Tensor:
     return torch.linalg.vector_norm(after - before, ord=2 if metric == "l2" else 1, dim=-1)
 
 
-def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """softmax(Q K^T * scale + mask), [B, H, Nq, Nk] from [B, H, N, d]; scale is 1/sqrt(d) where not given."""
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = (query * scale) @ key.transpose(-2, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1)
+def class_attention(attention: Tensor) -> Tensor:
+    """Attention of the first token to every token, averaged over heads, Eq. 2: [B, N] from a map [B, H, N, N]."""
+    return attention[:, :, 0].float().mean(1)
 
 
-def class_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Attention of the first token to every token, averaged over heads, Eq. 2: [B, N] from [B, H, N, d]."""
-    row = mask if mask is None or mask.shape[-2] == 1 else mask[..., :1, :]
-    return attention_map(query[..., :1, :], key, row, scale).mean(1)[:, 0]
+def mean_attention(attention: Tensor) -> Tensor:
+    """Attention that each token receives, averaged over heads and queries, Eq. 3: [B, N] from a map [B, H, N, N]."""
+    return attention.float().mean((1, 2))
 
 
-def mean_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Attention that each token receives, averaged over heads and queries, Eq. 3: [B, N] from [B, H, N, d]."""
-    return attention_map(query, key, mask, scale).mean((1, 2))
-
-
-def attention_entropy(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Negative entropy of each token's attention, heads averaged first (vid-TLDR): [B, N] from [B, H, N, d]."""
-    attention = attention_map(query, key, mask, scale).mean(1).float()
+def attention_entropy(attention: Tensor) -> Tensor:
+    """Negative entropy of each token's attention, heads averaged first (vid-TLDR): [B, N] from a map [B, H, N, N]."""
+    attention = attention.float().mean(1)
     return torch.xlogy(attention, attention).sum(-1)  # xlogy: attention underflows to 0
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from functorch import make_fx
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 ORIGIN = "rs_compile"  # node.meta key: which piece of new arithmetic a node belongs to
+REPLACED = "replaced"  # gm.meta key: an op -> the ops that stand in its place
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
@@ -61,3 +62,25 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any
         else:
             raise ValueError(f"{origin}: tracing made a {inner.op} node; write constants as factory calls")
     raise AssertionError("a traced graph ends in an output node")
+
+
+def replace_by(gm: GraphModule, node: Node, origin: str, fn: Callable[..., Any], *args: Any) -> Any:
+    """Puts `fn` of `args` in the place of an op, and notes what became of it; see `splice`.
+
+    Returns:
+        What fn returns: the first result takes the op's place.
+    """
+    graph, before = gm.graph, set(gm.graph.nodes)
+    with graph.inserting_before(node):
+        results = splice(graph, origin, fn, *args)
+    out = results[0] if isinstance(results, tuple) else results
+    gm.meta.setdefault(REPLACED, {})[node] = [n for n in graph.nodes if n not in before]
+    out.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
+    node.replace_all_uses_with(out)
+    return results
+
+
+def stand_ins(gm: GraphModule, node: Node) -> list[Node]:
+    """The ops that stand in an op's place: itself, where nothing replaced it."""
+    replaced = gm.meta.get(REPLACED, {})
+    return [m for n in replaced[node] for m in stand_ins(gm, n)] if node in replaced else [node]

@@ -15,7 +15,7 @@ from passes.restore import TokenOutput
 from passes.rules import register_token_rule
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
-from rs_compile.optimize import InputError, OptimizedModel, explain, optimize
+from rs_compile.optimize import InputError, OptimizedModel, explain, optimize, plan
 from rs_compile.report import Explanation, Report
 from rs_compile.schedule import Schedule
 
@@ -33,6 +33,7 @@ __all__ = [
     "TokenOutput",
     "explain",
     "optimize",
+    "plan",
     "register_cost",
     "register_token_rule",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `rs-compile demo | explain | bench | run`. Results on stdout, progress on stderr.
+"""The command line: `rs-compile demo | explain | bench | run | visualize`. Results on stdout, progress on stderr.
 
 Exit codes: 0 done, 2 something that the user can mend (the message says how), 130 interrupted.
 """
@@ -10,7 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -18,10 +20,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from passes.base import CompileError
+from passes.score import Metric, Operation
 from rs_compile import demo, models, timing
 from rs_compile.optimize import explain, optimize
 from rs_compile.predict import predict
 from rs_compile.schedule import Schedule
+from rs_compile.visualize import command as visualize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULE = "0:0.8,3:0.8,6:0.8"
@@ -104,6 +108,19 @@ def _run(args: argparse.Namespace) -> None:
     _give(str(result), result.to_json, args.json)
 
 
+def _visualize(args: argparse.Namespace) -> None:
+    visualize.check_output(args.output)
+    layers = visualize.parse_layers(args.layers)
+    schedule = _schedule(args.schedule) if args.schedule else Schedule()
+    chosen = {k: v for k in ("operation", "metric", "with_skip") if (v := getattr(args, k)) is not None}
+    schedule = replace(schedule, **chosen)
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args)
+        result = visualize.visualize(model, args.model, args.images, args.output, layers, schedule, args.img_size, say)
+    _give(str(result), result.to_json, args.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rs-compile", description="Faster pretrained vision models, without training."
@@ -140,16 +157,40 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(sub)
 
     sub = add("run", _run, "Classify images with a timm model, dense and pruned side by side.")
+    _add_images(sub)
+    _add_model_options(sub)
+    _add_schedule(sub)
+    _add_backend(sub, "eager")
+    _add_json(sub)
+
+    text = "Draw score maps over images beside the attention, and which patches a schedule leaves."
+    sub = add("visualize", _visualize, text)
+    _add_images(sub)
+    _add_model_options(sub)
+    sub.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help=".png for a picture, .html for a page"
+    )
+    sub.add_argument(
+        "--layers",
+        default=visualize.LAYERS,
+        metavar="N,N,..",
+        help="blocks to show, counted from 0 as in schedules and in `explain`, so that 1 is the second; or all "
+        f"(default {visualize.LAYERS})",
+    )
+    sub.add_argument("--schedule", help="show which patches it leaves: block:keep-ratio pairs, or a Schedule's JSON")
+    sub.add_argument("--operation", choices=get_args(Operation), help="whose shift, of maps and schedule (default mlp)")
+    sub.add_argument("--metric", choices=get_args(Metric), help="the distance (default l2)")
+    sub.add_argument("--with-skip", action="store_const", const=True, help="compare x + F(x), not F(x), with x")
+    _add_json(sub)
+    return parser
+
+
+def _add_images(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     sub.add_argument("--model", required=True, help="timm's name for it")
     weights = sub.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local .safetensors, .pth or .pt weights")
     weights.add_argument("--pretrained", action="store_true", help="weights from timm's hub, or its cache")
-    _add_model_options(sub)
-    _add_schedule(sub)
-    _add_backend(sub, "eager")
-    _add_json(sub)
-    return parser
 
 
 def _add_model_options(sub: argparse.ArgumentParser) -> None:

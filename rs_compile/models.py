@@ -78,7 +78,24 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: the file cannot be read, holds more than weights, or does not fit; names the keys.
     """
-    weights = _unwrapped(_read(path), path)
+    load_weights(model, read_weights(path), path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's state dict, unwrapped as `load_checkpoint` says, nothing loaded.
+
+    Raises:
+        ModelError: the file cannot be read, or holds more than weights.
+    """
+    return _unwrapped(_read(path), path)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copies weights, read from `path`, into `model`; its keys and shapes must be theirs.
+
+    Raises:
+        ModelError: they do not fit; names the keys.
+    """
     own = model.state_dict()
     faults = []
     if missing := [key for key in own if key not in weights]:
@@ -109,7 +126,7 @@ def load_images(paths: Sequence[Path], model: nn.Module, img_size: int | None = 
     colours = {1: "L", 3: "RGB"}.get(size[0])
     if colours is None:
         raise ImageError(f"the model wants {size[0]} channels; image files have 1 or 3")
-    return torch.stack([transform(_image(path, colours)) for path in paths])
+    return torch.stack([transform(read_image(path, colours)) for path in paths])
 
 
 def class_names(classes: int) -> list[str]:
@@ -211,7 +228,12 @@ def _advice(model: nn.Module, keys: set[str]) -> str:
     return " and ".join(advice) if advice else "name the model that the checkpoint was made from"
 
 
-def _image(path: Path, colours: str) -> Image.Image:
+def read_image(path: Path, colours: str) -> Image.Image:
+    """The decoded file in PIL's mode `colours`, "RGB" or "L".
+
+    Raises:
+        ImageError: it is not there, or is no image; what PIL raises is its cause.
+    """
     try:
         with Image.open(path) as image:
             return image.convert(colours)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +15,12 @@ from torch.utils import _pytree as pytree
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError
 from passes.capture import FIXED_BATCH, batched
-from passes.pipeline import Compiled, Progress, Prune, block_kernels, prepare, prunable, prune
+from passes.grid_pipeline import cuttable
+from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
-from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
+from passes.stages import find_stages
+from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
+from rs_compile.rewrite import rewrite
 from rs_compile.schedule import Schedule
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
@@ -43,6 +45,7 @@ class Options:
     lower_attention: bool | None
     progress: Progress | None
     force_insert: bool
+    explicit_attention: bool
 
 
 @dataclass
@@ -123,6 +126,7 @@ class OptimizedModel(nn.Module):
             c.dense.flops,
             c.cost.flops,
             c.skips,
+            tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
         )
 
     def graph_module(self) -> torch.fx.GraphModule:
@@ -170,15 +174,15 @@ class OptimizedModel(nn.Module):
             prepared = prepare(self._model, args, kwargs, lower, ambient, say)
             gm = prepared.gm
             out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
-            compiled = prune(gm, _prunes(schedule, options.force_insert), options.token_outputs == "compact")
+            compiled = rewrite(
+                gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
+            )
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
             say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
-        compiled = Compiled(
-            compiled.gm, compiled.blocks, compiled.dense, compiled.cost, prepared.skips + compiled.skips
-        )
+        compiled = replace(compiled, skips=prepared.skips + compiled.skips)
         plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
         if fixed and len(key) == _KEY_LENGTH:
             self._plans[key] = plan  # says that the batch belongs into the key
@@ -197,6 +201,7 @@ def optimize(
     lower_attention: bool | None = None,
     progress: Progress | None = None,
     force_insert: bool = False,
+    explicit_attention: bool = False,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
 
@@ -212,6 +217,8 @@ def optimize(
             schedule prunes; with nothing to prune the result is then bit-equal to the model's.
         progress: called with a line of text at each stage of the first call, which takes seconds to a minute.
         force_insert: insert selection even where every token stays (for tests).
+        explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
+            that is done only where a baseline's importance reads the attention map.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -228,8 +235,45 @@ def optimize(
         raise ValueError(f'token_outputs is {token_outputs!r}; write "restore" or "compact"')
     if not (isinstance(backend, str) or callable(backend)):
         raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
-    options = Options(Schedule.of(schedule), backend, mode, token_outputs, lower_attention, progress, force_insert)
+    options = Options(
+        Schedule.of(schedule),
+        backend,
+        mode,
+        token_outputs,
+        lower_attention,
+        progress,
+        force_insert,
+        explicit_attention,
+    )
     return OptimizedModel(model, options)
+
+
+def plan(
+    model: nn.Module,
+    schedule: Schedule | Mapping[int, float],
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Report:
+    """What `optimize` would make of a model: captured and rewritten, nothing compiled, no forward pass.
+
+    Model and inputs may be on the meta device, so that a large model's GFLOPs need neither memory nor time.
+
+    Args:
+        model, schedule: see `optimize`.
+        example_inputs, example_kwargs: see `explain`.
+        options: other arguments of `optimize`, except backend and mode.
+
+    Raises:
+        CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    handle = optimize(model, schedule, backend="eager", **options)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key = (handle._state_key(), _leaf_key(leaves), spec)
+    handle.__dict__["_last"] = handle._compile(key, leaves, args, kwargs)
+    return handle.report()
 
 
 def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Explanation:
@@ -268,29 +312,15 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
                 block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
             )
         )
+    stages = []
+    for stage in find_stages(prepared.gm):
+        able, reason = cuttable(stage)
+        stages.append(StageExplanation(stage.index, stage.where, len(stage.blocks), stage.grid, able, reason))
     notes = []
-    if not blocks:
+    if not blocks and not stages:
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
         notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
-    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes))
-
-
-def _prunes(schedule: Schedule, force: bool) -> list[Prune]:
-    return [
-        Prune(
-            block,
-            partial(schedule.left, keep_ratio=ratio),
-            schedule.operation,
-            schedule.metric,
-            schedule.with_skip,
-            schedule.importance,
-            schedule.lowest,
-            schedule.protected,
-            force,
-            schedule.gap,
-        )
-        for block, ratio in schedule.keep.items()
-    ]
+    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
 
 
 def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:

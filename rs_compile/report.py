@@ -40,6 +40,27 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class StageRow:
+    """One stage of a CNN before and after the rewrite.
+
+    Args:
+        stage: its index, 0-based.
+        where: its place in the model.
+        grid_in: rows and columns of the map that the stage makes.
+        grid_out: rows and columns of what goes on to the next stage.
+        macs_dense: multiply-accumulates of one sample, before the rewrite.
+        macs: the same after it.
+    """
+
+    stage: int
+    where: str
+    grid_in: tuple[int, int]
+    grid_out: tuple[int, int]
+    macs_dense: int
+    macs: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What `optimize` made of a model for one input signature. All costs are those of one sample.
 
@@ -50,6 +71,7 @@ class Report:
         macs_dense, macs: multiply-accumulates of the whole model, before and after.
         flops_dense, flops: the same in fvcore's convention (`passes.cost`), which papers print.
         skips: where a pass could have fired and did not.
+        stages: a row for each stage of a CNN that was rewritten by `Schedule.grid`.
     """
 
     model: str
@@ -60,8 +82,27 @@ class Report:
     flops_dense: int
     flops: int
     skips: tuple[Skip, ...] = ()
+    stages: tuple[StageRow, ...] = ()
 
     def __str__(self) -> str:
+        gflops = f"GFLOPs (fvcore's convention, one sample): {_giga(self.flops_dense)} -> {_giga(self.flops)}"
+        if self.flops:
+            gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
+        table = self._stage_table() if self.stages else self._block_table()
+        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *_skip_lines(self.skips)])
+
+    def _stage_table(self) -> str:
+        rest = [self.macs_dense, self.macs]
+        rows = []
+        for row in self.stages:
+            rest = [rest[0] - row.macs_dense, rest[1] - row.macs]
+            grids = (_grid(row.grid_in), _grid(row.grid_out))
+            rows.append((str(row.stage), row.where, *grids, _giga(row.macs_dense), _giga(row.macs)))
+        rows.append(("rest", "outside the stages", "", "", _giga(rest[0]), _giga(rest[1])))
+        rows.append(("total", "", "", "", _giga(self.macs_dense), _giga(self.macs)))
+        return _table(("stage", "where", "rows x columns in", "out", "GMACs dense", "GMACs"), rows, "rlrrrr")
+
+    def _block_table(self) -> str:
         rest_dense = self.macs_dense - sum(row.macs_dense for row in self.blocks)
         rest = self.macs - sum(row.macs for row in self.blocks)
         rows = [
@@ -80,11 +121,7 @@ class Report:
         rows.append(("rest", "outside the blocks", "", "", _giga(rest_dense), _giga(rest), "", ""))
         rows.append(("total", "", "", "", _giga(self.macs_dense), _giga(self.macs), "", ""))
         heads = ("block", "where", "tokens in", "out", "GMACs dense", "GMACs", "attention", "why not flash")
-        table = _table(heads, rows, "rlrrrrll")
-        gflops = f"GFLOPs (fvcore's convention, one sample): {_giga(self.flops_dense)} -> {_giga(self.flops)}"
-        if self.flops:
-            gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
-        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *_skip_lines(self.skips)])
+        return _table(heads, rows, "rlrrrrll")
 
     def to_json(self) -> str:
         """The same content as JSON; blocks are a list of objects, the sums stand under "totals"."""
@@ -92,6 +129,7 @@ class Report:
             model=self.model,
             signature=self.signature,
             blocks=[asdict(row) for row in self.blocks],
+            stages=[asdict(row) for row in self.stages],
             totals={
                 "macs_dense": self.macs_dense,
                 "macs": self.macs,
@@ -128,6 +166,27 @@ class ExplanationRow:
 
 
 @dataclass(frozen=True)
+class StageExplanation:
+    """One stage of a CNN as the compiler sees it.
+
+    Args:
+        stage: its index, as `Schedule.grid` counts.
+        where: its place in the model.
+        blocks: residual blocks in it.
+        grid: rows and columns of the map that it makes.
+        prunable: whether rows and columns can leave after it.
+        reason: why not, "" where they can.
+    """
+
+    stage: int
+    where: str
+    blocks: int
+    grid: tuple[int, int]
+    prunable: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What `explain` found in a model, before any schedule.
 
@@ -136,14 +195,28 @@ class Explanation:
         rows: a row for each block.
         skips: where a pass could have fired and did not.
         notes: what else a user should know, a sentence each.
+        stages: a row for each stage of a CNN.
     """
 
     model: str
     rows: tuple[ExplanationRow, ...]
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+    stages: tuple[StageExplanation, ...] = ()
 
     def __str__(self) -> str:
+        tables = [] if self.stages and not self.rows else [self._block_table()]
+        if self.stages:
+            heads = ("stage", "where", "blocks", "rows x columns", "prunable", "why not")
+            rows = [
+                (str(s.stage), s.where, str(s.blocks), _grid(s.grid), "yes" if s.prunable else "no", s.reason)
+                for s in self.stages
+            ]
+            tables.append(_table(heads, rows, "rlrrll"))
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([self.model, *tables, *_skip_lines(self.skips), *notes])
+
+    def _block_table(self) -> str:
         table = "no block found that tokens could leave after"
         if self.rows:
             heads = ("block", "where", "kind", "tokens", "attention", "why not flash", "prunable", "why not")
@@ -161,16 +234,21 @@ class Explanation:
                 for row in self.rows
             ]
             table = _table(heads, rows, "rllrllll")
-        return "\n".join([self.model, table, *_skip_lines(self.skips), *(f"note: {note}" for note in self.notes)])
+        return table
 
     def to_json(self) -> str:
         """The same content as JSON."""
         return _json(
             model=self.model,
             rows=[asdict(row) for row in self.rows],
+            stages=[asdict(row) for row in self.stages],
             skips=[asdict(skip) for skip in self.skips],
             notes=list(self.notes),
         )
+
+
+def _grid(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"
 
 
 def _giga(value: int) -> str:

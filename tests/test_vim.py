@@ -249,5 +249,8 @@ def test_refusals() -> None:
     assert 'use Schedule(gap="compact")' in str(e.value) and "x + self.down" in str(e.value)
     with pytest.raises(Refusal, match="block 0 has no mixer that ends in a linear layer, whose input ToP-ViM scores"):
         optimize(Transformer(), Schedule({0: 0.5}, importance="top-vim"), backend="eager")(x)
+    with pytest.raises(Refusal, match="depends on the order of the tokens, which this merger changes") as e:
+        optimize(tiny(), Schedule({}, merge={0: 4}, merger="vid-tldr"), backend="eager")(images())
+    assert "vim.causal_conv1d.default" in str(e.value) and 'use Schedule(merger="stream")' in str(e.value)
     with pytest.raises(Refusal, match="block 0 has no attention branch to score by"):
         optimize(tiny(), Schedule({0: 0.5}, operation="attention"), backend="eager")(images())

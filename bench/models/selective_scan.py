@@ -267,13 +267,13 @@ def scan_rule(node: Any, ctx: Context) -> Transfer:
     u, delta, _, B, C, positions, reverse = node.args
     layout = _sequence(node, ctx, (u, delta, B, C))
     if positions is not None:  # an earlier prune left them: gathered again they are those of the tokens left now
-        return Transfer(layout, {positions: layout[:2]}, mixes=True, decay=node.args)
-    return Transfer(layout, mixes=True, decay=(*node.args[:5], Kept(layout[1]), reverse))
+        return Transfer(layout, {positions: layout[:2]}, mixes=True, ordered=True, decay=node.args)
+    return Transfer(layout, mixes=True, ordered=True, decay=(*node.args[:5], Kept(layout[1]), reverse))
 
 
 def conv_rule(node: Any, ctx: Context) -> Transfer:
     """Reads the neighbours that are left."""
-    return Transfer(_sequence(node, ctx, node.args[:1]), mixes=True)
+    return Transfer(_sequence(node, ctx, node.args[:1]), mixes=True, ordered=True)
 
 
 def scan_cost(out: tuple[int, ...], u: Any, delta: Any, A: tuple[int, ...], *_: Any) -> int:

@@ -14,11 +14,11 @@ from torch.fx import GraphModule, Node
 
 from passes.capture import capture
 from passes.gather import put, take
-from passes.insert import SITE, Site
 from passes.layout import show, tokens_in
 from passes.pipeline import prepare
 from passes.retarget import RetargetTokens
 from passes.select import keep_highest, protected_mask
+from passes.site import SITE, Site
 from passes.splice import splice
 from passes.token_axis import TokenAxis, analyse, stream_layout
 

@@ -131,6 +131,21 @@ def test_counts_one_sample_whatever_the_batch() -> None:
     assert symbolic.flops == one.flops == literal.flops // 5
 
 
+def test_samples_taken_in_groups() -> None:
+    class Frames(nn.Module):
+        """A linear layer on every frame, and one on the mean of each clip of four."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.each, self.clip = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.clip(self.each(x).view(x.shape[0] // 4, 4, 8).mean(1))
+
+    cost = count(captured(Frames(), torch.randn(12, 6)))
+    assert cost.macs == 6 * 8 + 8 * 5 // 4
+
+
 def test_blocks_sum_to_the_whole() -> None:
     gm = on_meta("vit_tiny_patch16_224", depth=2)
     cost, nodes = count(gm), list(gm.graph.nodes)

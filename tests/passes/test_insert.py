@@ -16,9 +16,11 @@ from passes import score
 from passes.base import Refusal
 from passes.branches import Block as Found
 from passes.branches import find_blocks
-from passes.insert import SITE, InsertSelection, Site
+from passes.importance import Scoring
+from passes.insert import InsertSelection
 from passes.layout import Fixed, Prunable
 from passes.protected import Protected
+from passes.site import SITE, Site
 from passes.splice import ORIGIN
 
 NONE = Protected(0, 0)
@@ -44,7 +46,8 @@ def inserted(
     model: nn.Module, at: int = 0, keep: int = 4, guard: Protected = NONE, **options: Any
 ) -> tuple[GraphModule, Site]:
     gm = graph(model)
-    gm = InsertSelection(find_blocks(gm)[at], keep, guard, **options)(gm).gm
+    scoring = Scoring(**{k: options.pop(k) for k in ("operation", "metric", "with_skip", "importance") if k in options})
+    gm = InsertSelection(find_blocks(gm)[at], keep, guard, scoring, **options)(gm).gm
     return gm, gm.meta[SITE]
 
 
@@ -125,10 +128,12 @@ def test_the_tokens_that_stay(model: nn.Module, operation: Any, metric: Any, wit
 def test_attention_scores(model: nn.Module, importance: Any) -> None:
     guard = Protected(1, 0) if importance == "class-attention" else NONE
     gm, site = inserted(model, guard=guard, importance=importance)
-    op = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)[0]
-    query, key, index = values(gm, op.args[0], op.args[1], site.index)
-    by = score.class_attention if guard.prefix else score.mean_attention
-    scores = by(query, key)
+    # in another graph, where attention is still one op
+    op = graph(model).graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)[0]
+    query, key = (next(n for n in gm.graph.nodes if n.name == arg.name) for arg in op.args[:2])
+    query, key, index = values(gm, query, key, site.index)
+    attention = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
+    scores = attention[:, :, 0].mean(1) if guard.prefix else attention.mean((1, 2))
     if guard.prefix:
         scores[:, 0] = torch.inf
     assert torch.equal(index, scores.topk(4).indices.sort().values)

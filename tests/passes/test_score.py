@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from passes import score
+from passes.explicit_attention import attention_logits
 
 METRICS: tuple[score.Metric, ...] = ("l2", "l1", "cosine")
 
@@ -92,11 +93,12 @@ def test_attention_scores(mask: Tensor | None, scale: float | None) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
     maps = torch.tensor(naive_map(q, k, mask, scale or 0.5))
-    torch.testing.assert_close(score.attention_map(q, k, mask, scale), maps, rtol=1e-5, atol=1e-6)
+    found = attention_logits(q, k, mask, scale, causal=False).softmax(-1)
+    torch.testing.assert_close(found, maps, rtol=1e-5, atol=1e-6)
     by_class = [[sum(maps[b, h, 0, j] for h in range(3)) / 3 for j in range(5)] for b in range(2)]
-    torch.testing.assert_close(score.class_attention(q, k, mask, scale), torch.tensor(by_class), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(score.class_attention(found), torch.tensor(by_class), rtol=1e-5, atol=1e-6)
     received = [[sum(maps[b, h, i, j] for h in range(3) for i in range(5)) / 15 for j in range(5)] for b in range(2)]
-    torch.testing.assert_close(score.mean_attention(q, k, mask, scale), torch.tensor(received), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(score.mean_attention(found), torch.tensor(received), rtol=1e-5, atol=1e-6)
 
 
 def test_random_score() -> None:
@@ -110,7 +112,7 @@ def test_random_score() -> None:
 def test_attention_entropy_is_high_where_attention_is_sharp_and_finite_where_it_underflows() -> None:
     key = torch.eye(4).expand(1, 2, 4, 4)
     query = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [2e3, 0, 0, 0], [0, 3, 0, 0]]).expand(1, 2, 4, 4)
-    sharp = score.attention_entropy(query, key)
+    sharp = score.attention_entropy(attention_logits(query, key, None, None, causal=False).softmax(-1))
     assert sharp.isfinite().all()
     assert sharp[0, 2] == 0  # all attention on one token
     torch.testing.assert_close(sharp[0, 1], -torch.tensor(4.0).log())  # even over four

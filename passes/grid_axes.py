@@ -1,0 +1,67 @@
+"""The grid axes: from one [B, C, H, W] map onwards, which dimensions of which values are its rows and columns.
+
+A forward dataflow analysis with one rule per op (`passes.grid_rules`). It changes nothing. A convolution
+reads the smaller map as it would read a smaller image, so most ops carry the axes on with no argument
+rewritten; what names a size of the grid, or an op without a rule, refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import Node
+
+from passes.base import Refusal, op_name
+from passes.grid_layout import Follow, Grid, GridAxes
+from passes.grid_rules import rule_for
+from passes.rules.registry import Untransferable
+from passes.splice import ORIGIN
+
+RESTORE = "restore"  # origin of what reads a cut map and gives it back at full size
+WAY_OUT = "cut a later stage, whose map no such op reads, or give the part of the model before it"
+
+
+def follow_grid(start: Node, grid: Grid | None = None, within: Collection[Node] | None = None) -> GridAxes:
+    """Follows the rows and columns of `start`, [B, C, H, W], through the graph.
+
+    Args:
+        start: the map.
+        grid: where it holds them; dimensions 2 and 3 by default.
+        within: follow only these nodes; what cannot be carried through is then left out, not refused.
+
+    Raises:
+        Refusal: an op is not proven to mean the same on a smaller grid.
+    """
+    axes = GridAxes(start, {start: grid or Grid()})
+    node = start.next
+    while node.op != "root":
+        carries = any(n in axes.grids for n in node.all_input_nodes)
+        if not carries or (within is not None and node not in within):
+            pass
+        elif node.op == "output" or node.meta.get(ORIGIN) == RESTORE:
+            axes.dense.append(node)
+        else:
+            try:
+                follow = _follow(node, axes)
+            except Untransferable as reason:
+                if within is None:
+                    raise Refusal(str(reason), node, WAY_OUT) from reason
+            else:
+                axes.follows[node] = follow
+                if follow.out is not None:
+                    axes.grids[node] = follow.out
+        node = node.next
+    return axes
+
+
+def _follow(node: Node, axes: GridAxes) -> Follow:
+    rule = rule_for(node.target)
+    if rule is None:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise Untransferable("writes in place into a map whose rows and columns leave")
+        raise Untransferable("no rule says what this op does on a smaller grid of rows and columns")
+    try:
+        return rule(node, axes)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Untransferable(f"its rule does not know this form of {op_name(node)} ({error})") from error

@@ -1,0 +1,192 @@
+"""Takes rows and columns out of a stage's output; everything behind it runs on the smaller grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import GraphModule, Node
+
+from passes.base import CompileError, Pass, PassResult, Refusal
+from passes.grid_axes import RESTORE, WAY_OUT, follow_grid
+from passes.grid_layout import Follow, Grid, GridAxes
+from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
+from passes.score import Metric
+from passes.splice import fake, fake_mode, splice
+from passes.stages import Stage
+
+Mode = Literal["line", "token"]
+Against = Literal["shortcut", "first-block", "sum"]
+
+
+@dataclass(frozen=True)
+class CutGrid(Pass):
+    """Score, selection and gather after a stage; then the ops behind it, one by one, on the smaller grid.
+
+    Outputs of the model keep their size: the stage's own output as it was, an output that every cell is
+    computed for by itself from the whole map, any other by the nearest cell that is left (`spread`).
+
+    Args:
+        stage: after which; its nodes must be in the graph.
+        rows, columns: how many leave.
+        mode: "line", whole rows and columns; "token", cells of each row, then of each column.
+        rows_first: in mode "line", columns are scored on the rows that stay.
+        against: what the output is compared with, see `rs_compile.GridPrune`.
+        metric: distance over the channels.
+        random: random scores, a baseline.
+        lowest: the lowest scores stay, a baseline.
+        compact_outputs: the caller wants short outputs, which a map has no form for.
+    """
+
+    stage: Stage
+    rows: int
+    columns: int
+    mode: Mode = "line"
+    rows_first: bool = False
+    against: Against = "shortcut"
+    metric: Metric = "l2"
+    random: bool = False
+    lowest: bool = False
+    compact_outputs: bool = False
+
+    def call(self, gm: GraphModule) -> PassResult:
+        graph, output = gm.graph, self.stage.output
+        self._check()
+        axes = follow_grid(output)
+        if axes.dense and self.compact_outputs:
+            raise Refusal(
+                "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
+            )
+        whole = _whole(axes)
+        readers = [user for user in output.users if user not in axes.dense]
+        with graph.inserting_before(output.next):
+            score = self._score(graph)
+            rows, columns = splice(graph, "select", self._select, score)
+            short = splice(graph, "gather", take, output, rows, columns)
+        for reader in readers:
+            reader.replace_input_with(output, short)
+        cut = _Cut(gm, axes, rows, columns, short)
+        for node, follow in axes.follows.items():
+            cut.follow(node, follow)
+        for consumer in axes.dense:
+            for value in [n for n in consumer.all_input_nodes if n in axes.grids and n not in whole]:
+                consumer.replace_input_with(value, cut.restored(value))
+            for value in [n for n in consumer.all_input_nodes if n in whole]:
+                consumer.replace_input_with(value, whole[value])
+        return PassResult(gm, rewrites=1)
+
+    def _check(self) -> None:
+        height, width = self.stage.grid
+        for name, left, there in (("rows", self.rows, height), ("columns", self.columns, width)):
+            if left >= there:
+                raise CompileError(
+                    f"{left} {name} are to leave stage {self.stage.index}, which has {there} {name}; "
+                    f"write {name} from 0 to {there - 1}"
+                )
+
+    def _score(self, graph: torch.fx.Graph) -> Node:
+        output, blocks = self.stage.output, self.stage.blocks
+        if self.random:
+            return splice(graph, "score", lambda x: torch.rand_like(x[:, 0], dtype=torch.float32), output)
+        if self.against == "shortcut":
+            return splice(graph, "score", lambda a, b: score_map([(a, b)], self.metric), output, self.stage.shortcut)
+        if self.against == "sum":
+            given = [n for b in blocks for n in (b.output, b.shortcut)]
+
+            def score(*values: Tensor) -> Tensor:
+                return score_map(list(zip(values[::2], values[1::2], strict=True)), self.metric)
+
+            return splice(graph, "score", score, *given)
+        if len(blocks) == 1:
+            raise Refusal(
+                f"stage {self.stage.index} has one block, whose output is the stage's",
+                output,
+                'use GridPrune(against="shortcut")',
+            )
+        return splice(graph, "score", lambda a, b: score_map([(a, b)], self.metric), output, blocks[0].output)
+
+    def _select(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = self.stage.grid
+        rows, columns = height - self.rows, width - self.columns
+        if self.mode == "line":
+            return kept_lines(score, rows, columns, self.rows_first, self.lowest)
+        return kept_cells(score, rows, columns, self.lowest)
+
+
+def _whole(axes: GridAxes) -> dict[Node, Node]:
+    """For each value that an output reads and that needs no other cell of the map: the same from the whole map."""
+    whole = {axes.start: axes.start}
+
+    def copied(value: Node) -> Node:
+        if value not in whole:
+            inputs = {n: copied(n) for n in value.all_input_nodes if n in axes.grids}
+            with value.graph.inserting_before(value):
+                whole[value] = value.graph.node_copy(value, lambda n: inputs.get(n, n))
+        return whole[value]
+
+    for consumer in axes.dense:
+        for value in consumer.all_input_nodes:
+            grid = axes.grid(value)
+            if isinstance(grid, Grid) and not grid.mixed:
+                copied(value)
+    return whole
+
+
+class _Cut:
+    """Moves the ops behind a cut onto the smaller grid, in topological order."""
+
+    def __init__(self, gm: GraphModule, axes: GridAxes, rows: Node, columns: Node, short: Node) -> None:
+        self.graph = gm.graph
+        self.axes = axes
+        self.rows = rows
+        self.columns = columns
+        self.mode = fake_mode(gm.graph)
+        self.full = {n: tuple(n.meta["val"].shape) for n, g in axes.grids.items() if isinstance(g, Grid)}
+        self.now: dict[Node, Node] = {axes.start: short}
+        self.taken: dict[Node, Node] = {}
+
+    def follow(self, node: Node, follow: Follow) -> None:
+        """Gives the op inputs on the smaller grid and recomputes its value."""
+        for n in follow.aligned:
+            if n not in self.taken:
+                with self.graph.inserting_before(node):
+                    self.taken[n] = splice(self.graph, "gather", take, n, self.rows, self.columns)
+            node.replace_input_with(n, self.taken[n])
+        self._same_cells(node)
+        before = node.meta["val"]
+        try:
+            with self.mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
+                node.meta["val"] = node.target(*fake(node.args), **fake(node.kwargs))  # type: ignore[operator]
+        except Exception as error:
+            raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+        after = node.meta["val"]
+        if isinstance(after, torch.Tensor):
+            free = follow.out.dims if isinstance(follow.out, Grid) else ()
+            same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
+            if not all(same):
+                raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+
+    def _same_cells(self, node: Node) -> None:
+        """Maps that meet must be equally large, lest one of a single row be broadcast."""
+        start = self.axes.start
+        grids = {n: self.axes.grid(start if n is self.now[start] else n) for n in node.all_input_nodes}
+        sizes = {tuple(n.meta["val"].shape[d] for d in g.dims) for n, g in grids.items() if isinstance(g, Grid)}
+        if len(sizes) > 1:
+            raise Refusal(f"maps of different sizes meet on the smaller grid: {sorted(sizes)}", node, WAY_OUT)
+
+    def restored(self, value: Node) -> Node:
+        """The value at full size, from the nearest cells that are left."""
+        grid = self.axes.grid(value)
+        if not isinstance(grid, Grid) or (grid.rows, grid.columns) != (2, 3) or len(self.full[value]) != 4:
+            raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
+        start = (float(grid.start[0]), float(grid.start[1]))
+        size: Any = self.full[value][2:]
+
+        def back(x: Tensor, r: Tensor, c: Tensor) -> Tensor:
+            return spread(x, r, c, self.axes.size, size, grid.step, start)
+
+        with self.graph.inserting_before(value.next):
+            return splice(self.graph, RESTORE, back, value, self.rows, self.columns)

@@ -1,0 +1,111 @@
+"""Rows and columns leave the stages of a convolutional network: the passes in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from passes.base import CompileError, Refusal
+from passes.cost import count
+from passes.grid_axes import follow_grid
+from passes.grid_cut import Against, CutGrid, Mode
+from passes.pipeline import Compiled
+from passes.score import Metric
+from passes.stages import Stage, StageReport, find_stages
+from passes.verify import no_stale_shapes
+
+
+@dataclass(frozen=True)
+class GridCut:
+    """After which stage how much leaves, and how it is chosen; see `CutGrid`.
+
+    Args:
+        stage: 0-based.
+        force: insert even where nothing leaves (a test's switch).
+    """
+
+    stage: int
+    rows: int
+    columns: int
+    mode: Mode = "line"
+    rows_first: bool = False
+    against: Against = "shortcut"
+    metric: Metric = "l2"
+    random: bool = False
+    lowest: bool = False
+    force: bool = False
+
+
+def cut_stages(gm: GraphModule, cuts: Sequence[GridCut], compact_outputs: bool = False) -> Compiled:
+    """Cuts one stage after another; each works on the graph that the one before it left.
+
+    Raises:
+        Refusal: a rewrite cannot be proven right.
+        CompileError: a stage that is not there, or more rows or columns than it has.
+    """
+    stages = find_stages(gm)
+    check_stages(stages, [c.stage for c in cuts])
+    dense = count(gm)
+    before = {s.index: dense.between(s.nodes).macs for s in stages}
+    left = {}
+    for c in sorted(cuts, key=lambda c: c.stage):
+        if not (c.rows or c.columns or c.force):
+            continue
+        stage = stages[c.stage]
+        cut = CutGrid(
+            stage,
+            c.rows,
+            c.columns,
+            c.mode,
+            c.rows_first,
+            c.against,
+            c.metric,
+            c.random,
+            c.lowest,
+            compact_outputs,
+        )
+        gm = cut(gm).gm
+        left[c.stage] = (stage.grid[0] - c.rows, stage.grid[1] - c.columns)
+    no_stale_shapes(gm)
+    cost = count(gm)
+    rows = [
+        StageReport(
+            s,
+            s.where,
+            int(s.output.meta["val"].shape[1]),
+            s.grid,
+            left.get(s.index, s.grid),
+            before[s.index],
+            cost.between(s.nodes).macs,
+        )
+        for s in stages
+    ]
+    return Compiled(gm, (), dense, cost, cost.uncounted, tuple(rows))
+
+
+def check_stages(stages: Sequence[Stage], wanted: Sequence[int]) -> None:
+    """Refuses a schedule of stages that are not there."""
+    if wanted and not stages:
+        raise Refusal(
+            "the model has no stage of residual convolutions on [batch, channels, rows, columns]",
+            None,
+            "where it has residual MLP blocks on tokens, use Schedule(keep={block: ratio}); "
+            "rs_compile.explain(model, inputs) shows what was found",
+        )
+    for i in wanted:
+        if i >= len(stages):
+            raise CompileError(
+                f"the schedule names stage {i}, but the model has {len(stages)} stages, 0 to {len(stages) - 1}; "
+                "rs_compile.explain(model, inputs) lists them"
+            )
+
+
+def cuttable(stage: Stage) -> tuple[bool, str]:
+    """Whether rows and columns could leave after this stage, or the reason why not. Changes nothing."""
+    try:
+        follow_grid(stage.output)
+    except Refusal as refusal:
+        return False, str(refusal).replace("\n", "; ")
+    return True, ""

@@ -1,0 +1,342 @@
+"""What each op does to the rows and columns of a map, by family of op.
+
+A rule gets the fx node and what is known so far, with the dense shapes; it says where the result holds rows
+and columns, or declines with a reason. Whether the op runs on the smaller grid is tried on fake tensors later.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.grid_layout import GRID_RULES, Follow, Grid, GridAxes, Rule, grid_rules_for
+from passes.rules.pointwise import tensors
+from passes.rules.registry import Untransferable, argument, shape_of, wrap
+
+aten = torch.ops.aten
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op, its packet's, or the pointwise rule where torch tags it so."""
+    if target in GRID_RULES:
+        return GRID_RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable:
+        if target.overloadpacket in GRID_RULES:
+            return GRID_RULES[target.overloadpacket]
+        if torch.Tag.pointwise in target.tags:
+            return GRID_RULES["pointwise"]
+    return None
+
+
+def _carried(node: Node, axes: GridAxes) -> Grid:
+    """The grid of the first input, which must be the only one that holds it."""
+    grid = axes.grid(node.args[0])
+    if not isinstance(grid, Grid) or sum(n in axes.grids for n in node.all_input_nodes) != 1:
+        raise Untransferable("the rows and columns do not come in by its first input alone")
+    return grid
+
+
+def _need_free(grid: Grid, dims: Sequence[int], doing: str) -> None:
+    if set(dims) & set(grid.dims):
+        raise Untransferable(f"{doing} runs over rows or columns")
+
+
+def _joined(node: Node, axes: GridAxes, inputs: Sequence[Node], rank: int) -> Follow:
+    """Inputs that broadcast to one shape; those from before the cut with an entry per cell are cut alike."""
+    found: Grid | None = None
+    for n in inputs:
+        grid = axes.grid(n)
+        if grid is None:
+            continue
+        shift = rank - len(shape_of(n))
+        own = replace(grid, rows=_moved(grid.rows, shift), columns=_moved(grid.columns, shift))
+        if found is None:
+            found = own
+        elif (own.rows, own.columns, own.step) != (found.rows, found.columns, found.step):
+            raise Untransferable("two maps meet whose rows or columns do not belong together")
+        else:
+            found = replace(found, mixed=found.mixed or own.mixed)
+    assert found is not None
+    out = shape_of(node) if isinstance(node.meta["val"], torch.Tensor) else tuple(node.meta["val"][0].shape)
+    aligned = tuple(n for n in inputs if axes.grid(n) is None and _per_cell(n, found, axes, out, rank))
+    return Follow(found, aligned)
+
+
+def _moved(dim: int | None, by: int) -> int | None:
+    return None if dim is None else dim + by
+
+
+def _per_cell(n: Node, grid: Grid, axes: GridAxes, out: Sequence[Any], rank: int) -> bool:
+    """Whether an input from before the cut has an entry per cell; declines where it cannot be cut alike."""
+    shape = shape_of(n)
+    at = [d - (rank - len(shape)) for d in grid.dims]
+    full = [d >= 0 and not (isinstance(shape[d], int) and shape[d] == 1) for d in at]
+    if not any(full):
+        return False
+    same = grid.step == (1, 1) and grid.start == (0, 0) and (grid.rows, grid.columns) == (2, 3)
+    if not (same and all(full) and len(shape) == 4 and tuple(out[2:]) == axes.size):
+        raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
+    return True
+
+
+@grid_rules_for("pointwise")
+@grid_rules_for(
+    aten.dropout,
+    aten.native_dropout,
+    aten.feature_dropout,
+    aten.to,
+    aten._to_copy,
+    aten.clone,
+    aten.contiguous,
+    aten.detach,
+    aten.alias,
+    aten.lift_fresh_copy,
+    aten.rand_like,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.where,
+    aten.masked_fill,
+    aten.nan_to_num,
+)
+def pointwise(node: Node, axes: GridAxes) -> Follow:
+    """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
+    val = node.meta["val"]
+    values = val if isinstance(val, (tuple, list)) else (val,)
+    joined = _joined(node, axes, tensors((node.args, node.kwargs)), values[0].dim())
+    return replace(joined, out=tuple(joined.out for _ in values)) if isinstance(val, (tuple, list)) else joined  # type: ignore[misc]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, *rest = value
+    return first, (rest or [first])[0]
+
+
+def _window(grid: Grid, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Grid:
+    """After a window that slides over rows and columns."""
+    if (grid.rows, grid.columns) != (2, 3):
+        raise Untransferable("a window slides over other dimensions than rows and columns")
+    k, s, p, d = map(_pair, (kernel, stride, padding, dilation))
+    centre = [Fraction(d[i] * (k[i] - 1), 2) - p[i] for i in (0, 1)]
+    return replace(
+        grid,
+        step=(grid.step[0] * s[0], grid.step[1] * s[1]),
+        start=(grid.start[0] + grid.step[0] * centre[0], grid.start[1] + grid.step[1] * centre[1]),
+        mixed=grid.mixed or k != (1, 1) or s != (1, 1),
+    )
+
+
+@grid_rules_for(aten.conv2d.default, aten.conv2d.padding)
+def convolution(node: Node, axes: GridAxes) -> Follow:
+    """Any stride, padding, dilation and groups: it slides over a smaller map as over a smaller image."""
+    grid = _carried(node, axes)
+    kernel = shape_of(node.args[1])[2:]  # type: ignore[arg-type]
+    stride, dilation = argument(node, 3, "stride", 1), argument(node, 5, "dilation", 1)
+    padding = argument(node, 4, "padding", 0)
+    if padding == "same":  # pads (k - 1) d in all, the odd one behind
+        padding = [d * (k - 1) // 2 for k, d in zip(kernel, _pair(dilation), strict=True)]
+    elif padding == "valid":
+        padding = 0
+    return Follow(_window(grid, kernel, stride, padding, dilation))
+
+
+@grid_rules_for(aten.max_pool2d.default, aten.avg_pool2d.default)
+def pool(node: Node, axes: GridAxes) -> Follow:
+    """A window that slides."""
+    kernel = argument(node, 1, "kernel_size")
+    stride = argument(node, 2, "stride") or kernel
+    dilation = argument(node, 4, "dilation", 1) if node.target is aten.max_pool2d.default else 1
+    return Follow(_window(_carried(node, axes), kernel, stride, argument(node, 3, "padding", 0), dilation))
+
+
+@grid_rules_for(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
+def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
+    """To one cell it is the mean or the maximum of the map."""
+    grid, size = _carried(node, axes), argument(node, 1, "output_size")
+    if grid.dims != (2, 3):
+        raise Untransferable("pools other dimensions than rows and columns")
+    if _pair(size) != (1, 1):
+        raise Untransferable(f"pools the map to a fixed grid of {_pair(size)[0]} x {_pair(size)[1]}")
+    return Follow((None, None) if isinstance(node.meta["val"], (tuple, list)) else None)
+
+
+# mean the same on a smaller map: where each takes its dimensions, and whether to keep them
+_DIMS = {
+    aten.mean.dim: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2), aten.var_mean.correction: (1, 3),
+    aten.var.correction: (1, 3), aten.std.correction: (1, 3),
+}  # fmt: skip
+_CHANNELS_ONLY = {
+    aten.sum.dim_IntList: (1, 2), aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),
+    aten.norm.ScalarOpt_dim: (2, 3), aten.logsumexp.default: (1, 2), aten.argmax.default: (1, 2),
+}  # fmt: skip
+
+
+@grid_rules_for(*_DIMS, *_CHANNELS_ONLY)
+def reduction(node: Node, axes: GridAxes) -> Follow:
+    """Over channels anything goes; over rows and columns a mean, an extremum, a variance, which end the axis."""
+    grid, rank = _carried(node, axes), len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    at, keep = (_DIMS | _CHANNELS_ONLY)[node.target]  # type: ignore[index]
+    given: Any = argument(node, at, "dim")
+    dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
+    over = {wrap(d, rank) for d in dims}
+    if over & set(grid.dims) and node.target in _CHANNELS_ONLY:
+        raise Untransferable("reduces rows and columns to something that depends on how many there are")
+    if 0 in over:
+        raise Untransferable("reduces the samples of the batch")
+    kept = bool(argument(node, keep, "keepdim", False))
+
+    def after(dim: int | None) -> int | None:
+        if dim is None or dim in over:
+            return None
+        return dim if kept else dim - sum(d < dim for d in over)
+
+    out = replace(grid, rows=after(grid.rows), columns=after(grid.columns), mixed=True)
+    result = out if out.dims else None
+    val = node.meta["val"]
+    return Follow(tuple(result for _ in val) if isinstance(val, (tuple, list)) else result)
+
+
+@grid_rules_for(aten.batch_norm.default)
+def batch_norm(node: Node, axes: GridAxes) -> Follow:
+    """An affine map of channels from running statistics; in training its statistics are the smaller map's."""
+    grid = _carried(node, axes)
+    _need_free(grid, [0, 1], "batch norm")
+    return Follow(replace(grid, mixed=grid.mixed or bool(argument(node, 5, "training"))))
+
+
+@grid_rules_for(aten.group_norm.default)
+def group_norm(node: Node, axes: GridAxes) -> Follow:
+    """Statistics over channels and cells of one sample: the smaller map's."""
+    grid = _carried(node, axes)
+    _need_free(grid, [0, 1], "group norm")
+    return Follow(replace(grid, mixed=True))
+
+
+@grid_rules_for(aten.layer_norm.default, aten.rms_norm.default)
+def layer_norm(node: Node, axes: GridAxes) -> Follow:
+    """Normalises the last dimensions, which must be channels."""
+    grid, rank = _carried(node, axes), len(shape_of(node))
+    _need_free(grid, range(rank - len(argument(node, 1, "normalized_shape")), rank), "a norm")
+    return Follow(grid)
+
+
+@grid_rules_for(aten.linear.default)
+def linear(node: Node, axes: GridAxes) -> Follow:
+    """Channels last: every cell by itself."""
+    grid = _carried(node, axes)
+    _need_free(grid, [len(shape_of(node)) - 1], "a linear layer")
+    return Follow(grid)
+
+
+@grid_rules_for(aten.softmax.int, aten.log_softmax.int, aten.glu.default)
+def along(node: Node, axes: GridAxes) -> Follow:
+    """Works along one dimension, which must be channels."""
+    grid = _carried(node, axes)
+    _need_free(grid, [wrap(argument(node, 1, "dim", -1), len(shape_of(node)))], "an op along a dimension that")
+    return Follow(grid)
+
+
+def _reordered(grid: Grid, order: Sequence[int]) -> Grid:
+    def to(dim: int | None) -> int | None:
+        return None if dim is None else order.index(dim)
+
+    return replace(grid, rows=to(grid.rows), columns=to(grid.columns))
+
+
+@grid_rules_for(aten.permute.default)
+def permute(node: Node, axes: GridAxes) -> Follow:
+    """Dimensions in another order."""
+    rank = len(shape_of(node))
+    return Follow(_reordered(_carried(node, axes), [wrap(d, rank) for d in argument(node, 1, "dims")]))
+
+
+@grid_rules_for(aten.transpose.int)
+def transpose(node: Node, axes: GridAxes) -> Follow:
+    """Two dimensions exchanged."""
+    order = list(range(len(shape_of(node))))
+    a, b = (wrap(argument(node, i, f"dim{i - 1}"), len(order)) for i in (1, 2))
+    order[a], order[b] = order[b], order[a]
+    return Follow(_reordered(_carried(node, axes), order))
+
+
+@grid_rules_for(aten.cat.default)
+def cat(node: Node, axes: GridAxes) -> Follow:
+    """Along channels; maps from before the cut are cut alike."""
+    parts: Any = argument(node, 0, "tensors")
+    rank = len(shape_of(node))
+    follow = _joined(node, axes, list(dict.fromkeys(parts)), rank)
+    assert isinstance(follow.out, Grid)
+    _need_free(follow.out, [wrap(argument(node, 1, "dim", 0), rank)], "a concatenation")
+    return follow
+
+
+@grid_rules_for(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+def split(node: Node, axes: GridAxes) -> Follow:
+    """Parts of the channels."""
+    grid, val = _carried(node, axes), node.meta["val"]
+    default = argument(node, 2, "dim", 0)
+    _need_free(grid, [wrap(default, val[0].dim())], "a split")
+    return Follow(tuple(grid for _ in val))
+
+
+@grid_rules_for(operator.getitem)
+def getitem(node: Node, axes: GridAxes) -> Follow:
+    """One of several results."""
+    return Follow(axes.grid(node.args[0])[node.args[1]])
+
+
+@grid_rules_for(aten.slice.Tensor)
+def slice_(node: Node, axes: GridAxes) -> Follow:
+    """Part of the channels, or every n-th row or column from the first to the last."""
+    grid, shape = _carried(node, axes), shape_of(node.args[0])  # type: ignore[arg-type]
+    dim = wrap(argument(node, 1, "dim", 0), len(shape))
+    if dim not in grid.dims:
+        return Follow(grid)
+    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    if start not in (None, 0) or not (end is None or end == torch.iinfo(torch.int64).max):
+        raise Untransferable("takes rows or columns by their number")
+    steps = (step, 1) if dim == grid.rows else (1, step)
+    return Follow(replace(grid, step=(grid.step[0] * steps[0], grid.step[1] * steps[1]), mixed=grid.mixed or step != 1))
+
+
+@grid_rules_for(aten.pad.default, aten.constant_pad_nd.default)
+def pad(node: Node, axes: GridAxes) -> Follow:
+    """More channels; padding of rows and columns may have been computed from their number."""
+    grid, rank = _carried(node, axes), len(shape_of(node))
+    given = argument(node, 1, "pad")
+    padded = [rank - 1 - i // 2 for i, amount in enumerate(given) if amount]
+    _need_free(grid, padded, "padding of a fixed width that")
+    return Follow(grid)
+
+
+@grid_rules_for(aten.sym_size.int)
+def size(node: Node, axes: GridAxes) -> Follow:
+    """The number of samples; a number of rows or columns would be a literal."""
+    _need_free(_carried(node, axes), [argument(node, 1, "dim")], "a size that")
+    return Follow(None)
+
+
+@grid_rules_for(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
+def new(node: Node, axes: GridAxes) -> Follow:
+    """A value of its own, such as the mask of stochastic depth; it must not have a size of the grid."""
+    if any(isinstance(s, int) and s != 1 for s in shape_of(node)):
+        raise Untransferable("makes a value whose size may be that of the grid")
+    return Follow(None)
+
+
+@grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
+def view(node: Node, axes: GridAxes) -> Follow:
+    """Rows and columns folded into another dimension: what reads that has a size for each cell."""
+    shape, out = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    raise Untransferable(
+        f"reshapes the map of {shape[-2]} x {shape[-1]} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
+        "a fixed grid that the layers behind it need"
+    )

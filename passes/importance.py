@@ -1,0 +1,108 @@
+"""A score for every token of a block's stream, spliced into the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes import score
+from passes.base import Refusal
+from passes.branches import Block
+from passes.explicit_attention import write_out
+from passes.gather import tokens_first
+from passes.layout import Layout
+from passes.splice import splice
+
+_OF_MAP = {
+    "class-attention": score.class_attention,
+    "mean-attention": score.mean_attention,
+    "attention-entropy": score.attention_entropy,
+}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which score.
+
+    Args:
+        operation: whose representation shift: of the MLP, the attention, or the whole block.
+        metric, with_skip: the distance, and whether F includes the skip.
+        importance: "shift" or a baseline.
+    """
+
+    operation: score.Operation = "mlp"
+    metric: score.Metric = "l2"
+    with_skip: bool = False
+    importance: score.Importance = "shift"
+
+    @property
+    def known_after(self) -> Literal["attention", "mlp"]:
+        """Behind which branch of a block the score can be computed."""
+        if self.importance == "shift":
+            return "attention" if self.operation == "attention" else "mlp"
+        return "mlp" if self.importance == "top-vim" else "attention"
+
+    def insert(self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int) -> Node:
+        """Scores [B, N] in float32, at the graph's insertion point.
+
+        Args:
+            at: the stream whose tokens are scored.
+            layout: of that stream.
+            prefix: tokens that always stay in front.
+
+        Raises:
+            Refusal: the block has no such branch, or its attention no map to read.
+        """
+        if self.importance == "random":
+            return splice(gm.graph, "score", lambda x: score.random_score(tokens_first(x, layout)), at)
+        if self.importance == "top-vim":
+            gated = block.gated()
+            if gated is None:
+                raise Refusal(
+                    f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
+                    block.output,
+                    'use Schedule(importance="shift"), which any block has',
+                )
+            return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
+        if self.importance != "shift":
+            return self._of_attention(gm, block, prefix)
+        after, before = self._between(block)
+        skip = self.with_skip and self.operation != "block"
+
+        def shift(a: Tensor, b: Tensor) -> Tensor:
+            a = a + b if skip else a  # not the block's sum: beside a parallel branch that holds more
+            return score.shift(tokens_first(a, layout), tokens_first(b, layout), self.metric)
+
+        return splice(gm.graph, "score", shift, after, before)
+
+    def _between(self, block: Block) -> tuple[Node, Node]:
+        """F(x) and x."""
+        if self.operation == "block":
+            return block.output, block.entry
+        branch = block.mlp if self.operation == "mlp" else block.attention
+        if branch is None:
+            raise Refusal(
+                f"block {block.index} has no attention branch to score by",
+                block.output,
+                'use Schedule(operation="mlp")',
+            )
+        return branch.term, branch.stream
+
+    def _of_attention(self, gm: GraphModule, block: Block, prefix: int) -> Node:
+        op = block.attention_op()
+        if op is None:
+            raise Refusal(
+                f"block {block.index} has no single attention op to take a map from",
+                block.output,
+                'use Schedule(importance="shift"), which needs no attention map',
+            )
+        if self.importance == "class-attention" and prefix == 0:
+            raise Refusal(
+                "class attention needs a class token in front",
+                block.output,
+                'use Schedule(importance="mean-attention") or "shift"',
+            )
+        return splice(gm.graph, "score", _OF_MAP[self.importance], write_out(gm, op))

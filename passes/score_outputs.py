@@ -1,0 +1,57 @@
+"""A graph that gives scores, or the tokens that selections kept, in place of the model's outputs: to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass, PassResult
+from passes.branches import Block
+from passes.gather import original_positions
+from passes.importance import Scoring
+from passes.protected import Protected
+from passes.splice import splice
+from passes.token_axis import stream_layout
+
+
+@dataclass(frozen=True)
+class ScoreOutputs(Pass):
+    """Replaces the outputs by scores: for each of `wanted` a [B, N], in float32.
+
+    Args:
+        wanted: blocks, the tokens of theirs that are protected, and by what to score.
+    """
+
+    wanted: tuple[tuple[Block, Protected, Scoring], ...]
+
+    def call(self, gm: GraphModule) -> PassResult:
+        scores: list[Node] = []
+        for block, protected, scoring in self.wanted:
+            layout, _ = stream_layout(block.output, protected.prefix, protected.suffix)
+            with gm.graph.inserting_before(block.output.next):
+                scores.append(scoring.insert(gm, block, block.output, layout, protected.prefix))
+        _give(gm, scores)
+        return PassResult(gm, rewrites=len(scores))
+
+
+@dataclass(frozen=True)
+class KeptOutputs(Pass):
+    """Replaces the outputs by the original positions [B, K] of the tokens left after each selection.
+
+    Args:
+        selections: by block the selections that its sequence went through (`gm.meta[SELECTIONS]`).
+    """
+
+    selections: Mapping[int, tuple[Node, ...]]
+
+    def call(self, gm: GraphModule) -> PassResult:
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            kept = [splice(gm.graph, "select", original_positions, *chain) for chain in self.selections.values()]
+        _give(gm, kept)
+        return PassResult(gm, rewrites=len(kept))
+
+
+def _give(gm: GraphModule, values: list[Node]) -> None:
+    gm.graph.output_node().args = (tuple(values),)

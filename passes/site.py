@@ -1,0 +1,64 @@
+"""A place in the network where tokens leave, as the passes hand it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from passes.gather import put, spread
+from passes.layout import Batch, Layout, Tokens, tokens_in
+from passes.splice import splice
+from passes.token_axis import TokenAxis
+
+SITE = "site"  # gm.meta key
+
+
+@dataclass
+class Site:
+    """Where tokens leave, pruned or merged into others.
+
+    Args:
+        stream: the value that they leave, at full length.
+        full: the same value at full length again; what the rest of the network reads until it is retargeted.
+        short: the tokens left.
+        index: their positions in `stream`, [B, K]; a merged token has the place of its destination.
+        layout: of `stream`.
+        left: tokens left of the prunable stretch.
+        place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
+        sizes: how many of the model's tokens each token of `short` stands for, [B, K]; None before any merge.
+        in_order: whether the tokens left come in the order that they had in `stream`.
+        size_bias, weighted_mean: whether attention and means behind the site use them.
+        axis: the token axis from `full` on, once analysed.
+        compact: for each value that runs over tokens its compact form, once retargeted.
+    """
+
+    stream: Node
+    full: Node
+    short: Node
+    index: Node
+    layout: Layout
+    batch: Batch
+    left: int
+    place: Node | None = None
+    sizes: Node | None = None
+    size_bias: bool = True
+    weighted_mean: bool = False
+    in_order: bool = True
+    axis: TokenAxis | None = None
+    compact: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Tokens:
+        return next(t for dim in self.layout if (t := tokens_in(dim)) is not None)
+
+    def back(self, graph: Graph, short: Node) -> Node:
+        """A stream value at full length, at the graph's insertion point."""
+        return put_back(graph, self.layout, self.stream, short, self.index, self.place)
+
+
+def put_back(graph: Graph, layout: Layout, stream: Node, short: Node, index: Node, place: Node | None) -> Node:
+    """Every token back: a pruned one as it was in `stream`, a merged one with its destination's value."""
+    if place is not None:
+        return splice(graph, "restore", lambda s, p: spread(s, p, layout), short, place)
+    return splice(graph, "restore", lambda x, s, i: put(x, s, i, layout), stream, short, index)

@@ -1,0 +1,167 @@
+"""`rs-compile visualize`: from image files to a picture or a page, and a table of the scores' ranges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from passes.base import CompileError
+from rs_compile.models import load_images
+from rs_compile.schedule import Schedule
+from rs_compile.visualize.maps import Say, ScoreMaps, score_maps
+from rs_compile.visualize.page import save_page
+from rs_compile.visualize.picture import Picture, save_picture
+
+LAYERS = "1,5,9"
+_FORMATS = (".png", ".html")
+
+
+@dataclass(frozen=True)
+class Visualized:
+    """What was drawn: `str()` is a table of the scores' ranges, `to_json()` has every score."""
+
+    names: tuple[str, ...]
+    maps: ScoreMaps
+    output: Path
+
+    def __str__(self) -> str:
+        heads = ["image", "block", self.maps.score, "median", "highest", "attention", "median", "highest"]
+        rows = [
+            [
+                name,
+                layer.block,
+                *_range(layer.shift[i]),
+                *_range(None if layer.attention is None else layer.attention[i]),
+            ]
+            for i, name in enumerate(self.names)
+            for layer in self.maps.layers
+        ]
+        lines = [tabulate(rows, heads, disable_numparse=True)]
+        lines += [f"after block {site.block}: {site.tokens} of {site.of} tokens are left" for site in self.maps.sites]
+        return "\n".join([*lines, f"written: {self.output}"])
+
+    def to_json(self) -> str:
+        """By block the grid [rows, columns] and the maps [image][row][column]; by site which patches are left."""
+        layers = [
+            {
+                "block": layer.block,
+                "where": layer.where,
+                "grid": layer.grid.shape,
+                "shift": _nested(layer.shift),
+                "attention": _nested(layer.attention),
+                "attention_kind": layer.attention_kind,
+            }
+            for layer in self.maps.layers
+        ]
+        sites = [
+            {"block": s.block, "grid": s.grid.shape, "tokens": s.tokens, "of": s.of, "kept": s.kept.tolist()}
+            for s in self.maps.sites
+        ]
+        content = {"images": self.names, "score": self.maps.score, "size": self.maps.size}
+        return json.dumps(content | {"layers": layers, "sites": sites})
+
+
+def visualize(
+    model: nn.Module,
+    name: str,
+    paths: Sequence[Path],
+    output: Path,
+    layers: Sequence[int] | None,
+    schedule: Schedule,
+    img_size: int | None,
+    say: Say,
+) -> Visualized:
+    """Draws the score maps of image files.
+
+    Args:
+        model: of timm.
+        name: what to call it.
+        paths: of the images.
+        output: where the picture or page is written; see `check_output`.
+        layers: blocks, 0-based; None for all.
+        schedule: the score to show, and what leaves by it, if anything.
+        img_size: side of the images in pixels; None for the model's own.
+        say: called with a line of text at each stage.
+
+    Raises:
+        CompileError: an image, a layer or the schedule does not fit, or the file cannot be written.
+    """
+    check_output(output)
+    images = load_images(paths, model, img_size)
+    maps = score_maps(
+        model,
+        images,
+        layers,
+        schedule=schedule,
+        operation=schedule.operation,
+        metric=schedule.metric,
+        with_skip=schedule.with_skip,
+        progress=say,
+    )
+    photos, names = seen(images, model), tuple(str(path) for path in paths)
+    say(f"drawing {output}")
+    try:
+        if output.suffix.lower() == ".html":
+            save_page(output, name, names, photos, maps)
+        else:
+            save_picture(output, names, photos, maps)
+    except OSError as error:
+        raise CompileError(f"-o {output}: {error.strerror}; nothing was drawn") from error
+    return Visualized(names, maps, output)
+
+
+def check_output(output: Path) -> None:
+    """Refuses, before minutes of work, where no picture can be written.
+
+    Raises:
+        CompileError: neither PNG nor HTML, or no such directory.
+    """
+    if output.suffix.lower() not in _FORMATS:
+        raise CompileError(f"-o {output}: a picture ends in .png, a page in .html; name the file so")
+    if output.is_dir() or not output.parent.is_dir():
+        raise CompileError(f"-o {output}: no file can be written there; give one in a directory that exists")
+
+
+def parse_layers(text: str) -> list[int] | None:
+    """Reads "1,5,9"; None for "all".
+
+    Raises:
+        CompileError: something else.
+    """
+    if text.strip() == "all":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if odd := [part for part in parts if not (part.isascii() and part.isdigit())]:
+        raise CompileError(f"--layers {text}: {odd[0]!r} is no block; write indices counted from 0, 1,5,9, or all")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def seen(images: Tensor, model: nn.Module) -> list[Picture]:
+    """What a timm model sees, for the eye: its normalised inputs [B, C, H, W] as [H, W, 3] in 0..1."""
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1)[: images.shape[1]] for key in ("mean", "std"))
+    pixels = (images.cpu() * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+    return [np.asarray(photo.permute(1, 2, 0)) for photo in pixels]
+
+
+def _range(values: Tensor | None) -> list[str]:
+    if values is None:
+        return ["", "", ""]
+    finite = values[values.isfinite()]
+    return [f"{float(v):.4g}" for v in (finite.min(), finite.median(), finite.max())]
+
+
+def _nested(values: Tensor | None) -> Any:
+    """Nested lists, with None for NaN, which JSON does not have."""
+    if values is None:
+        return None
+    return [[[v if v == v else None for v in row] for row in image] for image in values.tolist()]

@@ -1,0 +1,253 @@
+"""Recalls on matrices with known answers, and retrieval on short real videos of plain colours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bench.evaluate.journal import EvaluationError
+from bench.evaluate.retrieval import Recalls, RetrievalScores, evaluate_retrieval, read_captions, recalls
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def test_a_perfect_matrix() -> None:
+    assert recalls(torch.eye(12), range(12)) == (Recalls(100, 100, 100),) * 3
+
+
+def test_ranks_worked_by_hand() -> None:
+    similarity = torch.tensor(
+        [
+            [0.9, 0.1, 0.2],  # video 0 first
+            [0.8, 0.3, 0.7],  # video 1 third
+            [0.1, 0.2, 0.6],  # video 2 first
+            [0.5, 0.4, 0.3],  # video 0 first
+        ]
+    )
+    texts, videos, both = recalls(similarity, [0, 1, 2, 0])
+    assert texts == Recalls(75, 100, 100)
+    # video 0: its captions 0.9 and 0.5 against 0.8, found; video 1: 0.3 against 0.4; video 2: 0.6 against 0.7
+    assert videos == Recalls(pytest.approx(100 / 3), 100, 100)
+    assert both == Recalls(pytest.approx(2 * 75 * (100 / 3) / (75 + 100 / 3)), 100, 100)
+
+
+def test_ranks_beyond_five_and_ten() -> None:
+    # of caption i the videos 0..i-1 stand before its own
+    similarity = torch.triu(torch.ones(20, 20)).T - 0.5 * torch.eye(20)
+    texts, videos, both = recalls(similarity, range(20))
+    assert texts == Recalls(5, 25, 50)
+    # of video i the captions i+1..19 stand before its own
+    assert videos == Recalls(5, 25, 50) and both == Recalls(5, 25, 50)
+
+
+def test_no_luck_in_ties() -> None:
+    assert recalls(torch.ones(6, 6), range(6)) == (Recalls(0, 0, 100),) * 3
+    texts, videos, both = recalls(torch.tensor([[1.0, 1.0], [0.0, 2.0]]), [0, 1])
+    assert (texts.r1, videos.r1, both.r1) == (50, 100, pytest.approx(200 / 3))
+
+
+def test_nothing_found_one_way() -> None:
+    texts, videos, both = recalls(torch.tensor([[0.0, 2.0], [0.0, 1.0]]), [0, 1])
+    assert (texts.r1, videos.r1) == (50, 0) and both.r1 == 0
+
+
+def test_what_has_no_recall() -> None:
+    with pytest.raises(EvaluationError, match="video 1 has no caption"):
+        recalls(torch.ones(2, 3), [0, 2])
+    with pytest.raises(EvaluationError, match="not finite"):
+        recalls(torch.full((2, 2), torch.nan), [0, 1])
+
+
+def naive(similarity: list[list[float]], video_of: Sequence[int]) -> list[list[float]]:
+    """The same by sorting each row and column, wrong ones first among equals."""
+    texts, videos = range(len(similarity)), range(len(similarity[0]))
+    places: list[list[int]] = [[], []]
+    for t in texts:
+        order = sorted(videos, key=lambda v: (-similarity[t][v], v == video_of[t]))
+        places[0].append(order.index(video_of[t]))
+    for v in videos:
+        order = sorted(texts, key=lambda t: (-similarity[t][v], video_of[t] == v))
+        best = min(i for i, t in enumerate(order) if video_of[t] == v)
+        # its own captions that are no better do not stand before it
+        places[1].append(sum(video_of[t] != v for t in order[:best]))
+    return [[100 * sum(p < k for p in side) / len(side) for k in (1, 5, 10)] for side in places]
+
+
+@given(st.data())
+def test_recalls_are_those_of_sorting(data: st.DataObject) -> None:
+    videos = data.draw(st.integers(1, 13))
+    more = data.draw(st.lists(st.integers(0, videos - 1), max_size=12))
+    video_of = data.draw(st.permutations([*range(videos), *more]))
+    level = st.integers(-3, 3)  # few levels: many ties
+    rows = data.draw(
+        st.lists(st.lists(level, min_size=videos, max_size=videos), min_size=len(video_of), max_size=len(video_of))
+    )
+    texts, of_videos, both = recalls(torch.tensor(rows, dtype=torch.float32), video_of)
+    wanted = naive(rows, video_of)
+    assert [texts.r1, texts.r5, texts.r10] == pytest.approx(wanted[0])
+    assert [of_videos.r1, of_videos.r5, of_videos.r10] == pytest.approx(wanted[1])
+    for mean, a, b in zip((both.r1, both.r5, both.r10), *wanted, strict=True):
+        assert mean == pytest.approx(0 if a * b == 0 else 1 / ((1 / a + 1 / b) / 2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a.mp4": ["one", "two"], "b.mp4": ["three"]},
+        {"a.mp4": ["one", "two"], "b.mp4": "three"},
+        [
+            {"video": "a.mp4", "caption": "one"},
+            {"video": "b.mp4", "caption": "three"},
+            {"video": "a.mp4", "caption": "two"},
+        ],
+        [{"video": "a.mp4", "caption": ["one", "two"]}, {"video": "b.mp4", "caption": "three", "id": 3}],
+    ],
+)
+def test_caption_files(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert read_captions(tmp_path / "c.json") == {"a.mp4": ["one", "two"], "b.mp4": ["three"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no JSON"),
+        ("{}", "holds no captions"),
+        ("[]", "holds no captions"),
+        ("[1]", "holds no captions"),
+        ('"a.mp4"', "holds no captions"),
+        ('{"a.mp4": []}', "'a.mp4' has \\[\\] for captions"),
+        ('{"a.mp4": ["  "]}', "for captions; write"),
+        ('[{"file": "a.mp4", "caption": "x"}]', "None has \\['x'\\] for captions"),
+    ],
+)
+def test_caption_files_that_are_none(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(EvaluationError, match=words):
+        read_captions(tmp_path / "c.json")
+
+
+class Colour:
+    """Features are the mean colour; a text is a colour's name, or several. Stops in the middle if told to."""
+
+    def __init__(self, order: tuple[int, ...] = (0, 1, 2), stop_at: int | None = None) -> None:
+        self.order, self.stop_at = list(order), stop_at
+        self.batches: list[int] = []
+
+    def encode_videos(self, frames: Tensor) -> Tensor:
+        if len(self.batches) == self.stop_at:
+            raise KeyboardInterrupt
+        self.batches.append(len(frames))
+        return frames.mean((1, 3, 4))[:, self.order]
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        return torch.stack([sum(torch.tensor(COLOURS[w]).float() for w in text.split()) for text in texts])
+
+
+def as_float(frames: Tensor) -> Tensor:
+    return frames.permute(0, 3, 1, 2) / 255
+
+
+def video(path: Path, colour: tuple[int, ...], frames: int = 12) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(25))
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        pixels = np.broadcast_to(np.array(colour, dtype=np.uint8), (32, 32, 3)).copy()
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> tuple[Path, Path]:
+    """Four videos with five captions."""
+    (tmp_path / "videos").mkdir()
+    for name, colour in COLOURS.items():
+        video(tmp_path / "videos" / f"{name}.mp4", colour)
+    captions = {f"{name}.mp4": [name] for name in COLOURS}
+    captions["white.mp4"].append("red green blue")
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    return tmp_path / "videos", tmp_path / "captions.json"
+
+
+def run(clips: tuple[Path, Path], **options: Any) -> dict[str, RetrievalScores]:
+    encoders = options.pop("encoders", None) or {"dense": Colour(), "swapped": Colour((1, 0, 2))}
+    return evaluate_retrieval(encoders, *clips, as_float, **{"batch_size": 2, "workers": 0, **options})
+
+
+def test_retrieval_by_colour(clips: tuple[Path, Path]) -> None:
+    encoders = {"dense": Colour(), "swapped": Colour((1, 0, 2))}
+    scores = run(clips, encoders=encoders)
+    assert encoders["dense"].batches == encoders["swapped"].batches == [2, 2]
+    every = Recalls(100, 100, 100)
+    assert scores["dense"] == RetrievalScores(every, every, every, 4, 5, ())
+    # red and green are taken for each other: 3 of 5 captions and 2 of 4 videos are found first
+    assert (scores["swapped"].text_to_video.r1, scores["swapped"].video_to_text.r1) == (60, 50)
+    assert scores["swapped"].harmonic == Recalls(pytest.approx(2 * 60 * 50 / 110), 100, 100)
+
+
+def test_videos_that_cannot_be_read_are_left_out_with_their_captions(clips: tuple[Path, Path]) -> None:
+    folder, _ = clips
+    (folder / "white.mp4").write_bytes(b"no video")
+    video(folder / "green.mp4", COLOURS["green"], frames=11)
+    scores = run(clips, workers=2)["dense"]
+    assert [s.file for s in scores.skipped] == ["green.mp4", "white.mp4"]
+    assert "has 11 frames, 12 were asked for" in scores.skipped[0].reason
+    assert (scores.videos, scores.captions, scores.harmonic) == (2, 2, Recalls(100, 100, 100))
+    assert run(clips, frames=11)["dense"].videos == 3
+
+
+def test_no_video_can_be_read(clips: tuple[Path, Path]) -> None:
+    with pytest.raises(
+        EvaluationError, match=r"none of the 4 videos in .* could be read; the first, red\.mp4: .*13 were"
+    ):
+        run(clips, frames=13)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_an_interrupted_retrieval_goes_on(clips: tuple[Path, Path], tmp_path: Path, batches: int) -> None:
+    whole, file = run(clips), tmp_path / "resume.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(clips, encoders={"dense": Colour(), "swapped": Colour((1, 0, 2), stop_at=batches)}, resume=file)
+    encoders = {"dense": Colour(), "swapped": Colour((1, 0, 2))}
+    assert run(clips, encoders=encoders, resume=file) == whole
+    assert len(encoders["dense"].batches) == 2 - batches
+    with pytest.raises(EvaluationError, match="frames: 12 there, 6 here"):
+        run(clips, resume=file, frames=6)
+
+
+def test_the_resume_file_of_pictures_is_another(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"identity": {"evaluation": "images"}}\n')
+    with pytest.raises(EvaluationError, match='evaluation: "images" there, "retrieval" here'):
+        run(clips, resume=tmp_path / "r.json")
+
+
+def test_a_limit(clips: tuple[Path, Path]) -> None:
+    assert (run(clips, limit=2)["dense"].videos, run(clips, limit=2)["dense"].captions) == (2, 2)
+
+
+def test_captions_of_videos_that_are_not_there(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, captions = clips
+    captions.write_text(json.dumps({name: ["red"] for name in ("red.mp4", "a.mp4", "b.mp4", "c.mp4", "d.mp4")}))
+    with pytest.raises(EvaluationError, match=r"not in .*videos: a\.mp4, b\.mp4, c\.mp4 and 1 more; put them there"):
+        run(clips)
+    with pytest.raises(EvaluationError, match=r"there is no folder .*nowhere"):
+        run((tmp_path / "nowhere", captions))
+    with pytest.raises(EvaluationError, match=r"nowhere.json cannot be read \(No such file"):
+        run((folder, tmp_path / "nowhere.json"))
+
+
+def test_features_that_do_not_fit(clips: tuple[Path, Path]) -> None:
+    with pytest.raises(EvaluationError, match=r"dense gave features \[2, 2\] for 2 videos, of which texts have 3"):
+        run(clips, encoders={"dense": Colour((0, 1))})
