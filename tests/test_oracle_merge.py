@@ -92,7 +92,9 @@ CASES: list[tuple[str, Merging]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "how"), CASES, ids=[f"{name}-{how.merger}-{i}" for i, (name, how) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("name", "how"), CASES, ids=[f"{name}-{how.merger}-{i}" for i, (name, how) in enumerate(CASES)]
+)
 @torch.no_grad()
 def test_real_models_equal_the_oracle(name: str, how: Merging) -> None:
     check(name, how)
@@ -101,7 +103,11 @@ def test_real_models_equal_the_oracle(name: str, how: Merging) -> None:
 @torch.no_grad()
 def test_attention_written_out_equals_the_oracle() -> None:
     """The published form: every attention as softmax(Q K^T + log n) V; the sizes are added once."""
-    check("deit_tiny", Merging({0: 9, 1: 5}, "vid-tldr", importance="attention-entropy", prefix=1), explicit_attention=True)
+    check(
+        "deit_tiny",
+        Merging({0: 9, 1: 5}, "vid-tldr", importance="attention-entropy", prefix=1),
+        explicit_attention=True,
+    )
     check("deit_tiny", Merging({0: 9, 1: 5}, "tome", prefix=1), explicit_attention=True)
 
 
@@ -117,7 +123,9 @@ def test_double_precision_leaves_no_room_for_small_errors() -> None:
     model, images = ZOO["siglip"].model().double(), ZOO["siglip"].images(2).double()
     how = Merging({0: 9, 1: 9}, "tome")
     got = optimized(model, how)(images)
-    oracle.assert_close(got, merge_oracle.run(merge_oracle.timm_vit(model), images, how).outputs, 1e-6, "siglip, double")
+    oracle.assert_close(
+        got, merge_oracle.run(merge_oracle.timm_vit(model), images, how).outputs, 1e-6, "siglip, double"
+    )
 
 
 # generated models
@@ -249,7 +257,9 @@ def test_sizes_carried_through_merges_and_prunes(merger: Any, importance: Any, o
             assert (got.sum(1) < 21).all()  # its weights are at most 1 and some are less
 
 
-@pytest.mark.parametrize(("merger", "importance"), [("stream", "shift"), ("tome", "shift"), ("vid-tldr", "attention-entropy")])
+@pytest.mark.parametrize(
+    ("merger", "importance"), [("stream", "shift"), ("tome", "shift"), ("vid-tldr", "attention-entropy")]
+)
 @torch.no_grad()
 def test_a_sample_of_nan_leaves_its_neighbours_alone(merger: Any, importance: Any) -> None:
     model = GeneratedViT(PLAIN)
