@@ -16,6 +16,7 @@ from torch import nn
 from bench.tables.methods import Method
 from bench.tables.options import Setting
 from bench.tables.results import UsageError
+from bench.tables.subjects import Subject
 from rs_compile.digits import load_digits
 
 QUICK_DIGITS = 100
@@ -35,7 +36,7 @@ def on_digits(forward: Callable[..., Any], quick: bool) -> dict[str, Any]:
 
 
 def on_images(
-    name: str,
+    subject: Subject,
     model: nn.Module,
     methods: Sequence[Method],
     setting: Setting,
@@ -45,18 +46,19 @@ def on_images(
     """Top-1 ("accuracy") and top-5 in percent, and drift from the first method, on the pictures of --imagenet.
 
     Args:
-        name: of the model, in messages.
-        model: a timm model, which knows its own transform; in eval mode, on the device.
+        subject: what the model is.
+        model: of timm, which knows its own transform; in eval mode, on the device.
         methods: run on the same batches.
         resume: where an interrupted evaluation keeps what is done.
     """
     from bench.evaluate.images import evaluate_images
 
+    transform = create_transform(**resolve_model_data_config(model, args={"input_size": subject.shape}))
     scores = evaluate_images(
         {m.label: m.apply(model, setting.backend) for m in methods},
         methods[0].label,
         args.imagenet,
-        create_transform(**resolve_model_data_config(model)),
+        transform,
         classes=IMAGENET_CLASSES,
         batch_size=setting.batch_size or 64,
         workers=args.workers,
@@ -64,7 +66,7 @@ def on_images(
         dtype=setting.dtype,
         resume=resume,
         limit=args.limit,
-        identity=_identity(name, methods),
+        identity=_identity(subject.name, methods),
     )
     return {
         label: {
@@ -82,7 +84,7 @@ def on_images(
 
 
 def on_videos(
-    name: str,
+    subject: Subject,
     model: nn.Module,
     methods: Sequence[Method],
     setting: Setting,
@@ -92,7 +94,7 @@ def on_videos(
     """R@1 ("accuracy"), R@5 and R@10 in percent, harmonic means of both directions, on --videos and --captions.
 
     Args:
-        name: of the model: one that --texts has text features for, or the dual encoder.
+        subject: one that --texts has text features for, or the dual encoder.
         model: its vision encoder, in eval mode, on the device.
         methods, resume: see `on_images`.
     """
@@ -102,28 +104,33 @@ def on_videos(
     if args.captions is None:
         raise UsageError("--videos needs --captions FILE, which says what is to be seen in them")
     encoder: Any
+    name, texts = subject.name, dict(args.texts)
     if name == getattr(args, "dual_encoder", None):
         encoder, transform = load_encoder(name, pretrained=args.pretrained)
-    elif name in (texts := dict(args.texts)):
-        encoder, transform = UmtEncoder(model, texts[name]), umt_transform()
-    else:
+        frames = args.frames
+    elif name not in texts:
         raise UsageError(
             f"{name} has no text encoder here; pass its text features, --texts {name}=FILE, or leave {name} out"
         )
+    elif name not in dict(args.checkpoint) and not args.quick:
+        raise UsageError(f"without its weights {name} retrieves nothing; pass --checkpoint {name}=FILE")
+    else:
+        _, frames, side, _ = subject.shape
+        encoder, transform = UmtEncoder(model, texts[name]), umt_transform(side)
     encoder = encoder.eval().to(setting.device, setting.dtype)
     scores = evaluate_retrieval(
         {m.label: with_vision(encoder, cast(Any, partial(m.apply, backend=setting.backend))) for m in methods},
         args.videos,
         args.captions,
         transform,
-        frames=args.frames,
+        frames=frames,
         batch_size=setting.batch_size or 4,
         workers=args.workers,
         device=setting.device,
         dtype=setting.dtype,
         resume=resume,
         limit=args.limit,
-        identity=_identity(name, methods),
+        identity=_identity(subject.name, methods),
     )
     return {
         label: {

@@ -74,12 +74,13 @@ def compare(
 def text(shown: Sequence[tuple[Subject, Row]], unit: str) -> str:
     """The rows as a table; a column that nobody measured and the paper does not print is left out."""
     heads = ["model", "method", "GFLOPs", "paper", unit, "speed-up [quartiles]", "paper", "accuracy", "paper"]
+    heads += ["agreement", "cosine", "KL"]
     lines = [_line(subject, row) for subject, row in shown]
     filled = [i for i in range(len(heads)) if any(line[i] for line in lines)]
     # the paper's figure goes where ours goes
     alone = {3: 2, 6: 4, 8: 7}
     filled = [i for i in filled if alone.get(i, i) in filled]
-    align = ["left", "left", *["right"] * 3, "left", "right", "right", "right"]
+    align = ["left", "left", *["right"] * 3, "left", *["right"] * 6]
     return tabulate(
         [[line[i] for i in filled] for line in lines],
         [heads[i] for i in filled],
@@ -108,4 +109,7 @@ def _line(subject: Subject, row: Row) -> list[str]:
         paper_speed,
         f"{row['accuracy']:.1f}" if row.get("accuracy") is not None else "",
         f"{printed['accuracy']:.1f}" if "accuracy" in printed else "",
+        f"{row['agreement']:.1f}" if "agreement" in row else "",
+        f"{row['cosine']:.4f}" if "cosine" in row else "",
+        f"{row['kl']:.4f}" if "kl" in row else "",
     ]

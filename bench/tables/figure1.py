@@ -30,10 +30,10 @@ from bench.tables.methods import (
     dense,
 )
 from bench.tables.notes import give, notes
-from bench.tables.one_layer import open_results, shown
+from bench.tables.one_layer import open_results
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.options import add_data_arguments, chosen
-from bench.tables.results import Row, first_process
+from bench.tables.results import Row, accuracy_of, first_process, shown
 from bench.tables.subjects import DEIT, UMT, Subject, deit, digits, umt_encoder
 from rs_compile import Schedule
 
@@ -156,10 +156,10 @@ def plot(drawn: Sequence[Drawn]) -> Figure:
     timed = all("throughput" in row for d in drawn for row in d.dense)
     x = "throughput" if timed else "gflops"
     for d, marker in zip(drawn, "osd^v", strict=False):
-        bases = [(row[x], d.dense[0].get("accuracy")) for row in d.dense]  # which is that of all of them
+        bases = [(row[x], accuracy_of(d.dense[0])) for row in d.dense]  # which is that of all of them
         lines = {f"dense ({', '.join(row['method'] for row in d.dense)})" if timed else "dense": ("red", "--", bases)}
         for i, (name, curve) in enumerate(d.curves.items()):
-            points = [(row[x], row.get("accuracy")) for row in curve]
+            points = [(row[x], accuracy_of(row)) for row in curve]
             lines[METHODS.get(name, name)] = (f"C{i}", "-", points)
         for name, (colour, style, points) in lines.items():
             known = np.array([point for point in points if point[1] is not None]).reshape(-1, 2)

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from bench.tables.notes import give, notes
-from bench.tables.one_layer import Curves, Measured, Study, gflops_line, measure, open_results, shown, with_data
-from bench.tables.results import UsageError, first_process
+from bench.tables.one_layer import Curves, Measured, Study, gflops_line, measure, open_results, with_data
+from bench.tables.results import UsageError, accuracy_of, first_process, shown
 
 Panels = Mapping[str, Sequence[str]]  # title -> methods
 
@@ -55,7 +55,7 @@ def table(measured: Measured) -> str:
     if "accuracy" in measured.base:
         rows += [[name, *map(shown, of_block.values())] for name, of_block in measured.rows.items()]
     dense = f"{measured.study.subject.name}, dense: {measured.base['gflops']:.3f} GFLOPs"
-    if "accuracy" in measured.base:
+    if shown(measured.base):
         dense += f", accuracy {shown(measured.base)}"
     heads = ["", *(f"block {block}" for block in first)]
     body = tabulate(rows, heads, disable_numparse=True, colalign=["left"] + ["right"] * len(first))
@@ -69,10 +69,10 @@ def plot(done: Sequence[Measured], panels: Panels) -> Figure:
     for row, measured in zip(axes, done, strict=True):
         for axis, (title, methods) in zip(row, panels.items(), strict=True):
             for method, marker in zip(methods, "osd^v", strict=False):
-                points = {b: r["accuracy"] for b, r in measured.rows[method].items() if r.get("accuracy") is not None}
+                points = {b: y for b, row in measured.rows[method].items() if (y := accuracy_of(row)) is not None}
                 axis.plot(list(points), list(points.values()), marker=marker, label=method)
-            if measured.base.get("accuracy") is not None:
-                axis.axhline(measured.base["accuracy"], color="red", linestyle="--", label="dense")
+            if (dense := accuracy_of(measured.base)) is not None:
+                axis.axhline(dense, color="red", linestyle="--", label="dense")
             axis.set(title=f"{measured.study.subject.name}: {title}", xlabel="block", ylabel="accuracy, %")
             axis.set_xticks(list(next(iter(measured.rows.values()))))
             axis.grid(alpha=0.3)

@@ -141,7 +141,7 @@ def fill_accuracy(
     measure = accuracy.on_images if subject.data == "images" else accuracy.on_videos
     # beside the rows, so that an interrupted evaluation goes on as well
     resume = args.json and args.json.with_name(f"{args.json.name}.{subject.name.replace('/', '-')}.resume")
-    scores = measure(subject.name, model, methods, setting, args, resume)
+    scores = measure(subject, model, methods, setting, args, resume)
     for method in methods:
         results.fill(identity(subject, method), scores[method.label])
 

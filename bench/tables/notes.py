@@ -29,9 +29,19 @@ def notes(rows: Sequence[Row], setting: Setting, of_paper: str = "") -> list[str
     measured = {row["data"]: row for row in rows if "data" in row}
     for data, row in measured.items():
         if data == "digits":
-            lines.append(f"accuracy: in %, of the demo's digits ViT on {row['images']} digits, as no data was given.")
+            share = row["accuracy"] / 100
+            error = 100 * (share * (1 - share) / row["images"]) ** 0.5
+            lines.append(
+                f"accuracy: in %, of the demo's digits ViT on {row['images']} digits, as no data was given; "
+                f"standard error {error:.1f}."
+            )
         elif "harmonic" in row:
             lines.append(f"accuracy: R@1 in %, harmonic mean of both directions, {row['images']} videos of {data}.")
+        elif row["accuracy"] is None:
+            lines.append(
+                f"agreement with the dense model in %, cosine and KL of the logits: {row['images']} pictures of {data}, "
+                "which has no class folders."
+            )
         else:
             lines.append(f"accuracy: top-1 in % on {row['images']} pictures of {data}.")
     return [*lines, *([of_paper] if of_paper and measured else [])]
@@ -47,7 +57,5 @@ def give(table: str, lines: Sequence[str], rows: Sequence[Row]) -> int:
         print("\n".join([table, *lines]))
     skipped = {s["file"]: s["reason"] for row in rows for s in row.get("skipped", ())}
     if skipped and first_process():
-        print(f"{len(skipped)} files could not be read and were left out:", file=sys.stderr)
-        for file, reason in skipped.items():
-            print(f"  {file}: {reason}", file=sys.stderr)
+        print("\n".join(["left out, as they could not be read:", *map(": ".join, skipped.items())]), file=sys.stderr)
     return int(bool(skipped))

@@ -110,11 +110,6 @@ def open_results(args: argparse.Namespace) -> tuple[Setting, Results]:
     return setting, results_of(args, setting)
 
 
-def shown(row: Row) -> str:
-    """Accuracy where it was measured, nothing where it was not."""
-    return f"{row['accuracy']:.1f}" if row.get("accuracy") is not None else ""
-
-
 def gflops_line(measured: Measured) -> list[str]:
     """GFLOPs after each block, which are the same whatever chose the tokens."""
     first = next(iter(measured.rows.values()))

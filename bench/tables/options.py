@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str] = COLU
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
-        "--batch-size", type=_positive, help="of timing and evaluation; the paper's on a GPU if not given"
+        "--batch-size", type=positive, help="of timing and evaluation; the paper's on a GPU if not given"
     )
-    parser.add_argument("--rounds", type=_positive, help=f"of timing, all methods in each (default {rounds})")
-    parser.add_argument("--threads", type=_positive, help="CPU threads, torch's own choice if not given")
+    parser.add_argument("--rounds", type=positive, help=f"of timing, all methods in each (default {rounds})")
+    parser.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
     parser.add_argument("--backend", choices=("inductor", "eager"), help="default inductor; with --quick eager")
     parser.add_argument(
         "--baseline-eager-everywhere",
@@ -72,7 +72,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, vi
         help="weights of a model of the table; if not given DeiT has timm's pretrained ones, UMT random ones",
     )
     parser.add_argument("--workers", type=_count, default=4, help="processes that read files (default 4)")
-    parser.add_argument("--limit", type=_positive, help="so many files at most")
+    parser.add_argument("--limit", type=positive, help="so many files at most")
 
 
 def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,6 @@ def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL=FILE",
         help="text features of the captions, for UMT-B or UMT-L, whose text encoder is not here",
     )
-    parser.add_argument("--frames", type=_positive, default=12, help="of a video (default 12)")
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,8 @@ class Setting:
         return self.batch_size or (on_cpu if self.device.type == "cpu" else elsewhere)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For argparse: an integer of at least 1."""
     return _at_least(text, 1)
 
 

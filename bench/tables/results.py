@@ -42,6 +42,18 @@ def environment(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
+def accuracy_of(row: Row) -> float | None:
+    """Accuracy in percent; on pictures without labels agreement with the dense model; None where not measured."""
+    value = row.get("accuracy")
+    return row.get("agreement") if value is None else value
+
+
+def shown(row: Row) -> str:
+    """`accuracy_of` for a table."""
+    value = accuracy_of(row)
+    return "" if value is None else f"{value:.1f}"
+
+
 class Results:
     """The rows of one command, saved after every change.
 

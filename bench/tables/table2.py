@@ -7,7 +7,7 @@ import argparse
 from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import ATTENTION, BASE, OURS
 from bench.tables.options import add_arguments as add_shared
-from bench.tables.options import add_data_arguments
+from bench.tables.options import add_data_arguments, positive
 from bench.tables.subjects import UMT, Paper, digits, dual_encoder, umt_encoder
 
 BLOCKS, KEEP = (0, 1, 2), 0.8
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, videos=True)
     parser.add_argument("--dual-encoder", metavar="FOLDER", help="a CLIP or X-CLIP model of transformers, as a row")
     parser.add_argument("--pretrained", action="store_true", help="--dual-encoder may name a model of the hub")
+    parser.add_argument("--frames", type=positive, default=12, help="of a video, for --dual-encoder (default 12)")
 
 
 def run(args: argparse.Namespace) -> int:

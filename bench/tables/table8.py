@@ -17,10 +17,10 @@ from bench.tables.one_layer import (
     gflops_line,
     measure,
     open_results,
-    shown,
     with_data,
 )
 from bench.tables.options import add_data_arguments
+from bench.tables.results import accuracy_of, shown
 
 TOP, BOTTOM = "top half", "bottom half"
 CURVES = {TOP: {}, BOTTOM: {"lowest": True}}
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         measured = measure(args, study, CURVES, setting, results)
         lines = [
             f"L1 is block 0. Dense: {measured.base['gflops']:.3f} GFLOPs"
-            + (f", accuracy {shown(measured.base)}." if "accuracy" in measured.base else "."),
+            + (f", accuracy {shown(measured.base)}." if shown(measured.base) else "."),
             *notes(measured.everything(), setting, "paper's accuracy: DeiT-S on ImageNet, dense 79.8."),
         ]
         code |= give(_text(measured), lines, measured.everything())
@@ -60,7 +60,7 @@ def _text(measured: Measured) -> str:
 
     lines = [line(name, "GFLOPs", dict(zip(measured.rows[TOP], gflops_line(measured), strict=True)))]
     for kept, of_block in measured.rows.items():
-        known = [row["accuracy"] for row in of_block.values() if row.get("accuracy") is not None]
+        known = [value for row in of_block.values() if (value := accuracy_of(row)) is not None]
         mean = f"{fmean(known):.1f}" if known else ""
         lines.append(line(name, kept, {block: shown(row) for block, row in of_block.items()}, mean))
     for kept, printed in PAPER.items():
