@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layers",
         default=visualize.LAYERS,
         metavar="N,N,..",
-        help="blocks to show, counted from 0 as in schedules and in `explain`, so that 1 is the second; or all "
+        help="blocks, or stages of a CNN, counted from 0 as in schedules and in `explain`: 1 is the second; or all "
         f"(default {visualize.LAYERS})",
     )
     sub.add_argument("--schedule", help="show which patches it leaves: block:keep-ratio pairs, or a Schedule's JSON")
