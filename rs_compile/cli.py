@@ -163,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_backend(sub, "eager")
     _add_json(sub)
 
-    text = "Draw score maps over images beside the attention, and which patches a schedule leaves."
+    text = (
+        "Draw score maps over images beside the attention, and which patches a schedule leaves; images as the model "
+        "sees them, resized and cropped, and each map in its own colours, from its lowest score to one that 2% reach."
+    )
     sub = add("visualize", _visualize, text)
     _add_images(sub)
     _add_model_options(sub)
