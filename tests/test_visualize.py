@@ -193,6 +193,50 @@ def test_a_schedule_keeps_by_its_own_score() -> None:
         assert kept.sum() == 30 and site.left == 31 and values[kept].max() < values[~kept].min()
 
 
+def test_of_merged_tokens_the_destinations_are_left(vit: Any) -> None:
+    (site,) = rs_compile.score_maps(vit, IMAGES, [0], schedule=rs_compile.Schedule(merge={0: 3}, merger="tome")).sites
+    assert (site.left, site.of) == (6, 9) and site.kept.sum((1, 2)).tolist() == [5, 5, 5]
+
+
+def stage_by_hand(stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A ResNet stage's output [B, C, H, W] and its shift [B, H, W] against the shortcut of its first block."""
+    first = stage[0]  # type: ignore[index]
+    shortcut = x if first.downsample is None else first.downsample(x)
+    out = stage(x)
+    return out, (out - shortcut).pow(2).sum(1).sqrt()
+
+
+@torch.no_grad()
+def test_stages_and_what_is_left_of_them() -> None:
+    torch.manual_seed(0)
+    net: Any = timm.create_model("resnet18", num_classes=4, zero_init_last=False).eval()
+    images = torch.randn(2, 3, 64, 64)
+    stem = net.maxpool(net.act1(net.bn1(net.conv1(images))))
+    one, score_one = stage_by_hand(net.layer1, stem)
+    _, score_two = stage_by_hand(net.layer2, one)
+    cuts = {0: rs_compile.GridPrune(2, 4), 1: rs_compile.GridPrune(1, 2)}
+    maps = rs_compile.score_maps(net, images, [1, 0], schedule=rs_compile.Schedule(grid=cuts))
+    assert (maps.unit, maps.cells) == ("stage", "cells") and [la.index for la in maps.layers] == [1, 0]
+    torch.testing.assert_close(maps.layers[0].shift, score_two, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(maps.layers[1].shift, score_one, rtol=1e-4, atol=1e-4)
+    assert maps.layers[0].grid.shape == (8, 8) and maps.layers[1].grid.rows.step == 4
+    assert [(s.left, s.of) for s in maps.sites] == [(14 * 12, 256), (6 * 4, 64)]
+    for b in range(2):
+        rows = score_one[b].mean(1).topk(14).indices.sort().values
+        columns = score_one[b].mean(0).topk(12).indices.sort().values
+        left = torch.zeros(16, 16, dtype=torch.bool)
+        left[rows[:, None], columns] = True
+        assert torch.equal(maps.sites[0].kept[b], left)
+        _, score = stage_by_hand(net.layer2, one[b : b + 1, :, rows][..., columns])
+        assert score.shape == (1, 7, 6)
+        # of the 7 rows each stands for two of the 14 left, and so for two of the 16
+        rows = rows.reshape(7, 2)[score[0].mean(1).topk(6).indices].flatten()
+        columns = columns.reshape(6, 2)[score[0].mean(0).topk(4).indices].flatten()
+        left = torch.zeros(16, 16, dtype=torch.bool)
+        left[rows[:, None], columns] = True
+        assert torch.equal(maps.sites[1].kept[b], left)
+
+
 def test_refusals() -> None:
     model, images = Brightness().eval(), patchwork(random_patches())
     with pytest.raises(
@@ -205,6 +249,8 @@ def test_refusals() -> None:
         rs_compile.score_maps(model, images, [0], schedule={7: 0.5})
     with pytest.raises(rs_compile.ScheduleError, match="unknown metric 'l3'"):
         rs_compile.score_maps(model, images, [0], metric="l3")  # type: ignore[arg-type]
+    with pytest.raises(rs_compile.Refusal, match="the model has no stage of residual convolutions"):
+        rs_compile.score_maps(model, images, schedule=rs_compile.Schedule(grid={0: rs_compile.GridPrune(1, 1)}))
     with pytest.raises(rs_compile.Refusal, match="no residual MLP branch"):
         rs_compile.score_maps(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(2, 3, 2, 2))
 
@@ -267,23 +313,29 @@ def test_the_command_draws_and_tells(
         assert picture.format == "PNG" and picture.width > 3 * PANEL
     content = json.loads(numbers.read_text())
     assert content["size"] == [64, 64] and [la["index"] for la in content["layers"]] == [1, 3]
-    model = build("test_vit", img_size=64, checkpoint=Path(files[1]))
-    maps = rs_compile.score_maps(model, load_images([Path(files[0])], model, 64), [3], metric="l1")
-    torch.testing.assert_close(torch.tensor(content["layers"][1]["shift"]), maps.layers[0].shift)
+    shift = np.array(content["layers"][1]["shift"])
+    assert shift.shape == (1, 4, 4) and lines[3].split()[2] == f"{shift.min():.4g}"
     assert np.array(content["sites"][0]["kept"]).sum() == 8
 
 
-def test_the_options_of_the_score_hold_for_the_schedule(files: tuple[str, str], tmp_path: Path) -> None:
-    kept = []
-    for schedule, more in (
-        ("0:0.5", ["--operation", "attention", "--with-skip"]),
-        ('{"keep": {"0": 0.5}, "operation": "attention", "with_skip": true}', []),
-    ):
-        numbers = tmp_path / "o.json"
-        assert main(command(files, tmp_path / "o.html", "--schedule", schedule, *more, "--json", str(numbers))) == 0
-        content = json.loads(numbers.read_text())
-        kept.append((content["score"], content["sites"][0]["kept"]))
-    assert kept[0] == kept[1] and kept[0][0] == "attention shift, l2, with skip"
+def test_the_options_of_the_score_hold_for_the_schedule(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def record(*_: Any, **options: Any) -> Any:
+        asked.append(options)
+        raise rs_compile.CompileError("enough")
+
+    monkeypatch.setattr("rs_compile.visualize.command.score_maps", record)
+    in_json = '{"keep": {"0": 0.5}, "operation": "attention", "with_skip": true}'
+    for more in (["--schedule", "0:0.5", "--operation", "attention", "--with-skip"], ["--schedule", in_json]):
+        assert main(command(files, tmp_path / "o.html", *more)) == 2
+    wanted = rs_compile.Schedule({0: 0.5}, operation="attention", with_skip=True)
+    for options in asked:
+        assert options["schedule"] == wanted
+        assert (options["operation"], options["metric"], options["with_skip"]) == ("attention", "l2", True)
+    assert len(asked) == 2
 
 
 def test_errors_of_the_command(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from rs_compile.visualize import LayerMaps, ScoreMaps, SiteMap, save_page
 from rs_compile.visualize.page import embedded
 
 HOSTILE = "</script><img src=x onerror=\"document.title='run'\">&amp; $1\u2028.png"
-GRID = PatchGrid(Extent(2, 0, 16), Extent(3, 0, 16), (None, *range(6)))
+GRID = PatchGrid(Extent(2, 0, 16, 16), Extent(3, 0, 16, 16), (None, *range(6)))
 SIZE = (32, 48)
 # two layers of two images; the second image's are ten times as much
 VALUES = torch.tensor([[[0.0, 1, 2], [3, 4, 5]], [[5.0, 4, 3], [2, 1, 0]]])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from passes.patch_grid import PatchGrid
 from rs_compile.visualize.layers import ScoreMaps
-from rs_compile.visualize.picture import Picture, colour_range, edges, palette
+from rs_compile.visualize.picture import COVER, Picture, colour_range, edges, palette
 
 _PLACE = "__DATA__"
 _QUALITY = 92  # of the JPEG: no visible loss, a tenth of a PNG's bytes
@@ -61,6 +61,7 @@ def _content(model: str, names: Sequence[str], photos: Sequence[Picture], maps: 
         "height": height,
         "width": width,
         "palette": palette(_STEPS),
+        "cover": COVER,
         "images": [{"name": n, "source": _source(photo)} for n, photo in zip(names, photos, strict=True)],
         "layers": [
             {

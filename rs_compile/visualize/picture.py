@@ -19,7 +19,8 @@ Picture = NDArray[np.floating[Any]]  # [height, width, 3] in 0..1
 
 COLOURS = "viridis"  # perceptually even, and readable to the colour-blind
 OPACITY = 0.65  # of the map over the image, which is shown in grey
-GONE = 0.8  # how much of the image is covered in middle grey where a patch has left
+COVER = (150, 132, 196)  # over a patch that has left: no photograph's colour, neither dark nor light
+GONE = 0.8  # its opacity
 PANEL = 320  # an image is enlarged by the whole number that brings its wider side to this many pixels or more
 GAP, MARGIN = 16, 24
 BAR = 12  # height of the colour scale
@@ -123,9 +124,9 @@ def overlay(photo: Picture, values: Tensor, grid: PatchGrid, ends: tuple[float, 
 
 
 def covered(photo: Picture, kept: Tensor, grid: PatchGrid) -> Picture:
-    """The image, under a middle grey, which neither black nor white is, where patches have left."""
+    """The image, covered where patches have left."""
     gone = over_pixels(kept.numpy(), grid, photo.shape[:2]) == 0
-    return np.where(gone[..., None], (1 - GONE) * _grey(photo) + GONE * 0.5, photo)
+    return np.where(gone[..., None], (1 - GONE) * _grey(photo) + GONE * np.array(COVER) / 255, photo)
 
 
 def palette(steps: int) -> list[tuple[int, int, int]]:
