@@ -62,8 +62,8 @@ class CutGrid(Pass):
             raise Refusal(
                 "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
             )
+        readers = [user for user in output.users if user in axes.follows]
         whole = _whole(axes)
-        readers = [user for user in output.users if user not in axes.dense]
         with graph.inserting_before(output.next):
             score = self.insert_score(graph)
             rows, columns = splice(graph, "select", self._select, score)
@@ -75,10 +75,8 @@ class CutGrid(Pass):
         for node, follow in axes.follows.items():
             cut.follow(node, follow)
         for consumer in axes.dense:
-            for value in [n for n in consumer.all_input_nodes if n in axes.grids and n not in whole]:
-                consumer.replace_input_with(value, cut.restored(value))
-            for value in [n for n in consumer.all_input_nodes if n in whole]:
-                consumer.replace_input_with(value, whole[value])
+            for value in [n for n in consumer.all_input_nodes if n in axes.grids]:
+                consumer.replace_input_with(value, whole[value] if value in whole else cut.restored(value))
         return PassResult(gm, rewrites=1)
 
     def _check(self) -> None:

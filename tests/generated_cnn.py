@@ -119,7 +119,7 @@ def configs(draw: st.DrawFn) -> Config:
         strides=(draw(st.integers(1, 2)), *(draw(st.integers(2, 3)) for _ in range(stages - 1))),
         depths=tuple(draw(st.integers(1, 2)) for _ in range(stages)),
         width=draw(st.sampled_from((4, 8))),
-        size=draw(st.tuples(st.integers(12, 19), st.integers(12, 19))),
+        size=draw(st.tuples(st.integers(18, 22), st.integers(18, 22))),
         kernel=draw(st.sampled_from((3, 5))),
         norm=draw(st.sampled_from(("batch", "layer", "group"))),
         head=draw(st.sampled_from(HEADS)),

@@ -10,7 +10,7 @@ from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
 
 
 def scores(*rows: list[float]) -> Tensor:
-    return torch.tensor([rows])
+    return torch.tensor([rows], dtype=torch.float32)
 
 
 def test_the_score_is_the_distance_over_channels_summed_over_pairs() -> None:
