@@ -18,6 +18,8 @@ from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
 
+CUTS = "cuts"  # gm.meta key: by stage the rows and columns kept, which broadcast to [B, H', W']
+
 Mode = Literal["line", "token"]
 Against = Literal["shortcut", "first-block", "sum"]
 
@@ -63,8 +65,9 @@ class CutGrid(Pass):
         whole = _whole(axes)
         readers = [user for user in output.users if user not in axes.dense]
         with graph.inserting_before(output.next):
-            score = self._score(graph)
+            score = self.insert_score(graph)
             rows, columns = splice(graph, "select", self._select, score)
+            gm.meta.setdefault(CUTS, {})[self.stage.index] = (rows, columns)
             short = splice(graph, "gather", take, output, rows, columns)
         for reader in readers:
             reader.replace_input_with(output, short)
@@ -87,7 +90,8 @@ class CutGrid(Pass):
                     f"write {name} from 0 to {there - 1}"
                 )
 
-    def _score(self, graph: torch.fx.Graph) -> Node:
+    def insert_score(self, graph: torch.fx.Graph) -> Node:
+        """The score map [B, H, W] of the stage, at the graph's insertion point."""
         output, blocks = self.stage.output, self.stage.blocks
         if self.random:
             return splice(graph, "score", lambda x: torch.rand_like(x[:, 0], dtype=torch.float32), output)

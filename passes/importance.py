@@ -41,7 +41,9 @@ class Scoring:
     @property
     def known_after(self) -> Literal["attention", "mlp"]:
         """Behind which branch of a block the score can be computed."""
-        return "mlp" if self.importance == "shift" and self.operation != "attention" else "attention"
+        if self.importance == "shift":
+            return "attention" if self.operation == "attention" else "mlp"
+        return "mlp" if self.importance == "top-vim" else "attention"
 
     def insert(self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int) -> Node:
         """Scores [B, N] in float32, at the graph's insertion point.
@@ -56,6 +58,15 @@ class Scoring:
         """
         if self.importance == "random":
             return splice(gm.graph, "score", lambda x: score.random_score(tokens_first(x, layout)), at)
+        if self.importance == "top-vim":
+            gated = block.gated()
+            if gated is None:
+                raise Refusal(
+                    f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
+                    block.output,
+                    'use Schedule(importance="shift"), which any block has',
+                )
+            return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
         if self.importance != "shift":
             return self._of_attention(gm, block, layout, prefix)
         after, before = self._between(block)

@@ -104,7 +104,18 @@ class InsertMerge(Pass):
             user.replace_input_with(stream, full)
         left = tokens.dense - self.r - p.prefix - p.suffix
         gm.meta[SITE] = Site(
-            stream, full, short, index, layout, batch, left, place, sizes, self.size_bias, self.weighted_mean
+            stream,
+            full,
+            short,
+            index,
+            layout,
+            batch,
+            left,
+            place,
+            sizes,
+            self.size_bias,
+            self.weighted_mean,
+            order == "sequence",
         )
         return PassResult(gm, rewrites=1)
 

@@ -100,6 +100,16 @@ def find_grid(gm: GraphModule, stream: Node, dim: int) -> PatchGrid:
     )
 
 
+def map_grid(gm: GraphModule, node: Node) -> PatchGrid:
+    """Where the cells of a map [B, C, H, W] lie in the image it was made from.
+
+    Raises:
+        Refusal: it cannot be traced to the image.
+    """
+    rows, columns = _extents(node, 2, 3, ancestors(gm))
+    return PatchGrid(rows, columns, tuple(range(rows.cells * columns.cells)))
+
+
 def _extents(node: Node, down: int, across: int, above: Mapping[Node, int]) -> tuple[Extent, Extent]:
     """Where rows and columns of a map lie in the image it was made from."""
     (image, y, rows), (other, x, columns) = (
