@@ -13,7 +13,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -318,12 +318,12 @@ def _progress(title: str) -> Iterator[Tick]:
         yield tick
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Until `python -m bench` knows the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.finetune", description=__doc__)
     add_arguments(parser)
     try:
-        return run(parser.parse_args())
+        return run(parser.parse_args(argv))
     except CompileError as error:
         print(f"bench finetune: {error}", file=sys.stderr)
         return 2
