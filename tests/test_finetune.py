@@ -317,10 +317,14 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     [row] = written["rows"]
     assert row["model"] == "test_resnet" and row["method"] == "line"
     assert row["gflops"] < row["gflops_dense"]
+    dense = models.build("test_resnet", num_classes=2, checkpoint=weights)
+    val = imagenet_data(data, dense, 2, Recipe(batch=4), img_size=64, workers=0, device=CPU).test
+    right = sum(int((dense(images).argmax(1) == labels).sum()) for images, labels in val)
+    assert row["accuracy_dense"] == 100 * right / 6
     assert [round(h["epoch"]) for h in row["history"]] == [0, 1, 2]
-    assert row["accuracy_after"] == row["history"][-1]["accuracy"]
+    assert row["accuracy_finetuned"] == row["history"][-1]["accuracy"]
     assert written["recipe"]["mixup"] == 0.2
-    assert "0: 2x3" in table and f"{row['accuracy_before']:.2f}" in table
+    assert "0: 2x3" in table and f"{row['accuracy_pruned']:.2f}" in table
     kept = safetensors.torch.load_file(out / "line.safetensors")
 
     # interrupted in the second epoch: what to do is said, and doing it gives the same weights
