@@ -13,7 +13,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,17 +26,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tabulate import tabulate
 from torch import nn
 
-from bench.evaluate.journal import fingerprint, listing
+from bench.evaluate.journal import fingerprint
 from bench.training import digits_resnet as digits
 from bench.training.checkpoint import read_checkpoint, save_weights
 from bench.training.imagenet import imagenet_data
-from bench.training.loop import Data, Tick, train
+from bench.training.loop import Data, Tick, accuracy, train
 from bench.training.recipe import Recipe, TrainingError, add_recipe_arguments, recipe_from
 from passes.base import CompileError
 from rs_compile import GridPrune, Schedule, models, optimize
-from rs_compile.optimize import plan
 
 METHODS = ("dense", "line", "token")
+WHEN = ("dense", "pruned", "finetuned", "finetuned_not_averaged")
 IMAGENET_GRID = "0:8x8,1:4x4"  # Table 6
 
 
@@ -48,14 +48,12 @@ class Subject:
         name: of the model.
         model: dense, on its device; never changed.
         data: to train and evaluate on.
-        size: of an image.
         identity: what decides the numbers besides recipe and method.
     """
 
     name: str
     model: nn.Module
     data: Data
-    size: tuple[int, int, int]
     identity: dict[str, Any]
 
 
@@ -108,10 +106,12 @@ def run(args: argparse.Namespace) -> int:
     resumed = _resumed(args.resume, schedules)
     recipe = recipe_from(args, _preset(args))
     subject = _imagenet(args, recipe, device) if args.imagenet else _digits(args, recipe, device)
+    print(f"{subject.name}, dense: accuracy", file=sys.stderr, flush=True)
+    dense = accuracy(subject.model, subject.data.test, device, args.amp)
     rows: list[dict[str, Any]] = []
     for name, schedule in schedules.items():
         checkpoint = args.output / f"{name}.pt" if args.output else None
-        rows.append(_row(subject, name, schedule, recipe, args, device, checkpoint, resumed.get(name)))
+        rows.append(_row(subject, dense, name, schedule, recipe, args, device, checkpoint, resumed.get(name)))
         if args.json is not None:
             content = {"environment": _environment(args), "recipe": asdict(recipe), "rows": rows}
             args.json.write_text(json.dumps(content, indent=2) + "\n")
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(
     subject: Subject,
+    dense: float,
     method: str,
     schedule: Schedule,
     recipe: Recipe,
@@ -130,10 +131,8 @@ def _row(
     checkpoint: Path | None,
     resume: Path | None,
 ) -> dict[str, Any]:
-    model = copy.deepcopy(subject.model)
-    report = plan(model, schedule, torch.zeros(2, *subject.size, device=device))
     identity = subject.identity | {"method": method, "schedule": json.loads(schedule.to_json())}
-    optimized = optimize(model, schedule, backend=args.backend)
+    optimized = optimize(copy.deepcopy(subject.model), schedule, backend=args.backend)
     started = time.perf_counter()
     try:
         with _progress(f"{subject.name} {method}") as tick:
@@ -151,15 +150,17 @@ def _row(
     except KeyboardInterrupt:
         print(_way_on(method, checkpoint), file=sys.stderr)
         raise
+    report = optimized.report()
     return {
         "model": subject.name,
         "method": method,
         "grid": {stage: asdict(cut) for stage, cut in schedule.grid.items()},
         "gflops": report.flops / 1e9,
         "gflops_dense": report.flops_dense / 1e9,
-        "accuracy_before": trained.history[0]["accuracy"],
-        "accuracy_after": trained.history[-1]["accuracy"],
-        "accuracy_after_not_averaged": trained.last_accuracy,
+        "accuracy_dense": dense,
+        "accuracy_pruned": trained.history[0]["accuracy"],
+        "accuracy_finetuned": trained.history[-1]["accuracy"],
+        "accuracy_finetuned_not_averaged": trained.last_accuracy,
         "seconds": time.perf_counter() - started,
         "history": trained.history,
     }
@@ -177,7 +178,7 @@ def _digits(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> S
     model = digits.load_digits_resnet().to(device)
     data = digits.digits_data(recipe, args.quick)
     identity = {"data": f"digits{', quick' if args.quick else ''}", "start": fingerprint(model)}
-    return Subject("digits ResNet", model, data, (1, 40, 40), identity)
+    return Subject("digits ResNet", model, data, identity)
 
 
 def _imagenet(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Subject:
@@ -189,9 +190,9 @@ def _imagenet(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     data = imagenet_data(
         args.imagenet, model, classes, recipe, img_size=args.img_size, workers=args.workers, device=device
     )
-    files = [(path, Path(path)) for part in (data.train, data.test) for path, _ in part.dataset.reader.samples]  # type: ignore[attr-defined]
-    identity = {"data": listing(files), "size": list(size), "start": fingerprint(model)}
-    return Subject(args.model, model, data, size, identity)
+    pictures = {name: len(part.dataset) for name, part in (("train", data.train), ("val", data.test))}  # type: ignore[attr-defined]
+    identity = {"data": {"classes": classes} | pictures, "size": list(size), "start": fingerprint(model)}
+    return Subject(args.model, model, data, identity)
 
 
 def _train_dense(args: argparse.Namespace, device: torch.device) -> None:
@@ -276,21 +277,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
             row["method"],
             ", ".join(f"{stage}: {cut['rows']}x{cut['columns']}" for stage, cut in row["grid"].items()) or "-",
             f"{row['gflops']:.5f}" if row["gflops_dense"] < 0.1 else f"{row['gflops']:.3f}",
-            f"{row['accuracy_before']:.2f}",
-            f"{row['accuracy_after']:.2f}",
-            f"{row['accuracy_after_not_averaged']:.2f}",
+            *(f"{row[f'accuracy_{when}']:.2f}" for when in WHEN),
         )
         for row in rows
     ]
-    heads = ("model", "method", "leaves", "GFLOPs", "before fine-tuning, %", "after, %", "not averaged, %")
-    return tabulate(lines, heads, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 4)
+    heads = ("model", "method", "leaves", "GFLOPs", "dense, %", "pruned, %", "fine-tuned, %", "not averaged, %")
+    return tabulate(lines, heads, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 5)
 
 
 def _notes(rows: list[dict[str, Any]], recipe: Recipe, args: argparse.Namespace) -> str:
     seconds = ", ".join(f"{row['method']} {row['seconds']:.0f} s" for row in rows)
     epochs = f"{recipe.all_epochs} epochs each, {recipe.cooldown_epochs} of them cooling down"
     quick = "quick: a part of the digits, two epochs: the numbers mean nothing\n" if args.quick else ""
-    return f"{quick}{epochs}; before pruning: the dense row, before; {seconds}; {args.backend}, {args.device}"
+    return f"{quick}{epochs}; {seconds}; {args.backend}, {args.device}"
 
 
 def _environment(args: argparse.Namespace) -> dict[str, Any]:
@@ -318,12 +317,12 @@ def _progress(title: str) -> Iterator[Tick]:
         yield tick
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Until `python -m bench` knows the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.finetune", description=__doc__)
     add_arguments(parser)
     try:
-        return run(parser.parse_args())
+        return run(parser.parse_args(argv))
     except CompileError as error:
         print(f"bench finetune: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,10 @@ CLASSES = 10
 GRID = "0:4x4,1:1x1"  # 20 -> 16 and 8 -> 7: a third of the multiply-accumulates
 QUICK = {"train": 320, "test": 200}
 
-DENSE = Recipe(epochs=36, cooldown_epochs=4, warmup_epochs=3, batch=32, opt="adamw", lr=3e-3, weight_decay=0.05,
-               ema_decay=0.99)  # fmt: skip
-FINETUNE = Recipe(epochs=12, cooldown_epochs=3, warmup_epochs=1, batch=32, opt="adamw", lr=1e-3, weight_decay=0.05,
-                  ema_decay=0.99)  # fmt: skip
-FINETUNE_QUICK = Recipe(epochs=1, cooldown_epochs=1, warmup_epochs=0, batch=32, opt="adamw", lr=1e-3,
-                        weight_decay=0.05, ema_decay=0.9)  # fmt: skip
+_SMALL = Recipe(batch=32, opt="adamw", weight_decay=0.05, ema_decay=0.99)
+DENSE = replace(_SMALL, epochs=36, cooldown_epochs=4, warmup_epochs=3, lr=3e-3, min_lr=0.0)
+FINETUNE = replace(_SMALL, epochs=12, cooldown_epochs=3, warmup_epochs=1, lr=1e-3, min_lr=1e-5)
+FINETUNE_QUICK = replace(FINETUNE, epochs=1, cooldown_epochs=1, warmup_epochs=0, ema_decay=0.9)
 
 
 def digits_resnet() -> nn.Module:

@@ -146,8 +146,9 @@ def train(
         if checkpoint is not None:
             states = {"model": model, "ema": ema.module, "optimizer": optimizer}
             whole_state = {name: part.state_dict() for name, part in states.items()}
-            save_checkpoint(checkpoint, {"identity": whole, "history": history} | whole_state)
+            # first, so that a run interrupted in between does the epoch again and writes both
             save_weights(checkpoint.with_suffix(".safetensors"), ema.module.state_dict())
+            save_checkpoint(checkpoint, {"identity": whole, "history": history} | whole_state)
         tick(updates, every, _told(history, recipe))
     return Trained(tuple(history), accuracy(model, data.test, device, amp), ema.module)
 

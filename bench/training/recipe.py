@@ -21,7 +21,8 @@ def _option(default: Any, text: str) -> Any:
 @dataclass(frozen=True)
 class Recipe:
     """timm's training script by its own defaults, for as long as the paper fine-tunes: 100 epochs, the last 10 of
-    them cooling down (section 4.2). What the paper leaves out (optimizer, learning rate, augmentation) is timm's.
+    them cooling down (section 4.2). What the paper leaves out (optimizer, learning rate, augmentation) is timm's;
+    `min_lr` is that of the versions which cooled down by default: at today's 0 a cool-down would train nothing.
 
     The learning rate follows a cosine from `lr` to `min_lr` over `epochs`, the warm-up taken off their beginning,
     and stays at `min_lr` for `cooldown_epochs` more.
@@ -37,7 +38,7 @@ class Recipe:
     opt: str = _option("sgd", "optimizer, by timm's name")
     lr: float = _option(0.1, "highest learning rate, not scaled by the batch")
     warmup_lr: float = _option(1e-5, "learning rate that the warm-up starts from")
-    min_lr: float = _option(0.0, "lowest learning rate, that of the cool-down")
+    min_lr: float = _option(1e-6, "lowest learning rate, that of the cool-down")
     weight_decay: float = _option(2e-5, "of matrices; biases and norms have none")
     ema_decay: float = _option(0.9998, "of the weights' moving average, which is what is evaluated")
     smoothing: float = _option(0.1, "of labels")
