@@ -75,7 +75,8 @@ def selective_scan_backward(
     if grad.is_cuda and selective_scan_fn is not None:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (u, delta, A, B, C)]
-            return torch.autograd.grad(by_mamba(*inputs, positions, reverse), inputs, grad)  # type: ignore[return-value]
+            y = by_mamba(*inputs, positions, reverse)  # type: ignore[call-arg, arg-type]
+            return torch.autograd.grad(y, inputs, grad)  # type: ignore[return-value]
     given = (u, delta, A, B, C)
     grad, u, delta, A, B, C = _wide(grad, *given)
     steps = _steps(positions, reverse)

@@ -34,6 +34,17 @@ class Mixer(nn.Module):
         taps: of the convolution along the tokens.
     """
 
+    conv1d: nn.Conv1d
+    conv1d_b: nn.Conv1d
+    x_proj: nn.Linear
+    x_proj_b: nn.Linear
+    dt_proj: nn.Linear
+    dt_proj_b: nn.Linear
+    A_log: Tensor
+    A_b_log: Tensor
+    D: Tensor
+    D_b: Tensor
+
     def __init__(self, dim: int, states: int = 16, taps: int = 4) -> None:
         super().__init__()
         inner, self.rank, self.states = 2 * dim, math.ceil(dim / 16), states
@@ -115,10 +126,11 @@ class VisionMamba(nn.Module):
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         class_token = self.cls_token.expand(x.shape[0], -1, -1)
         hidden = torch.cat([x[:, : self.middle], class_token, x[:, self.middle :]], dim=1) + self.pos_embed
-        residual = None
+        residual: Tensor | None = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual)
-        return self.head(self.norm_f(hidden + residual)[:, self.middle])
+        stream = hidden if residual is None else hidden + residual
+        return self.head(self.norm_f(stream)[:, self.middle])
 
 
 def _dt_proj(rank: int, inner: int) -> nn.Linear:
