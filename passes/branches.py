@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Refusal, source_line
-from passes.rules.registry import shape_of
+from passes.rules.registry import sizes_of
 from passes.token_axis import analyse, mixing, stream_layout
 
 aten = torch.ops.aten
@@ -99,7 +99,7 @@ class Block:
         """What the last linear layer of a mixer reads, [B, N, D], if it ends in one."""
         linears = [n for n in self.mlp.nodes if n.target in LINEAR and _reaches(n, self.mlp.term)]
         gated = linears[0].args[0] if linears and self.mlp.kind == "mixer" else None
-        if not isinstance(gated, Node) or shape_of(gated)[:-1] != shape_of(self.mlp.stream)[:-1]:
+        if not isinstance(gated, Node) or (sizes_of(gated) or ())[:-1] != (sizes_of(self.mlp.stream) or ())[:-1]:
             return None
         return gated
 
@@ -198,7 +198,7 @@ def _uncast(node: Node) -> Node:
 
 
 def _is_inner(a: Node, node: Node) -> bool:
-    return _is_sum(a) and len(a.users) == 1 and shape_of(a) == shape_of(node)
+    return _is_sum(a) and len(a.users) == 1 and sizes_of(a) == sizes_of(node)
 
 
 def _inner_sums(node: Node) -> set[Node]:
@@ -271,7 +271,7 @@ def _reaches(add: Node, stream: Node) -> bool:
     while True:
         if stream is add:
             return True
-        inputs = [n for n in stream.all_input_nodes if shape_of_or_none(n) == shape_of(stream)]
+        inputs = [n for n in stream.all_input_nodes if sizes_of(n) == sizes_of(stream)]
         if len(inputs) != 1 or not (stream.target in NORMS or _pointwise(stream)):
             return False
         stream = inputs[0]
@@ -281,8 +281,3 @@ def _pointwise(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and (
         torch.Tag.pointwise in node.target.tags or node.target in (aten.dropout.default, aten.to.dtype)
     )
-
-
-def shape_of_or_none(node: Node) -> Any:
-    val = node.meta.get("val")
-    return tuple(val.shape) if isinstance(val, torch.Tensor) else None

@@ -15,7 +15,7 @@ from passes.branches import Block
 from passes.contraction import arguments
 from passes.gather import original_positions, tokens_back, tokens_first
 from passes.importance import Scoring, by_sample
-from passes.layout import Layout, tokens_in
+from passes.layout import Layout, expr, tokens_in
 from passes.protected import Protected
 from passes.select import protected_mask
 from passes.site import SITE, Site, put_back
@@ -124,7 +124,7 @@ class InsertMerge(Pass):
         op = self.block.attention_op()
         keys: Node | None = arguments(op)["key"] if op is not None and by_sample(op, layout) else None
         count = next(t.dense for dim in layout if (t := tokens_in(dim)) is not None)
-        if keys is None or keys.meta["val"].shape[2] != count:
+        if keys is None or expr(keys.meta["val"].shape[2]) != count:
             raise Refusal(
                 f"ToMe compares keys, and block {self.block.index} has no single attention on "
                 "[batch, heads, tokens, channels] of its stream",

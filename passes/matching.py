@@ -94,21 +94,21 @@ def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) ->
     Returns:
         [B, N - r, C] and [B, N - r].
     """
-    sources, destinations = matched.sources, matched.destinations
+    sources, left = matched.sources, matched.left
+    into = matched.place.gather(1, sources)
     share = sizes.gather(1, sources)
     if weights is not None:
         share = share * weights.gather(1, sources)
-    sizes = sizes.scatter_add(1, destinations, share)
+    sizes = sizes.gather(1, left).scatter_add(1, into, share)
 
     def rows(index: Tensor) -> Tensor:
         return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
 
     wide = torch.promote_types(x.dtype, torch.float32)
-    share = (share / sizes.gather(1, destinations)).to(wide)
-    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(destinations)).to(wide)
-    moved = torch.zeros_like(x, dtype=wide).scatter_add(1, rows(destinations), apart * share.unsqueeze(-1))
-    moved = moved.gather(1, rows(matched.left))
-    return (x.gather(1, rows(matched.left)).to(wide) + moved).to(x.dtype), sizes.gather(1, matched.left)
+    short = x.gather(1, rows(left)).to(wide)
+    apart = x.gather(1, rows(sources)).to(wide) - short.gather(1, rows(into))
+    share = (share / sizes.gather(1, into)).to(wide).unsqueeze(-1)
+    return short.scatter_add(1, rows(into), apart * share).to(x.dtype), sizes
 
 
 def saliency(score: Tensor, protected: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ def _back(node: Node, dim: int, above: Mapping[Node, int]) -> tuple[Node, int]:
     if inputs and not channels and (pointwise or joined or node.target in _SAME_PLACE):
         for n in inputs:
             d = dim - rank + len(shape_of(n))
-            if d >= 0 and shape_of(n)[d] == shape_of(node)[dim] and above[n] & 1:
+            if d >= 0 and expr(shape_of(n)[d]) == expr(shape_of(node)[dim]) and above[n] & 1:
                 return n, d
     raise Refusal(
         f"the tokens' rows and columns cannot be followed back to the image through {op_name(node)}",

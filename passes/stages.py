@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from passes.base import source_line
 from passes.branches import CONV, LINEAR, ancestors, module_path, positions
 from passes.grid_axes import follow_grid
+from passes.layout import expr
 
 aten = torch.ops.aten
 WEIGHTED = CONV | LINEAR
@@ -141,7 +142,7 @@ def _is_sum_of_maps(node: Node) -> bool:
         return False
     values = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
     maps = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 4]
-    return len(set(node.args)) == len(maps) == 2 and maps[0].shape == maps[1].shape
+    return len(set(node.args)) == len(maps) == 2 and [*map(expr, maps[0].shape)] == [*map(expr, maps[1].shape)]
 
 
 def _on_a_grid(entry: Node, term: Node, nodes: frozenset[Node]) -> bool:

@@ -317,3 +317,18 @@ def test_two_image_sizes() -> None:
         images = torch.randn(2, 3, h, w, generator=generator)
         wanted = oracle.timm_vit(model, images, pruning)
         oracle.assert_close(compiled(images), wanted.outputs, TOLERANCE, f"{h} x {w}")
+
+
+@torch.no_grad()
+def test_as_many_heads_as_samples_do_not_fix_the_batch() -> None:
+    """A bias [heads, N, N] meets a value [batch, N, C]; comparing their sizes must not decide anything."""
+    config = Config(
+        depth=1, width=16, heads=2, grid=(3, 5), prefix=1, output="class", norm="pre", layer_scale=False, mlp="gelu",
+        fused_qkv=True, attention="division", mask="buffer", position_bias=True, rope=False, parallel="inner",
+        autocast_off=False, tables_no_grad=False, seed=20,
+    )  # fmt: skip
+    model = GeneratedViT(config).eval()
+    fast = rs_compile.optimize(model, {0: 1.0}, backend="eager")
+    for batch in (2, 3):
+        assert torch.equal(fast(model.images(batch)), model(model.images(batch)))
+    assert len(fast._plans) == 1

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from passes.base import CompileError
-from passes.layout import Batch, Dim, Layout, Tokens, plain, tokens_in
+from passes.layout import Batch, Dim, Layout, Tokens, expr, plain, tokens_in
 
 
 class Untransferable(CompileError):
@@ -129,6 +129,15 @@ def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
 
 def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def sizes_of(node: Node) -> tuple[Any, ...] | None:
+    """A tensor value's sizes as expressions, to be compared: comparing symbols of torch's would fix the batch.
+
+    None for what is no tensor.
+    """
+    val = node.meta.get("val")
+    return tuple(map(expr, val.shape)) if isinstance(val, torch.Tensor) else None
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
