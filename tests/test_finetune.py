@@ -324,6 +324,8 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
         assert finetune.main(options) == 130
     assert f"go on with the same options and --resume {out}/line.pt" in capsys.readouterr().err
     first = safetensors.torch.load_file(out / "line.safetensors")
+    assert finetune.main(options) == 2
+    assert f"line.pt is there already; go on from it with --resume {out}/line.pt" in capsys.readouterr().err
 
     assert finetune.main([*options, "--resume", str(out / "line.pt")]) == 0
     assert not same(safetensors.torch.load_file(out / "line.safetensors"), first)
@@ -342,7 +344,7 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     assert "0: 2x3" in table and f"{row['accuracy_pruned']:.2f}" in table
 
     # of another method, and of other weights
-    assert finetune.main([*options, "--method", "dense", "--resume", str(out / "line.pt")]) == 2
+    assert finetune.main([*options, "--method", "token", "--resume", str(out / "line.pt")]) == 2
     assert "is of method 'line', which is not run; add --method line" in capsys.readouterr().err
     other = {key: value + 1 for key, value in safetensors.torch.load_file(weights).items()}
     safetensors.torch.save_file(other, weights)
@@ -355,6 +357,7 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     [
         (["--imagenet", "x", "--quick"], "--quick is for the digits"),
         (["--imagenet", "x"], "pass --output DIR"),
+        (["--imagenet", "x", "--output", "."], "pass --pretrained, or --checkpoint FILE"),
         (["--num-classes", "3"], "--num-classes is for --imagenet"),
         (["--grid", "0:4"], "'0:4' is not STAGE:ROWSxCOLUMNS"),
         (["--device", "nowhere"], "--device nowhere cannot be used here"),
