@@ -104,14 +104,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     schedules = {name: _schedule(name, args) for name in _methods(args)}
     resumed = _resumed(args.resume, schedules)
+    checkpoints = _checkpoints(args.output, schedules, resumed)
     recipe = recipe_from(args, _preset(args))
     subject = _imagenet(args, recipe, device) if args.imagenet else _digits(args, recipe, device)
     print(f"{subject.name}, dense: accuracy", file=sys.stderr, flush=True)
     dense = accuracy(subject.model, subject.data.test, device, args.amp)
     rows: list[dict[str, Any]] = []
     for name, schedule in schedules.items():
-        checkpoint = args.output / f"{name}.pt" if args.output else None
-        rows.append(_row(subject, dense, name, schedule, recipe, args, device, checkpoint, resumed.get(name)))
+        try:
+            paths = checkpoints.get(name), resumed.get(name)
+            rows.append(_row(subject, dense, name, schedule, recipe, args, device, *paths))
+        except KeyboardInterrupt:
+            print(_way_on(name, list(checkpoints.values())), file=sys.stderr)
+            raise
         if args.json is not None:
             content = {"environment": _environment(args), "recipe": asdict(recipe), "rows": rows}
             args.json.write_text(json.dumps(content, indent=2) + "\n")
@@ -134,22 +139,18 @@ def _row(
     identity = subject.identity | {"method": method, "schedule": json.loads(schedule.to_json())}
     optimized = optimize(copy.deepcopy(subject.model), schedule, backend=args.backend)
     started = time.perf_counter()
-    try:
-        with _progress(f"{subject.name} {method}") as tick:
-            trained = train(
-                optimized,
-                subject.data,
-                recipe,
-                device=device,
-                identity=identity,
-                checkpoint=checkpoint,
-                resume=resume,
-                amp=args.amp,
-                tick=tick,
-            )
-    except KeyboardInterrupt:
-        print(_way_on(method, checkpoint), file=sys.stderr)
-        raise
+    with _progress(f"{subject.name} {method}") as tick:
+        trained = train(
+            optimized,
+            subject.data,
+            recipe,
+            device=device,
+            identity=identity,
+            checkpoint=checkpoint,
+            resume=resume,
+            amp=args.amp,
+            tick=tick,
+        )
     report = optimized.report()
     return {
         "model": subject.name,
@@ -166,12 +167,13 @@ def _row(
     }
 
 
-def _way_on(method: str, checkpoint: Path | None) -> str:
-    if checkpoint is None:
-        return f"{method}: interrupted, nothing was kept; --output DIR keeps a checkpoint of every epoch"
-    if not checkpoint.exists():
-        return f"{method}: interrupted before {checkpoint} was written; start again"
-    return f"{method}: interrupted; go on with the same options and --resume {checkpoint}"
+def _way_on(method: str, checkpoints: list[Path]) -> str:
+    written = " ".join(f"--resume {path}" for path in checkpoints if path.exists())
+    if written:
+        return f"{method}: interrupted; go on with the same options and {written}"
+    if checkpoints:
+        return f"{method}: interrupted before an epoch was done; start again"
+    return f"{method}: interrupted, nothing was kept; --output DIR keeps a checkpoint of every epoch"
 
 
 def _digits(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Subject:
@@ -186,7 +188,8 @@ def _imagenet(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
         args.model, num_classes=args.num_classes, pretrained=args.pretrained, checkpoint=args.checkpoint
     ).to(device)
     size = models.input_size(model, args.img_size)
-    classes = model(torch.zeros(1, *size, device=device)).shape[-1]
+    with torch.no_grad():
+        classes = model(torch.zeros(1, *size, device=device)).shape[-1]
     data = imagenet_data(
         args.imagenet, model, classes, recipe, img_size=args.img_size, workers=args.workers, device=device
     )
@@ -243,11 +246,26 @@ def _resumed(paths: list[Path], schedules: dict[str, Schedule]) -> dict[str, Pat
     return found
 
 
+def _checkpoints(output: Path | None, schedules: dict[str, Schedule], resumed: dict[str, Path]) -> dict[str, Path]:
+    """Where the checkpoint of each method goes: never over one that is not gone on from."""
+    if output is None:
+        return {}
+    paths = {method: output / f"{method}.pt" for method in schedules}
+    for method, path in paths.items():
+        if path.exists() and method not in resumed:
+            raise TrainingError(
+                f"{path} is there already; go on from it with --resume {path}, or give another --output"
+            )
+    return paths
+
+
 def _check(args: argparse.Namespace) -> None:
     if args.imagenet is not None and args.quick:
         raise TrainingError("--quick is for the digits; leave out one of --quick and --imagenet")
     if args.imagenet is not None and args.output is None:
         raise TrainingError("--imagenet trains for days; pass --output DIR, where checkpoints go")
+    if args.imagenet is not None and not (args.pretrained or args.checkpoint):
+        raise TrainingError("fine-tuning starts from trained weights; pass --pretrained, or --checkpoint FILE")
     for option in ("pretrained", "checkpoint", "num_classes", "img_size"):
         if args.imagenet is None and getattr(args, option):
             raise TrainingError(f"--{option.replace('_', '-')} is for --imagenet; the digits' model comes with its own")

@@ -311,7 +311,24 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     options += ["--batch", "4", "--mixup", "0.2", "--auto-augment", "rand-m5", "--erase", "0.2", "--workers", "0"]
     options += ["--grid", "0:2x3", "--checkpoint", str(weights), "--output", str(out), "--json", str(rows), *SHORT]
 
-    assert finetune.main(options) == 0
+    # interrupted in the second epoch: dense, before, first epoch, then
+    def interrupted(model, batches, device, amp=False, calls=[]):  # noqa: B006, it counts
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return accuracy(model, batches, device, amp)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.finetune.accuracy", interrupted)
+        patched.setattr("bench.training.loop.accuracy", interrupted)
+        assert finetune.main(options) == 130
+    assert f"go on with the same options and --resume {out}/line.pt" in capsys.readouterr().err
+    first = safetensors.torch.load_file(out / "line.safetensors")
+    assert finetune.main(options) == 2
+    assert f"line.pt is there already; go on from it with --resume {out}/line.pt" in capsys.readouterr().err
+
+    assert finetune.main([*options, "--resume", str(out / "line.pt")]) == 0
+    assert not same(safetensors.torch.load_file(out / "line.safetensors"), first)
     table = capsys.readouterr().out
     written = json.loads(rows.read_text())
     [row] = written["rows"]
@@ -325,25 +342,9 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     assert row["accuracy_finetuned"] == row["history"][-1]["accuracy"]
     assert written["recipe"]["mixup"] == 0.2
     assert "0: 2x3" in table and f"{row['accuracy_pruned']:.2f}" in table
-    kept = safetensors.torch.load_file(out / "line.safetensors")
-
-    # interrupted in the second epoch: what to do is said, and doing it gives the same weights
-    def interrupted(model, batches, device, amp=False, calls=[]):  # noqa: B006, it counts
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return accuracy(model, batches, device, amp)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("bench.training.loop.accuracy", interrupted)
-        assert finetune.main(options) == 130
-    assert f"go on with the same options and --resume {out}/line.pt" in capsys.readouterr().err
-    assert not same(safetensors.torch.load_file(out / "line.safetensors"), kept)
-    assert finetune.main([*options, "--resume", str(out / "line.pt")]) == 0
-    assert same(safetensors.torch.load_file(out / "line.safetensors"), kept)
 
     # of another method, and of other weights
-    assert finetune.main([*options, "--method", "dense", "--resume", str(out / "line.pt")]) == 2
+    assert finetune.main([*options, "--method", "token", "--resume", str(out / "line.pt")]) == 2
     assert "is of method 'line', which is not run; add --method line" in capsys.readouterr().err
     other = {key: value + 1 for key, value in safetensors.torch.load_file(weights).items()}
     safetensors.torch.save_file(other, weights)
@@ -356,6 +357,7 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     [
         (["--imagenet", "x", "--quick"], "--quick is for the digits"),
         (["--imagenet", "x"], "pass --output DIR"),
+        (["--imagenet", "x", "--output", "."], "pass --pretrained, or --checkpoint FILE"),
         (["--num-classes", "3"], "--num-classes is for --imagenet"),
         (["--grid", "0:4"], "'0:4' is not STAGE:ROWSxCOLUMNS"),
         (["--device", "nowhere"], "--device nowhere cannot be used here"),
