@@ -103,8 +103,6 @@ def on_videos(
     from bench.evaluate.encoders import UmtEncoder, load_encoder, umt_transform, with_vision
     from bench.evaluate.retrieval import evaluate_retrieval
 
-    if args.captions is None:
-        raise UsageError("--videos needs --captions FILE, which says what is to be seen in them")
     encoder: Any
     name, texts = subject.name, dict(args.texts)
     if name == getattr(args, "dual_encoder", None):
