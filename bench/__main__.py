@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from bench.tables import figure1, figure3, figure5, table1, table2, table4, table5, table8
+from bench import finetune
+from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table8
 from passes.base import CompileError
 
 
@@ -28,12 +29,15 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "table1": table1,
     "table2": table2,
+    "table3": table3,
     "table4": table4,
     "table5": table5,
     "table8": table8,
     "figure1": figure1,
     "figure3": figure3,
     "figure5": figure5,
+    "fidelity": fidelity,
+    "finetune": finetune,
 }
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -76,20 +77,29 @@ def new_model() -> nn.Module:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices only: not for biases, norms, positions and the class token."""
-    decay = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")]
+    """Weight decay for matrices only: not for biases, norms, positions, the class token and Mamba's log A."""
+    spared = ("pos_embed", "cls_token", "_log")
+    decay = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(spared)]
     kept = {id(p) for p in decay}
     rest = [p for p in model.parameters() if id(p) not in kept]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def train(
-    images: Tensor, labels: Tensor, epochs: int, batch: int, peak: float, weight_decay: float, seed: int
+    build: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    batch: int,
+    peak: float,
+    weight_decay: float,
+    seed: int,
 ) -> nn.Module:
-    """Returns the model after the last epoch on images [n, 1, 40, 40] and labels [n], in eval mode."""
+    """Returns the model that `build` makes after the last epoch on images [n, 1, 40, 40] and labels [n], in eval
+    mode."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = new_model().train()
+    model = build().train()
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=peak)
     steps = epochs * (len(images) // batch)
     columns = (
@@ -136,9 +146,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((model(images).argmax(1) == labels).double().mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the demo model on scikit-learn's digits.")
-    parser.add_argument("--epochs", type=int, default=60)
+def main(build: Callable[[], nn.Module] = new_model, epochs: int = 60) -> None:
+    """The command line, for the model that `build` makes."""
+    parser = argparse.ArgumentParser(description="Trains a small model on scikit-learn's digits.")
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -154,7 +165,7 @@ def main() -> None:
     images, labels = load_digits("train")
     rows, held = hold_out(labels) if args.validate else (torch.arange(len(labels)), None)
     started = time.perf_counter()
-    model = train(images[rows], labels[rows], args.epochs, args.batch, args.lr, args.weight_decay, args.seed)
+    model = train(build, images[rows], labels[rows], args.epochs, args.batch, args.lr, args.weight_decay, args.seed)
     seconds = time.perf_counter() - started
     if held is not None:
         print(f"validation accuracy {accuracy(model, images[held], labels[held]):.2%}; {seconds:.0f} s")

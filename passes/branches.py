@@ -25,6 +25,7 @@ SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
 CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+CASTS = {aten.to.dtype, aten._to_copy.default}
 LIKE = {  # read the shape of a value, not what is in it
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
@@ -41,7 +42,8 @@ class Branch:
         term: F(x), what is added to it.
         add: the sum.
         nodes: what lies on the branch.
-        reason: for a mixer, what made it no MLP.
+        reason: for a mixer, why no rule carries tokens through it; "" where they are carried, and mixed.
+        at: the op that the reason is about.
     """
 
     kind: str
@@ -50,11 +52,20 @@ class Branch:
     add: Node
     nodes: frozenset[Node] = field(repr=False)
     reason: str = ""
+    at: Node | None = field(default=None, repr=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether tokens may leave behind it: it is a layer of its own, not a part of one."""
+        return self.kind in ("attention", "mlp") or (self.kind == "mixer" and not self.reason)
 
 
 @dataclass(frozen=True)
 class Block:
-    """An MLP branch, and the attention branch before it (or beside it), if there is one."""
+    """An MLP branch, and the attention branch before it (or beside it), if there is one.
+
+    In a model without MLPs (a state-space model) `mlp` is the branch that mixes tokens: all that a block has.
+    """
 
     index: int
     mlp: Branch
@@ -73,13 +84,24 @@ class Block:
     @property
     def where(self) -> str:
         """The path of the module in the model, or its line where there is none."""
-        paths = [p for n in (self.mlp.add, self.mlp.term) if (p := module_path(n))]
-        return paths[0] if paths else source_line(self.mlp.term)
+        add = module_path(self.mlp.add)
+        inside = [p.split(".") for n in self.mlp.nodes if (p := module_path(n))]
+        own = ".".join(common[0] for parts in zip(*inside, strict=False) if len(common := tuple(set(parts))) == 1)
+        # a sum may be taken at the entry of the next block
+        return (add if add and f"{own}.".startswith(f"{add}.") else own) or source_line(self.mlp.term)
 
     def attention_op(self) -> Node | None:
         """The block's attention op, if it has exactly one."""
         ops = [n for n in self.attention.nodes if n.target in ATTENTION] if self.attention is not None else []
         return ops[0] if len(ops) == 1 else None
+
+    def gated(self) -> Node | None:
+        """What the last linear layer of a mixer reads, [B, N, D], if it ends in one."""
+        linears = [n for n in self.mlp.nodes if n.target in LINEAR and _reaches(n, self.mlp.term)]
+        gated = linears[0].args[0] if linears and self.mlp.kind == "mixer" else None
+        if not isinstance(gated, Node) or shape_of(gated)[:-1] != shape_of(self.mlp.stream)[:-1]:
+            return None
+        return gated
 
 
 def module_path(node: Node) -> str:
@@ -104,13 +126,13 @@ def find_branches(gm: GraphModule) -> list[Branch]:
         for term in _computed(terms, stream, above):
             nodes = _between(gm, stream, term, above, order)
             inside = [b for b in found if b.add in nodes]
-            if any(b.kind in ("attention", "mlp") for b in inside):
+            if any(b.whole for b in inside):
                 continue  # a long skip around whole blocks
-            kind, reason = _kind(gm, stream, term, nodes)
+            kind, reason, at = _kind(gm, stream, term, nodes)
             if kind:
                 # (x + attention) + mlp is one sum
                 found = [b for b in found if b not in inside and not (b.term is term and b.add in inner)]
-                found.append(Branch(kind, stream, term, node, nodes, reason))
+                found.append(Branch(kind, stream, term, node, nodes, reason, at))
     return found
 
 
@@ -120,10 +142,14 @@ def find_blocks(gm: GraphModule) -> list[Block]:
 
 
 def blocks_of(branches: Sequence[Branch]) -> list[Block]:
-    """Block i is the i-th MLP branch in topological order, with the attention branch it follows."""
+    """Block i is the i-th MLP branch in topological order, with the attention branch it follows.
+
+    Where there is no MLP, it is the i-th branch that mixes tokens and through which rules carry them.
+    """
     blocks: list[Block] = []
     free = [b for b in branches if b.kind == "attention"]
-    for mlp in (b for b in branches if b.kind == "mlp"):
+    mixers = [b for b in branches if b.kind == "mixer" and b.whole]
+    for mlp in [b for b in branches if b.kind == "mlp"] or mixers:
         before = [a for a in free if a.add is mlp.add or _reaches(a.add, mlp.stream)]
         attention = before[-1] if before else None
         if attention is not None:
@@ -156,12 +182,19 @@ def _is_sum(node: Node) -> bool:
 
 
 def _terms(node: Node) -> list[Node]:
-    """The terms of a sum, through sums that nothing else reads: x + (attention + mlp)."""
+    """The terms of a sum, before casts (a stream kept in float32), and through sums that nothing else reads:
+    x + (attention + mlp)."""
     terms: list[Node] = []
     for a in node.args:
         assert isinstance(a, Node)
-        terms += _terms(a) if _is_inner(a, node) else [a]
+        terms += _terms(a) if _is_inner(a, node) else [_uncast(a)]
     return terms
+
+
+def _uncast(node: Node) -> Node:
+    while node.target in CASTS:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_inner(a: Node, node: Node) -> bool:
@@ -208,29 +241,29 @@ def _after(node: Node) -> Any:
         yield node
 
 
-def _kind(gm: GraphModule, stream: Node, term: Node, nodes: frozenset[Node]) -> tuple[str, str]:
+def _kind(gm: GraphModule, stream: Node, term: Node, nodes: frozenset[Node]) -> tuple[str, str, Node | None]:
+    """What a branch is, why its tokens are not carried, and the op that this is about."""
     targets = [n.target for n in nodes]
     if any(t in ATTENTION for t in targets):
-        return "attention", ""
+        return "attention", "", None
     if any(t in SOFTMAX for t in targets) and sum(t in PRODUCTS for t in targets) >= 2:
-        return "attention", "its attention is not in a form that can be lowered"
+        return "attention", "its attention is not in a form that can be lowered", None
     linears = sum(t in LINEAR for t in targets)
     if linears == 0:
-        return ("conv", "a convolution branch") if any(t in CONV for t in targets) else ("", "")
+        return ("conv", "a convolution branch", None) if any(t in CONV for t in targets) else ("", "", None)
     try:
         layout, batch = stream_layout(stream)
         axis = analyse(gm, stream, layout, batch, within=nodes)
     except Refusal as refusal:
-        return "mixer", refusal.reason
+        return "mixer", refusal.reason, next((n for n in gm.graph.nodes if n.name == refusal.node_name), None)
     if axis.dense:
         node, reason = next(iter(axis.dense.items()))
-        return "mixer", f"{node.target}: {reason}"
-    mixer = mixing(axis, nodes)
-    if mixer is not None:
-        return "mixer", f"{mixer.target} mixes tokens"
+        return "mixer", f"{node.target}: {reason}", node
     if axis.layouts.get(term) != layout:
-        return "mixer", "the branch does not end in the layout of the stream"
-    return ("mlp", "") if linears >= 2 else ("", "")
+        return "mixer", "the branch does not end in the layout of the stream", term
+    if mixing(axis, nodes) is not None:
+        return "mixer", "", None
+    return ("mlp" if linears >= 2 else ""), "", None
 
 
 def _reaches(add: Node, stream: Node) -> bool:

@@ -13,7 +13,7 @@ from passes.base import Refusal
 from passes.branches import Block
 from passes.explicit_attention import write_out
 from passes.gather import tokens_first
-from passes.layout import Layout
+from passes.layout import Batch, Layout, expr
 from passes.splice import splice
 
 _OF_MAP = {
@@ -41,7 +41,9 @@ class Scoring:
     @property
     def known_after(self) -> Literal["attention", "mlp"]:
         """Behind which branch of a block the score can be computed."""
-        return "mlp" if self.importance == "shift" and self.operation != "attention" else "attention"
+        if self.importance == "shift":
+            return "attention" if self.operation == "attention" else "mlp"
+        return "mlp" if self.importance == "top-vim" else "attention"
 
     def insert(self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int) -> Node:
         """Scores [B, N] in float32, at the graph's insertion point.
@@ -56,8 +58,17 @@ class Scoring:
         """
         if self.importance == "random":
             return splice(gm.graph, "score", lambda x: score.random_score(tokens_first(x, layout)), at)
+        if self.importance == "top-vim":
+            gated = block.gated()
+            if gated is None:
+                raise Refusal(
+                    f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
+                    block.output,
+                    'use Schedule(importance="shift"), which any block has',
+                )
+            return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
         if self.importance != "shift":
-            return self._of_attention(gm, block, prefix)
+            return self._of_attention(gm, block, layout, prefix)
         after, before = self._between(block)
         skip = self.with_skip and self.operation != "block"
 
@@ -80,11 +91,13 @@ class Scoring:
             )
         return branch.term, branch.stream
 
-    def _of_attention(self, gm: GraphModule, block: Block, prefix: int) -> Node:
+    def _of_attention(self, gm: GraphModule, block: Block, layout: Layout, prefix: int) -> Node:
         op = block.attention_op()
-        if op is None:
+        if op is None or not by_sample(op, layout):
             raise Refusal(
-                f"block {block.index} has no single attention op to take a map from",
+                f"block {block.index} has no single attention op to take a map from"
+                if op is None
+                else f"the attention of block {block.index} is not on [batch, heads, tokens, channels]",
                 block.output,
                 'use Schedule(importance="shift"), which needs no attention map',
             )
@@ -95,3 +108,14 @@ class Scoring:
                 'use Schedule(importance="mean-attention") or "shift"',
             )
         return splice(gm.graph, "score", _OF_MAP[self.importance], write_out(gm, op))
+
+
+def by_sample(op: Node, layout: Layout) -> bool:
+    """Whether an attention op runs over [batch, heads, tokens, channels], not over samples and heads folded into one.
+
+    Args:
+        layout: of the stream, which names the batch.
+    """
+    shape = op.meta["val"].shape
+    batch = next(f for dim in layout for f in dim if isinstance(f, Batch))
+    return len(shape) == 4 and bool(expr(shape[0]) == batch.size)

@@ -25,7 +25,7 @@ from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
-from passes.retarget import RetargetTokens
+from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import stand_ins
@@ -75,17 +75,19 @@ class Merge:
 
 @dataclass(frozen=True)
 class Behind:
-    """What happens behind the merges, and to the attention.
+    """What happens behind the sites, and to the attention.
 
     Args:
         size_bias: attention adds the log of how many tokens a key stands for.
         weighted_mean: a mean over tokens weighs them by that number.
         explicit: write out every attention as softmax(Q K^T) V, as published baselines run.
+        gap: what scans do where tokens are gone, see `RetargetTokens`.
     """
 
     size_bias: bool = True
     weighted_mean: bool = False
     explicit: bool = False
+    gap: Gap = "compact"
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def prune(
             weighted_mean=behind.weighted_mean,
         )(gm)
         anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors)(result.gm).gm
+        gm = RetargetTokens(anchors, behind.gap)(result.gm).gm
         gm = RestoreTokens(anchors, compact_outputs)(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
@@ -232,10 +234,11 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         )
         raise Refusal(
             f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
-            nearest.add if nearest else None,
+            (nearest.at or nearest.add) if nearest else None,
             "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
             if find_stages(gm)
-            else "rs_compile.explain(model, inputs) shows what was found; windowed models are not pruned",
+            else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
+            "rs_compile.register_token_rule; windowed models are not pruned",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -349,6 +352,7 @@ def _moved(block: Block, now: Mapping[Node, Node]) -> Block:
             now.get(b.add, b.add),
             frozenset(now.get(n, n) for n in b.nodes),
             b.reason,
+            b.at,
         )
 
     return Block(block.index, branch(block.mlp), branch(block.attention) if block.attention is not None else None)

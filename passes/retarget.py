@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -15,13 +15,14 @@ from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
 from passes.gather import stretch_index, take
 from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
-from passes.rules import Extent, Position, Transfer
+from passes.rules import Extent, Kept, Position, Transfer
 from passes.site import SITE, Site
 from passes.sizes import KEY_SIZES, MEAN_SIZES, SDPA, check_biasable, stretch_sizes
 from passes.splice import fake, fake_mode, splice
 from passes.token_axis import WAY_OUT, analyse
 
 aten = torch.ops.aten
+Gap = Literal["compact", "decay"]
 MEANS = {aten.mean.dim, aten.adaptive_avg_pool1d.default}
 
 
@@ -35,19 +36,37 @@ class RetargetTokens(Pass):
 
     Args:
         anchors: sums of the network's residual branches (see `analyse`).
+        gap: what an op that carries a state along the sequence (a scan) does where tokens are gone. "compact":
+            the kept tokens are a shorter sequence. "decay": the state decays as over the tokens that are gone, as
+            far as the op's rule knows how (`Transfer.decay`).
     """
 
     leaves_dead_code: ClassVar[bool] = True
 
     anchors: Collection[Node] = ()
+    gap: Gap = "compact"
 
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
         axis = site.axis = analyse(gm, site.full, site.layout, site.batch, self.anchors)
+        in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
+        if in_turn is not None and not site.in_order:
+            raise Refusal(
+                "depends on the order of the tokens, which this merger changes",
+                in_turn,
+                'use Schedule(merger="stream"), which keeps it, or prune instead of merging',
+            )
+        decaying = [n for n, t in axis.transfers.items() if self.gap == "decay" and t.decay is not None]
+        if self.gap == "decay" and not decaying:
+            raise Refusal(
+                "behind it no op carries a state that could decay over the gaps of pruned tokens",
+                site.stream,
+                'use Schedule(gap="compact")',
+            )
         emit = _Emitter(gm, site)
         site.compact[site.full] = site.short
         for node, transfer in axis.transfers.items():
-            emit(node, transfer)
+            emit(node, replace(transfer, args=transfer.decay) if node in decaying else transfer)
         return PassResult(gm, rewrites=len(axis.transfers))
 
 
@@ -148,7 +167,7 @@ class _Emitter:
         return size
 
     def _argument(self, given: Any, swapped: dict[Node, Node]) -> Any:
-        """An argument with compact inputs and sizes; Extent and Position stand inside lists and tuples."""
+        """An argument with compact inputs and sizes; Extent, Position and Kept stand inside lists and tuples."""
         if isinstance(given, (tuple, list)):
             items = [self._argument(a, swapped) for a in given]
             return items if isinstance(given, list) else tuple(items)
@@ -157,6 +176,10 @@ class _Emitter:
         if isinstance(given, Node):
             given = self.replaced.get(given, given)
             return swapped.get(given, self.site.compact.get(given, given))
+        if isinstance(given, Kept):
+            kept = tokens_in(given.dim)
+            assert kept is not None
+            return self._index(kept)
         if isinstance(given, Extent):
             return self._size(given.dim)
         if isinstance(given, Position):

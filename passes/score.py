@@ -9,7 +9,7 @@ from torch import Tensor
 
 Metric = Literal["l2", "l1", "cosine"]
 Operation = Literal["mlp", "attention", "block"]
-Importance = Literal["shift", "class-attention", "mean-attention", "attention-entropy", "random"]
+Importance = Literal["shift", "class-attention", "mean-attention", "attention-entropy", "top-vim", "random"]
 
 
 def shift(after: Tensor, before: Tensor, metric: Metric = "l2") -> Tensor:
@@ -43,6 +43,11 @@ def attention_entropy(attention: Tensor) -> Tensor:
     """Negative entropy of each token's attention, heads averaged first (vid-TLDR): [B, N] from a map [B, H, N, N]."""
     attention = attention.float().mean(1)
     return torch.xlogy(attention, attention).sum(-1)  # xlogy: attention underflows to 0
+
+
+def mean_activation(gated: Tensor) -> Tensor:
+    """ToP-ViM's score, the mean over channels of max(0, y): [B, N] from a mixer's gated output y [B, N, D]."""
+    return gated.float().clamp_min(0).mean(-1)
 
 
 def random_score(like: Tensor) -> Tensor:

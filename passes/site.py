@@ -27,6 +27,7 @@ class Site:
         left: tokens left of the prunable stretch.
         place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
         sizes: how many of the model's tokens each token of `short` stands for, [B, K]; None before any merge.
+        in_order: whether the tokens left come in the order that they had in `stream`.
         size_bias, weighted_mean: whether attention and means behind the site use them.
         axis: the token axis from `full` on, once analysed.
         compact: for each value that runs over tokens its compact form, once retargeted.
@@ -43,6 +44,7 @@ class Site:
     sizes: Node | None = None
     size_bias: bool = True
     weighted_mean: bool = False
+    in_order: bool = True
     axis: TokenAxis | None = None
     compact: dict[Node, Node] = field(default_factory=dict)
 

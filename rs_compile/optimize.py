@@ -20,7 +20,7 @@ from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
 from passes.stages import find_stages
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
-from rs_compile.rewrite import rewrite
+from rs_compile.rewrite import merging_text, rewrite
 from rs_compile.schedule import Schedule
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
@@ -127,6 +127,7 @@ class OptimizedModel(nn.Module):
             c.cost.flops,
             c.skips,
             tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
+            merging_text(self._options.schedule, c.size_bias),
         )
 
     def graph_module(self) -> torch.fx.GraphModule:

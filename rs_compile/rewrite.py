@@ -10,7 +10,7 @@ from passes.grid_pipeline import GridCut, cut_stages
 from passes.importance import Scoring
 from passes.pipeline import Behind, Compiled, Merge, Prune, prune
 from rs_compile.errors import ScheduleError
-from rs_compile.schedule import Schedule, merged, removed
+from rs_compile.schedule import Schedule, merged
 
 
 def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, explicit: bool) -> Compiled:
@@ -27,8 +27,21 @@ def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, exp
     """
     if schedule.grid:
         return cut_stages(gm, _cuts(schedule, force), compact)
-    behind = Behind(schedule.size_bias, schedule.weighted_mean, explicit)
+    behind = Behind(schedule.size_bias, schedule.weighted_mean, explicit, schedule.gap)
     return prune(gm, _steps(schedule, force), compact, behind)
+
+
+def merging_text(schedule: Schedule, size_bias: str) -> str:
+    """A line for the report on how tokens merged, "" where none did.
+
+    Args:
+        size_bias: how it reached attention, `Compiled.size_bias`.
+    """
+    if not any(schedule.merge.values()):
+        return ""
+    bias = f"size bias in attention as a {size_bias}" if size_bias else "no size bias in attention"
+    mean = "weighted by size" if schedule.weighted_mean else "unweighted"
+    return f"merging: {schedule.merger}, {bias}, means over tokens {mean}"
 
 
 def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
@@ -40,14 +53,10 @@ def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
             for block, r in schedule.merge.items()
         ),
         *(
-            Prune(block, partial(_kept, ratio=ratio), scoring, schedule.lowest, schedule.protected, force)
+            Prune(block, partial(schedule.left, keep_ratio=ratio), scoring, schedule.lowest, schedule.protected, force)
             for block, ratio in schedule.keep.items()
         ),
     ]
-
-
-def _kept(n: int, ratio: float) -> int:
-    return n - removed(n, ratio)
 
 
 def _gone(n: int, r: int | float) -> int:

@@ -10,11 +10,13 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+from passes.retarget import Gap
 from passes.score import Importance, Metric, Operation
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
 
 Merger = Literal["stream", "tome", "vid-tldr"]
+Rounding = Literal["removed", "kept"]
 
 _BLOCK_TEXT = re.compile(r"0|[1-9][0-9]*")
 _EXAMPLE = '"0:0.8,3:0.8,6:0.8"'
@@ -60,7 +62,8 @@ class Schedule:
         with_skip: compare x + F(x), not F(x), with x; a block's shift has its skips in any case.
         protected: indices of the tokens that never leave; None lets the compiler find the class,
             register and distillation tokens. Stored sorted, each once.
-        importance: "shift", or a baseline: "class-attention" (Eq. 2), "mean-attention" (Eq. 3), "random".
+        importance: "shift", or a baseline: "class-attention" (Eq. 2), "mean-attention" (Eq. 3), "random";
+            "top-vim" of state-space models: the mean over channels of max(0, y) of the gated mixer output y.
             The baselines do not read operation, metric and with_skip. vid-TLDR weighs what it merges by it;
             its own saliency is "attention-entropy".
         lowest: keep the tokens of lowest score; a baseline that shows what the score is worth.
@@ -71,6 +74,12 @@ class Schedule:
         size_bias: attention behind a merge adds the log of how many tokens a key stands for.
         weighted_mean: a mean over tokens behind a merge weighs them by size.
         grid: stage index (0-based) -> `GridPrune`, for CNNs; goes with neither keep nor merge.
+        gap: what a scan (a state-space model) does where tokens were pruned. "compact" scans the kept tokens as one
+            sequence. "decay": where k tokens are gone between a kept token and the kept one that the scan comes
+            from, in either direction, the state decays k + 1 times with the kept token's own step,
+            exp((k + 1) delta_t A), and takes up its input once. Convolutions read the kept neighbours in both.
+        rounding: which count is rounded down: of n tokens int((1 - keep) n) are "removed" (DeiT's published
+            schedules), or int(keep n), and at least one, are "kept" (Vision Mamba's: 197 -> 157 -> 125).
 
     Raises:
         ScheduleError: a value out of its range, with what to write instead.
@@ -88,6 +97,8 @@ class Schedule:
     size_bias: bool = True
     weighted_mean: bool = False
     grid: Mapping[int, GridPrune] = PerBlock()
+    gap: Gap = "compact"
+    rounding: Rounding = "removed"
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Mapping):
@@ -108,6 +119,8 @@ class Schedule:
         _choice("metric", self.metric, get_args(Metric))
         _choice("importance", self.importance, get_args(Importance))
         _choice("merger", self.merger, get_args(Merger))
+        _choice("gap", self.gap, get_args(Gap))
+        _choice("rounding", self.rounding, get_args(Rounding))
         for flag in ("with_skip", "lowest", "size_bias", "weighted_mean"):
             if not isinstance(value := getattr(self, flag), bool):
                 raise ScheduleError(f"{flag} is {value!r}; write True or False")
@@ -130,6 +143,12 @@ class Schedule:
             or any(self.merge.values())
             or any(g.rows or g.columns for g in self.grid.values())
         )
+
+    def left(self, n: int, keep_ratio: float) -> int:
+        """How many of `n` tokens stay at `keep_ratio`, in exact arithmetic; see `rounding`."""
+        if self.rounding == "removed":
+            return n - removed(n, keep_ratio)
+        return max(1, int(Fraction(str(keep_ratio)) * n))
 
     @classmethod
     def uniform(cls, depth: int, keep_ratio: float, every: int = 1, start: int = 0) -> Schedule:

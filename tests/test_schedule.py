@@ -113,6 +113,8 @@ def test_json_is_readable() -> None:
         "size_bias": True,
         "weighted_mean": False,
         "grid": {},
+        "gap": "compact",
+        "rounding": "removed",
     }
 
 

@@ -14,7 +14,21 @@ from tabulate import tabulate
 from bench.tables import table2, table5
 from bench.tables.layer_plot import add_plot, check_out, save
 from bench.tables.measure import fill, identity, measurable
-from bench.tables.methods import ATTENTION, BASE, COMPILED, METHODS, OURS, RANDOM, SDPA, Method, dense
+from bench.tables.methods import (
+    ATTENTION,
+    BASE,
+    COMPILED,
+    METHODS,
+    OURS,
+    RANDOM,
+    SDPA,
+    STREAM,
+    TOME,
+    VID_TLDR,
+    VID_TLDR_SHIFT,
+    Method,
+    dense,
+)
 from bench.tables.notes import give, notes
 from bench.tables.one_layer import open_results
 from bench.tables.options import add_arguments as add_shared
@@ -31,7 +45,12 @@ CURVES: dict[str, Curve] = {
     OURS: lambda _, keep: Schedule(keep),
     ATTENTION: lambda subject, keep: Schedule(keep, importance=subject.importance),
     RANDOM: lambda _, keep: Schedule(keep, importance="random"),
+    VID_TLDR: lambda _, keep: Schedule(merge=_shares(keep), merger="vid-tldr", importance="attention-entropy"),
+    VID_TLDR_SHIFT: lambda _, keep: Schedule(merge=_shares(keep), merger="vid-tldr"),
+    TOME: lambda _, keep: Schedule(merge=_shares(keep), merger="tome"),
+    STREAM: lambda _, keep: Schedule(merge=_shares(keep)),
 }
+HALF = 0.49  # of the tokens: matching pairs them, so that not more can merge at once
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and first_process():
         save(plot(drawn), args.out)
     return code
+
+
+def _shares(keep: Mapping[int, float]) -> dict[int, float]:
+    """The shares that merge where `keep` stays, as far as merging can follow."""
+    return {block: min(round(1 - ratio, 6), HALF) for block, ratio in keep.items()}
 
 
 def _table(rows: Sequence[Row]) -> str:

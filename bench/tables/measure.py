@@ -22,7 +22,10 @@ from rs_compile.optimize import plans
 from rs_compile.timing import Call, interleaved
 
 # options that choose rows and columns, or do not change a number
-_CHOICES = ("command", "json", "out", "columns", "models", "methods", "curves", "keeps", "blocks", "dataset", "workers")
+_CHOICES = (
+    "command", "json", "out", "columns", "models", "methods", "curves", "keeps", "blocks", "dataset", "datasets",
+    "timed", "workers",
+)  # fmt: skip
 
 Methods = Sequence[Method]
 

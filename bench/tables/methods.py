@@ -16,6 +16,7 @@ from rs_compile.timing import compiled
 
 BASE, SDPA, COMPILED = "base", "base-sdpa", "base-compiled"
 ATTENTION, RANDOM, LOWEST, OURS = "attention", "random", "lowest", "ours"
+VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM = "vid-tldr", "vid-tldr-shift", "tome", "stream"
 METHODS = {
     BASE: "base, eager attention",
     SDPA: "base, SDPA",
@@ -24,6 +25,10 @@ METHODS = {
     RANDOM: "random",
     LOWEST: "lowest shift kept",
     OURS: "ours",
+    VID_TLDR: "vid-TLDR",
+    VID_TLDR_SHIFT: "vid-TLDR with shift",
+    TOME: "ToMe",
+    STREAM: "merging on the stream",
 }
 
 
@@ -60,7 +65,7 @@ class Method:
             backend: torch.compile's; with "eager" nothing is compiled.
         """
         if self.schedule is not None:
-            return optimize(model, self.schedule, backend=backend, **self.options)
+            return optimize(model, self.schedule, **{"backend": backend, **self.options})
         twin = with_attention(model, self.fused)
         return compiled(twin, backend) if self.compiled else twin
 
@@ -108,3 +113,22 @@ def pruned(
     }[name]
     options = {"explicit_attention": True} if eager_everywhere and name == ATTENTION else {}
     return Method(name, schedule, options=options, at=at or {})
+
+
+def merging(name: str, merge: Mapping[int, int | float], at: Mapping[str, Any] | None = None) -> Method:
+    """The model with tokens merged, with size bias.
+
+    Args:
+        name: "vid-tldr" (as published: its attention map, every attention written out, uncompiled), "vid-tldr-shift"
+            (the MLP's shift in place of the map), "tome" or "stream".
+        merge: block -> how many tokens, or which share of them, merge.
+        at: see `Method`.
+    """
+    schedule = {
+        VID_TLDR: Schedule(merge=merge, merger="vid-tldr", importance="attention-entropy"),
+        VID_TLDR_SHIFT: Schedule(merge=merge, merger="vid-tldr"),
+        TOME: Schedule(merge=merge, merger="tome"),
+        STREAM: Schedule(merge=merge),
+    }[name]
+    published = {"explicit_attention": True, "backend": "eager"}
+    return Method(name, schedule, options=published if name == VID_TLDR else {}, at=at or {})

@@ -4,6 +4,7 @@ from passes.rules import contractions, pointwise, reductions, tokens, views
 from passes.rules.registry import (
     Context,
     Extent,
+    Kept,
     Position,
     Transfer,
     Untransferable,
@@ -14,6 +15,7 @@ from passes.rules.registry import (
 __all__ = [
     "Context",
     "Extent",
+    "Kept",
     "Position",
     "Transfer",
     "Untransferable",

@@ -131,7 +131,8 @@ def attention(node: Node, ctx: Context) -> Transfer:
     over, of_value = tokens_in(lk[-2]), tokens_in(lv[-2])
     if (over is None) != (of_value is None) or (over and of_value and not over.same_sequence(of_value)):
         raise Untransferable("keys and values belong to different sequences")
-    if argument(node, 5, "is_causal", False) and lq[-2] != lk[-2]:
+    causal = bool(argument(node, 5, "is_causal", False))
+    if causal and lq[-2] != lk[-2]:
         raise Untransferable("causal attention between different sequences")
     pairs = broadcast(_Cut(ctx), [query, key, value], shape_of(node)[:-2])
     aligned: dict[Node, Layout] = {}
@@ -140,7 +141,7 @@ def attention(node: Node, ctx: Context) -> Transfer:
         aligned |= align(ctx, [n], heads + layout[-2:])
     if isinstance(mask, Node):
         aligned |= align(ctx, [mask], pairs + (lq[-2], lk[-2]))
-    return Transfer(pairs + (lq[-2], lv[-1]), aligned, mixes=over is not None)
+    return Transfer(pairs + (lq[-2], lv[-1]), aligned, mixes=over is not None, ordered=causal)
 
 
 @rules_for(aten.conv1d.default)

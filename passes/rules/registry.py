@@ -33,6 +33,13 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Stands in `Transfer.decay` for the positions, among the tokens of a dimension, that are left: [B, K] int64."""
+
+    dim: Dim
+
+
+@dataclass(frozen=True)
 class Transfer:
     """What an op does to the token axis.
 
@@ -43,6 +50,9 @@ class Transfer:
             they broadcast to (right-aligned, as broadcasting does).
         target, args, kwargs: the op to emit, where it differs; `Extent` and `Position` become sizes.
         mixes: a token's result depends on other tokens.
+        ordered: and on the order that they come in (a scan, a convolution, causal attention).
+        decay: the arguments to emit instead where the schedule says gap="decay", for an op that can carry
+            its state over the gap that pruned tokens leave; may hold `Kept`.
     """
 
     out: Layout | tuple[Layout | None, ...] | None
@@ -51,6 +61,8 @@ class Transfer:
     args: tuple[Any, ...] | None = None
     kwargs: Mapping[str, Any] | None = None
     mixes: bool = False
+    ordered: bool = False
+    decay: tuple[Any, ...] | None = None
 
 
 class Context:

@@ -288,7 +288,6 @@ class TokenMixing(nn.Module):
     [
         ("linear", "aten.linear.default: a linear layer over the tokens, of a fixed size"),
         ("scan", "aten.cumsum.default: an op along a dimension that runs over the token axis"),
-        ("mean", "aten.mean.dim mixes tokens"),
         ("shift", "aten.roll.default: changes the order of the tokens"),
     ],
 )
@@ -296,7 +295,42 @@ def test_a_mixer_is_no_mlp(kind: str, reason: str) -> None:
     gm = prepared(Stack(TokenMixing(kind)))
     (branch,) = find_branches(gm)
     assert (branch.kind, branch.reason) == ("mixer", reason)
+    assert branch.at is not None and reason.startswith(f"{branch.at.target}: ")
     assert find_blocks(gm) == []
+
+
+def test_without_mlps_the_mixers_are_the_blocks() -> None:
+    gm = prepared(Stack(TokenMixing("mean"), TokenMixing("mean")))
+    assert kinds(gm) == ["mixer", "mixer"]
+    blocks = find_blocks(gm)
+    assert [b.where for b in blocks] == ["blocks.0", "blocks.1"]
+    assert [b.mlp for b in blocks] == find_branches(gm) and blocks[1].mlp.stream is blocks[0].output
+
+
+def test_a_mixer_beside_mlps_is_no_block() -> None:
+    gm = prepared(Stack(TokenMixing("mean"), Block()))
+    assert kinds(gm) == ["mixer", "attention", "mlp"]
+    (block,) = find_blocks(gm)
+    assert block.mlp.kind == "mlp"
+
+
+class Float32Stream(nn.Module):
+    """The stream is cast to float32 before the sum, as Mamba models keep it; the branch reads it as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() + self.mlp(x)).to(x.dtype)
+
+
+def test_casts_of_the_stream_hide_no_block() -> None:
+    model = Stack(Float32Stream(), Float32Stream()).bfloat16()
+    gm = prepared(model, torch.randn(2, 6, WIDTH, dtype=torch.bfloat16))
+    blocks = find_blocks(gm)
+    assert kinds(gm) == ["mlp", "mlp"]
+    assert blocks[0].mlp.stream.meta["val"].dtype == torch.bfloat16 and blocks[1].mlp.stream is blocks[0].output
 
 
 class ConvBlock(nn.Module):
