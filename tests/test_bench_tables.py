@@ -41,8 +41,11 @@ def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_the_shared_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+TABLES = ("table1", "table2", "table4", "table5", "table8", "figure1", "figure3", "figure5")
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_every_table_has_the_shared_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
