@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
@@ -21,24 +21,26 @@ from rs_compile.digits import load_digits
 
 QUICK_DIGITS = 100
 IMAGENET_CLASSES = 1000
+Forwards = Sequence[tuple[Method, Callable[..., Any]]]
 Scores = dict[str, dict[str, Any]]  # by label of the method
 
 
 @torch.no_grad()
-def on_digits(forward: Callable[..., Any], quick: bool) -> dict[str, Any]:
+def on_digits(forward: Callable[..., Any], setting: Setting) -> dict[str, Any]:
     """Accuracy in percent on the digits' test images (596; the first 100 where quick)."""
     images, labels = load_digits("test")
-    if quick:
+    if setting.quick:
         images, labels = images[:QUICK_DIGITS], labels[:QUICK_DIGITS]
     torch.manual_seed(0)  # of random selection
-    right = (forward(images).argmax(1) == labels).double().mean()
+    logits = forward(images.to(setting.device, setting.dtype)).cpu()
+    right = (logits.argmax(1) == labels).double().mean()
     return {"accuracy": 100 * float(right), "images": len(labels), "data": "digits"}
 
 
 def on_images(
     subject: Subject,
     model: nn.Module,
-    methods: Sequence[Method],
+    forwards: Forwards,
     setting: Setting,
     args: argparse.Namespace,
     resume: Path | None,
@@ -48,15 +50,15 @@ def on_images(
     Args:
         subject: what the model is.
         model: of timm, which knows its own transform; in eval mode, on the device.
-        methods: run on the same batches.
+        forwards: the methods, applied to the model; all run on the same batches.
         resume: where an interrupted evaluation keeps what is done.
     """
     from bench.evaluate.images import evaluate_images
 
     transform = create_transform(**resolve_model_data_config(model, args={"input_size": subject.shape}))
     scores = evaluate_images(
-        {m.label: m.apply(model, setting.backend) for m in methods},
-        methods[0].label,
+        {method.label: forward for method, forward in forwards},
+        forwards[0][0].label,
         args.imagenet,
         transform,
         classes=IMAGENET_CLASSES,
@@ -66,7 +68,7 @@ def on_images(
         dtype=setting.dtype,
         resume=resume,
         limit=args.limit,
-        identity=_identity(subject.name, methods),
+        identity=_identity(subject.name, forwards),
     )
     return {
         label: {
@@ -86,7 +88,7 @@ def on_images(
 def on_videos(
     subject: Subject,
     model: nn.Module,
-    methods: Sequence[Method],
+    forwards: Forwards,
     setting: Setting,
     args: argparse.Namespace,
     resume: Path | None,
@@ -96,13 +98,11 @@ def on_videos(
     Args:
         subject: one that --texts has text features for, or the dual encoder.
         model: its vision encoder, in eval mode, on the device.
-        methods, resume: see `on_images`.
+        forwards, resume: see `on_images`.
     """
     from bench.evaluate.encoders import UmtEncoder, load_encoder, umt_transform, with_vision
     from bench.evaluate.retrieval import evaluate_retrieval
 
-    if args.captions is None:
-        raise UsageError("--videos needs --captions FILE, which says what is to be seen in them")
     encoder: Any
     name, texts = subject.name, dict(args.texts)
     if name == getattr(args, "dual_encoder", None):
@@ -119,7 +119,7 @@ def on_videos(
         encoder, transform = UmtEncoder(model, texts[name]), umt_transform(side)
     encoder = encoder.eval().to(setting.device, setting.dtype)
     scores = evaluate_retrieval(
-        {m.label: with_vision(encoder, cast(Any, partial(m.apply, backend=setting.backend))) for m in methods},
+        {method.label: with_vision(encoder, partial(_instead, forward)) for method, forward in forwards},
         args.videos,
         args.captions,
         transform,
@@ -130,7 +130,7 @@ def on_videos(
         dtype=setting.dtype,
         resume=resume,
         limit=args.limit,
-        identity=_identity(subject.name, methods),
+        identity=_identity(subject.name, forwards),
     )
     return {
         label: {
@@ -146,6 +146,10 @@ def on_videos(
     }
 
 
-def _identity(name: str, methods: Sequence[Method]) -> dict[str, Any]:
-    schedules = {m.label: m.schedule and m.schedule.to_json() for m in methods}
-    return {"model": name, "schedules": schedules, "options": {m.label: dict(m.options) for m in methods}}
+def _instead(forward: Any, _tower: nn.Module) -> Any:
+    return forward
+
+
+def _identity(name: str, forwards: Forwards) -> dict[str, Any]:
+    schedules = {method.label: method.schedule and method.schedule.to_json() for method, _ in forwards}
+    return {"model": name, "schedules": schedules, "options": {m.label: dict(m.options) for m, _ in forwards}}

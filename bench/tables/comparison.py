@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from bench.tables.measure import fill, identity, measurable, results_of
-from bench.tables.methods import BASE, COMPILED, METHODS, SDPA, Method, dense, pruned
+from bench.tables.methods import BASE, COMPILED, DENSE, METHODS, PRUNED, Method, dense, pruned
 from bench.tables.notes import give, notes
 from bench.tables.options import Setting, chosen
 from bench.tables.results import Row
 from bench.tables.subjects import Subject
 
-DENSE = (BASE, SDPA, COMPILED)
-
 
 def add_choices(
-    parser: argparse.ArgumentParser, models: Sequence[str], methods: Sequence[str] = tuple(METHODS)
+    parser: argparse.ArgumentParser, models: Sequence[str], methods: Sequence[str] = (*DENSE, *PRUNED)
 ) -> None:
     """The options that pick rows of the table."""
     for option, names, text in (("--models", models, ""), ("--methods", methods, "; speed-ups are over the first")):

@@ -13,6 +13,7 @@ from bench.tables.notes import give, notes
 from bench.tables.one_layer import Curves, Measured, Study, gflops_line, measure, open_results, with_data
 from bench.tables.results import UsageError, accuracy_of, first_process, shown
 
+STYLES = (("o", "C0"), ("s", "C1"), ("d", "C2"), ("^", "C4"), ("v", "C5"))  # red is the dense model's
 Panels = Mapping[str, Sequence[str]]  # title -> methods
 
 
@@ -68,9 +69,9 @@ def plot(done: Sequence[Measured], panels: Panels) -> Figure:
     axes = figure.subplots(len(done), len(panels), squeeze=False, sharey="row")
     for row, measured in zip(axes, done, strict=True):
         for axis, (title, methods) in zip(row, panels.items(), strict=True):
-            for method, marker in zip(methods, "osd^v", strict=False):
+            for method, (marker, colour) in zip(methods, STYLES, strict=False):
                 points = {b: y for b, row in measured.rows[method].items() if (y := accuracy_of(row)) is not None}
-                axis.plot(list(points), list(points.values()), marker=marker, label=method)
+                axis.plot(list(points), list(points.values()), marker=marker, color=colour, label=method)
             if (dense := accuracy_of(measured.base)) is not None:
                 axis.axhline(dense, color="red", linestyle="--", label="dense")
             axis.set(title=f"{measured.study.subject.name}: {title}", xlabel="block", ylabel="accuracy, %")

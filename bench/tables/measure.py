@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.tables import accuracy
+from bench.tables.accuracy import Forwards
 from bench.tables.methods import COMPILED, Method
 from bench.tables.options import Setting
 from bench.tables.results import Results, environment
@@ -27,7 +28,6 @@ _CHOICES = (
 )  # fmt: skip
 
 Methods = Sequence[Method]
-Forwards = Sequence[tuple[Method, Callable[..., Any]]]
 
 
 def results_of(args: argparse.Namespace, setting: Setting) -> Results:
@@ -128,30 +128,31 @@ def fill_throughput(results: Results, subject: Subject, methods: Methods, settin
 def fill_accuracy(
     results: Results, subject: Subject, methods: Methods, setting: Setting, args: argparse.Namespace
 ) -> None:
-    """Accuracy of every method but the compiled base, which is the base, on what the subject can be measured on."""
+    """Accuracy of every method but the compiled base, which is the base, on what the subject can be measured on.
+
+    Without a checkpoint DeiT has timm's pretrained weights, the digits ViT its own, and UMT random ones.
+    """
     methods = [m for m in methods if m.name != COMPILED]
     if not results.lacking([identity(subject, m) for m in methods], "accuracy"):
         return
-    if subject.data == "digits":
-        _accuracy_on_digits(results, subject, methods, setting)
-        return
+    if subject.data == "digits":  # a method at a time
+        methods = [m for m in methods if "accuracy" not in results.row(identity(subject, m))]
     say(f"{subject.name}: accuracy")
-    checkpoint = dict(args.checkpoint).get(subject.name)
+    checkpoint = dict(getattr(args, "checkpoint", ())).get(subject.name)
     model = subject.make(checkpoint is None, checkpoint).to(setting.device, setting.dtype)
+    sample = torch.zeros(1, *subject.shape, device=setting.device, dtype=setting.dtype)
+    # digits are few: compiling would take longer than it saves
+    backend = "eager" if subject.data == "digits" else setting.backend
+    forwards = [(m, m.apply(model, backend)) for m in methods]
+    _capture(results, subject, forwards, model, sample)
+    if subject.data == "digits":
+        for method, forward in forwards:
+            say(f"{subject.name}, {method.label}: accuracy")
+            results.fill(identity(subject, method), accuracy.on_digits(forward, setting))
+        return
     measure = accuracy.on_images if subject.data == "images" else accuracy.on_videos
     # beside the rows, so that an interrupted evaluation goes on as well
     resume = args.json and args.json.with_name(f"{args.json.name}.{subject.name.replace('/', '-')}.resume")
-    scores = measure(subject, model, methods, setting, args, resume)
+    scores = measure(subject, model, forwards, setting, args, resume)
     for method in methods:
         results.fill(identity(subject, method), scores[method.label])
-
-
-def _accuracy_on_digits(results: Results, subject: Subject, methods: Methods, setting: Setting) -> None:
-    """Method by method; uncompiled, which changes nothing but speed."""
-    model = subject.make(True, None)
-    forwards = [(m, m.apply(model, "eager")) for m in methods if results.lacking([identity(subject, m)], "accuracy")]
-    if forwards:
-        _capture(results, subject, forwards, model, torch.zeros(1, *subject.shape))
-    for method, forward in forwards:
-        say(f"{subject.name}, {method.label}: accuracy")
-        results.fill(identity(subject, method), accuracy.on_digits(forward, setting.quick))

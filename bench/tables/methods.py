@@ -17,6 +17,7 @@ from rs_compile.timing import compiled
 BASE, SDPA, COMPILED = "base", "base-sdpa", "base-compiled"
 ATTENTION, RANDOM, LOWEST, OURS = "attention", "random", "lowest", "ours"
 VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM = "vid-tldr", "vid-tldr-shift", "tome", "stream"
+DENSE, PRUNED = (BASE, SDPA, COMPILED), (ATTENTION, RANDOM, LOWEST, OURS)
 METHODS = {
     BASE: "base, eager attention",
     SDPA: "base, SDPA",

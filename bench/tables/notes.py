@@ -39,7 +39,7 @@ def notes(rows: Sequence[Row], setting: Setting, of_paper: str = "") -> list[str
             lines.append(f"accuracy: R@1 in %, harmonic mean of both directions, {row['images']} videos of {data}.")
         elif row["accuracy"] is None:
             lines.append(
-                f"agreement with the dense model in %, cosine and KL of the logits: {row['images']} pictures of "
+                f"agreement with the dense model in %, cosine and KL of the logits: on {row['images']} pictures of "
                 f"{data}, which has no class folders."
             )
         else:

@@ -104,7 +104,17 @@ class Setting:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
-        """Raises UsageError where the machine cannot do it."""
+        """Raises UsageError where the machine cannot do it, or data is not there; before minutes of work."""
+        for option in ("imagenet", "videos"):
+            folder = getattr(args, option, None)
+            if folder is not None and not folder.is_dir():
+                raise UsageError(f"--{option} {folder}: there is no such folder")
+        if getattr(args, "videos", None) is not None and args.captions is None:
+            raise UsageError("--videos needs --captions FILE, which says what is to be seen in them")
+        files = [getattr(args, "captions", None)]
+        files += [file for option in ("texts", "checkpoint") for _, file in getattr(args, option, ())]
+        if absent := [file for file in files if file is not None and not file.is_file()]:
+            raise UsageError(f"there is no file {absent[0]}")
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         return cls(

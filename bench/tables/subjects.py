@@ -74,7 +74,7 @@ def deit(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: 
 
 
 def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: bool, qa: bool) -> Subject:
-    """UMT-B or -L on 12 frames of 224 x 224; quick: a narrow one of 4 blocks on 2 of 64 x 64.
+    """UMT-B or -L on 12 frames of 224 x 224; quick: a narrow one of 3 blocks on 2 of 64 x 64.
 
     Args:
         qa: as in question answering, without the norm on the pooled features.
@@ -84,7 +84,7 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
 
     def make(pretrained: bool, checkpoint: Path | None) -> nn.Module:
         if quick:
-            return VisionEncoder(Size(full.dim // 16, 4, full.heads // 4), frames, side, pool_norm=not qa).eval()
+            return VisionEncoder(Size(full.dim // 16, 3, full.heads // 4), frames, side, pool_norm=not qa).eval()
         model = umt(UMT[name], pool_norm=not qa)
         if checkpoint is not None:
             load_checkpoint(model, checkpoint)
