@@ -29,9 +29,7 @@ def most(count: int, prefix: int, suffix: int, extra: int) -> int:
     """How many of `count` tokens may merge away: the unprotected sources, if a destination is left."""
     protected = [i < prefix or i >= count - suffix for i in range(count)]
     sources, destinations = (sum(not p for p in protected[start::2]) for start in (0, 1))
-    half = (
-        sources + destinations
-    ) // 2  # as ToMe and vid-TLDR limit it, where one source more than destinations is there
+    half = (sources + destinations) // 2  # ToMe's and vid-TLDR's limit, where sources outnumber destinations
     # where the protected tokens between are after earlier sites is not known
     return max(0, min(sources, half) - extra) if destinations > extra else 0
 

@@ -168,19 +168,20 @@ def prune(
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
     streams: dict[Node, Node] = {b.add: b.add for b in branches}
     now: dict[Node, Node] = {}
-    earlier: dict[Node, list[Node]] = {}
-    sizes: dict[Node, Node] = {}
+    sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
         block = _moved(blocks[p.block], now)
         step = _step(gm, p, block, guarded[p.block])
         if step is None:
             continue
-        start = block_stream(branches, blocks[p.block].output)
+        # not by the start of the residual sums: a norm behind each sum starts new ones
+        last = next((i for i in reversed(sites) if sites[i].carries(block.output)), None)
+        earlier = () if last is None else selections[last]
         result = replace(
             step,
-            earlier=tuple(earlier.get(start, ())),
-            sizes=sizes.get(start),
+            earlier=earlier,
+            sizes=None if last is None else sites[last].sizes,
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
         )(gm)
@@ -189,10 +190,8 @@ def prune(
         gm = RestoreTokens(anchors, compact_outputs)(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
-        earlier.setdefault(start, []).append(site.index)
-        selections[p.block] = tuple(earlier[start])
-        if site.sizes is not None:
-            sizes[start] = site.sizes
+        sites[p.block] = site
+        selections[p.block] = (*earlier, site.index)
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
@@ -285,14 +284,6 @@ def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int,
     blocks = blocks_of(branches)
     ops = {b.index: op for b in blocks if (op := b.attention_op()) is not None}
     return blocks, branches, {i: choice[op] for i, op in ops.items() if op in choice}
-
-
-def block_stream(branches: Sequence[Branch], node: Node) -> Node:
-    """The start of the residual stream that a sum belongs to."""
-    sums = {b.add: b.stream for b in branches}
-    while node in sums:
-        node = sums[node]
-    return node
 
 
 def _step(gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected) -> InsertSelection | InsertMerge | None:

@@ -52,6 +52,12 @@ class Site:
     def tokens(self) -> Tokens:
         return next(t for dim in self.layout if (t := tokens_in(dim)) is not None)
 
+    def carries(self, value: Node) -> bool:
+        """Whether a value runs over the tokens that this site left, as its stream does."""
+        assert self.axis is not None
+        layouts = self.axis.layouts
+        return any(twin is value and layouts.get(n) == self.layout for n, twin in self.compact.items())
+
     def back(self, graph: Graph, short: Node) -> Node:
         """A stream value at full length, at the graph's insertion point."""
         return put_back(graph, self.layout, self.stream, short, self.index, self.place)

@@ -69,14 +69,14 @@ def attend_by_channel(
 ) -> Tensor:
     """The same without a mask, which would keep the flash kernel off.
 
-    A channel that is 1 in the queries and log(n) / scale in the keys adds log(n) to the logits; in half precision
-    two channels carry its high and its low part. Zeros pad a head to a multiple of 8 channels.
+    A channel that is 1 in the queries and log(n) / scale in the keys adds log(n) to the logits; two of them carry its
+    high and its low part, for half precision. Zeros pad a head to a multiple of 8 channels.
     """
     width = query.shape[-1]
     scale = 1 / math.sqrt(width) if scale is None else scale
     bias = (sizes.log() / scale)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
-    high = bias.to(key.dtype)
-    parts = [high] if key.dtype == torch.float32 else [high, (bias - high.float()).to(key.dtype)]
+    high = bias.bfloat16().float()  # whatever the dtype here: autocast may round to bfloat16 later
+    parts = [high.to(key.dtype), (bias - high).to(key.dtype)]
     pad = -(width + len(parts)) % _ALIGN
     query = F.pad(torch.cat([query, query.new_ones(*query.shape[:-1], len(parts))], -1), (0, pad))
     key = F.pad(torch.cat([key, *parts], -1), (0, pad))

@@ -1,9 +1,9 @@
-"""The oracle of merging: ToMe, vid-TLDR and matching on the stream done by hand, in eager PyTorch, on a model's own modules.
+"""The oracle of merging: ToMe, vid-TLDR and matching on the stream by hand, in eager PyTorch, on a model's modules.
 
-Written from the papers' rules, token by token in Python loops; it shares no code with the compiler. Matching is in double
-precision, and `Stream.margin` says how far the nearest decision was from going the other way: where that is about
-float error, the compiler may rightly decide otherwise. Shapes: B samples, n current tokens (of N at first), H heads,
-C channels.
+Written from the papers' rules, token by token in Python loops; it shares no code with the compiler. Matching is in
+double precision, and `Stream.margin` says how far the nearest decision was from going the other way: where that is
+about float error, the compiler may rightly decide otherwise.
+Shapes: B samples, n current tokens (of N at first), H heads, C channels.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def saliency(score: list[float], guarded: set[int]) -> list[float]:
 def entropy(attention: Tensor) -> Tensor:
     """sum_j A_ij log A_ij of the head mean A: [B, n] from [B, H, n, n]."""
     mean = attention.mean(1)
-    return torch.where(mean > 0, mean * mean.clamp_min(1e-300 if mean.dtype == torch.float64 else 1e-37).log(), 0).sum(
-        -1
-    )
+    return torch.where(mean > 0, mean * mean.clamp_min(1e-37).log(), 0).sum(-1)
 
 
 class Stream:

@@ -70,26 +70,20 @@ def check(name: str, how: Merging, batch: int = 2, seed: int = 0, tolerance: flo
     oracle.assert_close(got, wanted.outputs, tolerance, f"{name} {how}")
 
 
-TOKEN_OUTPUTS = ("hf_vit", "vit_all_tokens")
 CASES: list[tuple[str, Merging]] = [
     ("deit_tiny", Merging({0: 6, 1: 5, 2: 4}, "tome", prefix=1)),
-    ("deit_tiny", Merging({0: 9, 1: 5}, "stream", prefix=1, size_bias=False)),
     ("deit_tiny_distilled", Merging({0: 6, 1: 5}, "tome", prefix=2)),
     ("deit_tiny_distilled", Merging({0: 6, 1: 5}, "vid-tldr", importance="attention-entropy", prefix=2)),
     ("dinov2_reg4", Merging({0: 13}, "stream", prefix=5)),
     ("dinov2_reg4", Merging({0: 13}, "tome", prefix=5, extra=(20, 31))),
     ("siglip", Merging({0: 18}, "tome")),
-    ("siglip", Merging({0: 9, 1: 9}, "stream")),
     ("siglip", Merging({0: 9, 1: 9}, "vid-tldr", importance="attention-entropy", size_bias=False)),
     ("vit_average", Merging({0: 9}, "stream", prefix=1, weighted_mean=True)),
-    ("vit_average", Merging({0: 9, 2: 5}, "tome", prefix=1)),
     ("vit_all_tokens", Merging({0: 9, 1: 5}, "vid-tldr", prefix=1)),
     ("vit_all_tokens", Merging({1: 5, 2: 5}, "stream", keep={0: 0.8}, prefix=1)),
     ("hf_vit", Merging({0: 9, 2: 5}, "tome", keep={1: 0.7}, prefix=1)),
     ("hf_vit_eager", Merging({0: 9}, "stream", keep={1: 0.8, 2: 0.8}, prefix=1, operation="attention")),
-    ("hf_vit_eager", Merging({0: 9, 1: 5}, "vid-tldr", operation="attention", prefix=1)),
     ("hf_videomae_classifier", Merging({0: 16, 1: 8}, "vid-tldr", importance="attention-entropy", weighted_mean=True)),
-    ("hf_videomae_classifier", Merging({0: 25, 1: 12}, "tome")),
 ]
 
 
@@ -109,7 +103,6 @@ def test_attention_written_out_equals_the_oracle() -> None:
         Merging({0: 9, 1: 5}, "vid-tldr", importance="attention-entropy", prefix=1),
         explicit_attention=True,
     )
-    check("deit_tiny", Merging({0: 9, 1: 5}, "tome", prefix=1), explicit_attention=True)
 
 
 @pytest.mark.inductor
@@ -253,8 +246,7 @@ def test_sizes_carried_through_merges_and_prunes(merger: Any, importance: Any, o
     images = model.images(2)
     how = Merging({0: 7, 1: 5}, merger, importance=importance, operation=operation, prefix=1)
     found = sizes_in(optimized(model, how), images)
-    wanted = [by_hand(model, images, Merging({**how.__dict__, "merge": m}["merge"], merger, importance=importance,
-              operation=operation, prefix=1)) for m in ({0: 7}, {0: 7, 1: 5})]  # fmt: skip
+    wanted = [by_hand(model, images, replace(how, merge=merge)) for merge in ({0: 7}, {0: 7, 1: 5})]
     assert min(r.margin for r in wanted) > CLEAR
     assert [s.shape[1] for s in found] == [14, 9]
     for got, by in zip(found, wanted, strict=True):
@@ -285,9 +277,6 @@ def test_merging_equal_tokens_loses_nothing() -> None:
     """n equal tokens are one token of size n: with size bias and a weighted mean the model's own result."""
     model = GeneratedViT(Config(depth=3, width=16, grid=(4, 4), prefix=0, output="mean"))
     model.position.zero_()
-    patches = torch.randn(2, 3, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))  # four different patches
-    images = patches.permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 4, 4).repeat(1, 1, 1, 2)
-    images = images.repeat_interleave(2, dim=2)  # rows
     images = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 4, 4)
     images[:, :, 4:] *= 2.0  # two kinds of patches, eight of each
     wanted = model(images)

@@ -191,6 +191,8 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, int, An
     if draw(st.booleans()):  # ties, many of them
         x = x.sign()
     sizes = torch.randint(1, 9, (3, count), generator=generator).float()
+    suffix = min(suffix, count)
+    prefix = min(prefix, count - suffix)
     able = most(count, prefix, suffix, 0)
     order = draw(st.sampled_from(("sequence", "even-odd", "strength")))
     return x, sizes, guard(count, *range(prefix), *range(count - suffix, count)), prefix, suffix, able, order
