@@ -18,6 +18,8 @@ from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
 
+CUTS = "cuts"  # gm.meta key: by stage the rows and columns kept, which broadcast to [B, H', W']
+
 Mode = Literal["line", "token"]
 Against = Literal["shortcut", "first-block", "sum"]
 
@@ -60,11 +62,12 @@ class CutGrid(Pass):
             raise Refusal(
                 "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
             )
+        readers = [user for user in output.users if user in axes.follows]
         whole = _whole(axes)
-        readers = [user for user in output.users if user not in axes.dense]
         with graph.inserting_before(output.next):
-            score = self._score(graph)
+            score = self.insert_score(graph)
             rows, columns = splice(graph, "select", self._select, score)
+            gm.meta.setdefault(CUTS, {})[self.stage.index] = (rows, columns)
             short = splice(graph, "gather", take, output, rows, columns)
         for reader in readers:
             reader.replace_input_with(output, short)
@@ -72,10 +75,8 @@ class CutGrid(Pass):
         for node, follow in axes.follows.items():
             cut.follow(node, follow)
         for consumer in axes.dense:
-            for value in [n for n in consumer.all_input_nodes if n in axes.grids and n not in whole]:
-                consumer.replace_input_with(value, cut.restored(value))
-            for value in [n for n in consumer.all_input_nodes if n in whole]:
-                consumer.replace_input_with(value, whole[value])
+            for value in [n for n in consumer.all_input_nodes if n in axes.grids]:
+                consumer.replace_input_with(value, whole[value] if value in whole else cut.restored(value))
         return PassResult(gm, rewrites=1)
 
     def _check(self) -> None:
@@ -87,7 +88,8 @@ class CutGrid(Pass):
                     f"write {name} from 0 to {there - 1}"
                 )
 
-    def _score(self, graph: torch.fx.Graph) -> Node:
+    def insert_score(self, graph: torch.fx.Graph) -> Node:
+        """The score map [B, H, W] of the stage, at the graph's insertion point."""
         output, blocks = self.stage.output, self.stage.blocks
         if self.random:
             return splice(graph, "score", lambda x: torch.rand_like(x[:, 0], dtype=torch.float32), output)

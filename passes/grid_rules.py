@@ -171,7 +171,8 @@ def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
 # mean the same on a smaller map: where each takes its dimensions, and whether to keep them
 _DIMS = {
     aten.mean.dim: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2), aten.var_mean.correction: (1, 3),
-    aten.var.correction: (1, 3), aten.std.correction: (1, 3),
+    aten.var.correction: (1, 3), aten.std.correction: (1, 3), aten.var_mean.dim: (1, 3), aten.var.dim: (1, 3),
+    aten.std.dim: (1, 3),
 }  # fmt: skip
 _CHANNELS_ONLY = {
     aten.sum.dim_IntList: (1, 2), aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),

@@ -13,7 +13,7 @@ from passes.base import Refusal
 from passes.branches import Block
 from passes.explicit_attention import write_out
 from passes.gather import tokens_first
-from passes.layout import Layout
+from passes.layout import Batch, Layout, expr
 from passes.splice import splice
 
 _OF_MAP = {
@@ -68,7 +68,7 @@ class Scoring:
                 )
             return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
         if self.importance != "shift":
-            return self._of_attention(gm, block, prefix)
+            return self._of_attention(gm, block, layout, prefix)
         after, before = self._between(block)
         skip = self.with_skip and self.operation != "block"
 
@@ -91,11 +91,13 @@ class Scoring:
             )
         return branch.term, branch.stream
 
-    def _of_attention(self, gm: GraphModule, block: Block, prefix: int) -> Node:
+    def _of_attention(self, gm: GraphModule, block: Block, layout: Layout, prefix: int) -> Node:
         op = block.attention_op()
-        if op is None:
+        if op is None or not by_sample(op, layout):
             raise Refusal(
-                f"block {block.index} has no single attention op to take a map from",
+                f"block {block.index} has no single attention op to take a map from"
+                if op is None
+                else f"the attention of block {block.index} is not on [batch, heads, tokens, channels]",
                 block.output,
                 'use Schedule(importance="shift"), which needs no attention map',
             )
@@ -106,3 +108,14 @@ class Scoring:
                 'use Schedule(importance="mean-attention") or "shift"',
             )
         return splice(gm.graph, "score", _OF_MAP[self.importance], write_out(gm, op))
+
+
+def by_sample(op: Node, layout: Layout) -> bool:
+    """Whether an attention op runs over [batch, heads, tokens, channels], not over samples and heads folded into one.
+
+    Args:
+        layout: of the stream, which names the batch.
+    """
+    shape = op.meta["val"].shape
+    batch = next(f for dim in layout for f in dim if isinstance(f, Batch))
+    return len(shape) == 4 and bool(expr(shape[0]) == batch.size)

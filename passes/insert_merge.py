@@ -14,8 +14,8 @@ from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import Block
 from passes.contraction import arguments
 from passes.gather import original_positions, tokens_back, tokens_first
-from passes.importance import Scoring
-from passes.layout import tokens_in
+from passes.importance import Scoring, by_sample
+from passes.layout import Layout, tokens_in
 from passes.protected import Protected
 from passes.select import protected_mask
 from passes.site import SITE, Site, put_back
@@ -94,7 +94,7 @@ class InsertMerge(Pass):
             return tokens_back(short, layout), sizes, matched.left, matched.place
 
         with graph.inserting_before(stream.next):
-            keys = self._keys(stream, tokens.dense) if self.merger == "tome" else None
+            keys = self._keys(stream, layout) if self.merger == "tome" else None
             scores = self.scoring.insert(gm, self.block, stream, layout, p.prefix) if weighs else None
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
@@ -119,13 +119,15 @@ class InsertMerge(Pass):
         )
         return PassResult(gm, rewrites=1)
 
-    def _keys(self, stream: Node, count: int) -> Node:
+    def _keys(self, stream: Node, layout: Layout) -> Node:
         """The keys [B, H, N, d] of the block's attention."""
         op = self.block.attention_op()
-        keys: Node | None = arguments(op)["key"] if op is not None else None
-        if keys is None or len(shape := keys.meta["val"].shape) != 4 or shape[2] != count:
+        keys: Node | None = arguments(op)["key"] if op is not None and by_sample(op, layout) else None
+        count = next(t.dense for dim in layout if (t := tokens_in(dim)) is not None)
+        if keys is None or keys.meta["val"].shape[2] != count:
             raise Refusal(
-                f"ToMe compares keys, and block {self.block.index} has no single attention on the tokens of its stream",
+                f"ToMe compares keys, and block {self.block.index} has no single attention on "
+                "[batch, heads, tokens, channels] of its stream",
                 stream,
                 'use Schedule(merger="stream")',
             )

@@ -29,8 +29,11 @@ def most(count: int, prefix: int, suffix: int, extra: int) -> int:
     """How many of `count` tokens may merge away: the unprotected sources, if a destination is left."""
     protected = [i < prefix or i >= count - suffix for i in range(count)]
     sources, destinations = (sum(not p for p in protected[start::2]) for start in (0, 1))
+    half = (
+        sources + destinations
+    ) // 2  # as ToMe and vid-TLDR limit it, where one source more than destinations is there
     # where the protected tokens between are after earlier sites is not known
-    return max(0, sources - extra) if destinations > extra else 0
+    return max(0, min(sources, half) - extra) if destinations > extra else 0
 
 
 def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int, order: Order) -> Matched:
@@ -100,11 +103,12 @@ def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) ->
     def rows(index: Tensor) -> Tensor:
         return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
 
-    share = share / sizes.gather(1, destinations)
-    apart = x.gather(1, rows(sources)).float() - x.gather(1, rows(destinations)).float()
-    moved = torch.zeros_like(x, dtype=torch.float32).scatter_add(1, rows(destinations), apart * share.unsqueeze(-1))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    share = (share / sizes.gather(1, destinations)).to(wide)
+    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(destinations)).to(wide)
+    moved = torch.zeros_like(x, dtype=wide).scatter_add(1, rows(destinations), apart * share.unsqueeze(-1))
     moved = moved.gather(1, rows(matched.left))
-    return (x.gather(1, rows(matched.left)).float() + moved).to(x.dtype), sizes.gather(1, matched.left)
+    return (x.gather(1, rows(matched.left)).to(wide) + moved).to(x.dtype), sizes.gather(1, matched.left)
 
 
 def saliency(score: Tensor, protected: Tensor) -> Tensor:

@@ -44,15 +44,28 @@ _POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
 
 @dataclass(frozen=True)
 class Extent:
-    """Along one side of the image: cell i covers the pixels from `start + i * step` up to the next cell's start."""
+    """Along one side of the image: cell i lies on the pixels from `start + i * step` up to the next cell's start.
+
+    Args:
+        field: how many pixels around its middle a cell depends on, by one way back to the image; another may add some.
+    """
 
     cells: int
-    start: float
-    step: float
+    start: float = 0
+    step: float = 1
+    field: float = 1
 
     def edge(self, i: int, pixels: int) -> int:
-        """The first pixel of cell i, within an image of `pixels`; `edge(cells)` is where the last one ends."""
-        return min(max(round(self.start + i * self.step), 0), pixels)
+        """The first pixel of cell i, within an image of `pixels`; `edge(cells)` is where the last one ends.
+
+        The outer cells reach to the border of the image where they depend on it: windows that overlap do.
+        """
+        at, over = self.start + i * self.step, (self.field - self.step) / 2
+        if i == 0 and at - over <= 0:
+            return 0
+        if i == self.cells and at + over >= pixels:
+            return pixels
+        return min(max(round(at), 0), pixels)
 
 
 @dataclass(frozen=True)
@@ -100,10 +113,20 @@ def find_grid(gm: GraphModule, stream: Node, dim: int) -> PatchGrid:
     )
 
 
+def map_grid(gm: GraphModule, node: Node) -> PatchGrid:
+    """Where the cells of a map [B, C, H, W] lie in the image it was made from.
+
+    Raises:
+        Refusal: it cannot be traced to the image.
+    """
+    rows, columns = _extents(node, 2, 3, ancestors(gm))
+    return PatchGrid(rows, columns, tuple(range(rows.cells * columns.cells)))
+
+
 def _extents(node: Node, down: int, across: int, above: Mapping[Node, int]) -> tuple[Extent, Extent]:
     """Where rows and columns of a map lie in the image it was made from."""
     (image, y, rows), (other, x, columns) = (
-        _traced(node, d, Extent(int(shape_of(node)[d]), 0, 1), above) for d in (down, across)
+        _traced(node, d, Extent(int(shape_of(node)[d])), above) for d in (down, across)
     )
     if image is not other or x <= y:
         raise Refusal("rows and columns of the tokens' map do not come from rows and columns of one image", node)
@@ -139,17 +162,18 @@ def _merged(before: list[sympy.Expr], after: list[sympy.Expr], dim: int) -> list
 def _traced(node: Node, dim: int, extent: Extent, above: Mapping[Node, int]) -> tuple[Node, int, Extent]:
     """The image, the dimension of it that `dim` of a value runs along, and where the cells lie on it."""
     while node.op != "placeholder":
-        start, step = extent.start, extent.step
+        start, step, field = extent.start, extent.step, extent.field
         rank = len(shape_of(node))
         if node.target in _WINDOWS and rank == 4 and dim >= 2:
             size, stride, padding = _window(node, dim - 2)
             # around the middle of the window
             start, step = stride * start + (size - stride) / 2 - padding, stride * step
+            field = stride * (field - 1) + size
             node = node.all_input_nodes[0]
         elif node.target in _RESHAPES:
             before = node.all_input_nodes[0]
             dim, ratio = _outer([expr(s) for s in shape_of(before)], [expr(s) for s in shape_of(node)], dim, node)
-            start, step, node = start * ratio, step * ratio, before
+            start, step, field, node = start * ratio, step * ratio, field * ratio, before
         elif node.target in (aten.constant_pad_nd.default, aten.pad.default):
             pads: Any = argument(node, 1, "pad")
             start -= pads[2 * (rank - 1 - dim)] if 2 * (rank - 1 - dim) < len(pads) else 0
@@ -161,7 +185,7 @@ def _traced(node: Node, dim: int, extent: Extent, above: Mapping[Node, int]) -> 
             node = node.all_input_nodes[0]
         else:
             node, dim = _back(node, dim, above)
-        extent = Extent(extent.cells, start, step)
+        extent = Extent(extent.cells, start, step, field)
     return node, dim, extent
 
 

@@ -45,7 +45,8 @@ class RestoreTokens(Pass):
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
         assert site.axis is not None
-        restored: dict[Node, Node] = {site.full: site.stream}
+        # a pruned token still stands in the stream, a merged one has its destination's value
+        restored: dict[Node, Node] = {site.full: site.stream} if site.place is None else {}
         count = 0
         for consumer in site.axis.dense:
             if consumer.op == "output" and self.compact_outputs:
@@ -63,7 +64,7 @@ class RestoreTokens(Pass):
             return restored[value]
         axis = site.axis
         assert axis is not None
-        if is_stream(site.layout, axis, value, self.streams):
+        if value is site.full or is_stream(site.layout, axis, value, self.streams):
             with gm.graph.inserting_before(value.next):
                 back = site.back(gm.graph, site.compact[value])
             restored[value] = back

@@ -1,8 +1,8 @@
-"""A graph that gives scores, or the tokens that selections kept, in place of the model's outputs: to look at."""
+"""A graph that gives scores, or what was kept by them, in place of the model's outputs: to look at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass, PassResult
 from passes.branches import Block
 from passes.gather import original_positions
+from passes.grid_cut import CutGrid
 from passes.importance import Scoring
 from passes.protected import Protected
 from passes.splice import splice
@@ -37,6 +38,21 @@ class ScoreOutputs(Pass):
 
 
 @dataclass(frozen=True)
+class StageScoreOutputs(Pass):
+    """Replaces the outputs by the score maps of stages: for each cut the [B, H, W] that it would choose by."""
+
+    cuts: tuple[CutGrid, ...]
+
+    def call(self, gm: GraphModule) -> PassResult:
+        scores: list[Node] = []
+        for cut in self.cuts:
+            with gm.graph.inserting_before(cut.stage.output.next):
+                scores.append(cut.insert_score(gm.graph))
+        _give(gm, scores)
+        return PassResult(gm, rewrites=len(scores))
+
+
+@dataclass(frozen=True)
 class KeptOutputs(Pass):
     """Replaces the outputs by the original positions [B, K] of the tokens left after each selection.
 
@@ -53,5 +69,16 @@ class KeptOutputs(Pass):
         return PassResult(gm, rewrites=len(kept))
 
 
-def _give(gm: GraphModule, values: list[Node]) -> None:
+@dataclass(frozen=True)
+class CutOutputs(Pass):
+    """Replaces the outputs by the kept rows and columns of cuts, a pair of them a stage (`gm.meta[CUTS]`)."""
+
+    cuts: Mapping[int, tuple[Node, Node]]
+
+    def call(self, gm: GraphModule) -> PassResult:
+        _give(gm, [node for pair in self.cuts.values() for node in pair])
+        return PassResult(gm, rewrites=len(self.cuts))
+
+
+def _give(gm: GraphModule, values: Sequence[Node]) -> None:
     gm.graph.output_node().args = (tuple(values),)

@@ -123,7 +123,7 @@ def _bias(gm: GraphModule, node: Node) -> str:
     scale, gqa = given["scale"], given["enable_gqa"]
     val = query.meta["val"]
     same = val.shape[-1] == value.meta["val"].shape[-1]
-    channel = val.device.type != "cpu" and mask is None and same
+    channel = val.device.type not in ("cpu", "meta") and mask is None and same
 
     def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, n: Tensor) -> Tensor:
         if channel:

@@ -98,6 +98,8 @@ def find_stages(gm: GraphModule) -> list[Stage]:
     stages: list[Stage] = []
     run: list[ConvBlock] = []
     for block in [*_blocks(gm, above, bit), None]:
+        if run and block is not None and not above[block.add] >> bit[run[-1].output] & 1:
+            continue  # beside the path that the stages are on
         if run and (block is None or _map(block.add) != _map(run[-1].add)):
             start = stages[-1].output if stages else run[0].entry
             nodes = _path(start, run[-1].output, above, bit)

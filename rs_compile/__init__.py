@@ -18,6 +18,7 @@ from rs_compile.grid_prune import GridPrune
 from rs_compile.optimize import InputError, OptimizedModel, explain, optimize, plan
 from rs_compile.report import Explanation, Report
 from rs_compile.schedule import Schedule
+from rs_compile.visualize import ScoreMaps, score_maps
 
 __all__ = [
     "CaptureError",
@@ -30,10 +31,12 @@ __all__ = [
     "Report",
     "Schedule",
     "ScheduleError",
+    "ScoreMaps",
     "TokenOutput",
     "explain",
     "optimize",
     "plan",
     "register_cost",
     "register_token_rule",
+    "score_maps",
 ]

@@ -163,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_backend(sub, "eager")
     _add_json(sub)
 
-    text = "Draw score maps over images beside the attention, and which patches a schedule leaves."
+    text = (
+        "Draw score maps over images beside the attention, and which patches a schedule leaves; images as the model "
+        "sees them, resized and cropped, and each map in its own colours, from its lowest score to one that 2% reach."
+    )
     sub = add("visualize", _visualize, text)
     _add_images(sub)
     _add_model_options(sub)
@@ -174,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layers",
         default=visualize.LAYERS,
         metavar="N,N,..",
-        help="blocks to show, counted from 0 as in schedules and in `explain`, so that 1 is the second; or all "
+        help="blocks, or stages of a CNN, counted from 0 as in schedules and in `explain`: 1 is the second; or all "
         f"(default {visualize.LAYERS})",
     )
     sub.add_argument("--schedule", help="show which patches it leaves: block:keep-ratio pairs, or a Schedule's JSON")

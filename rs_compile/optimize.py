@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
-from passes.base import CompileError
+from passes.base import CompileError, PassResult
 from passes.capture import FIXED_BATCH, batched
 from passes.grid_pipeline import cuttable
 from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
 from passes.stages import find_stages
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
-from rs_compile.rewrite import rewrite
+from rs_compile.rewrite import merging_text, rewrite
 from rs_compile.schedule import Schedule
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
@@ -95,7 +95,7 @@ class OptimizedModel(nn.Module):
             plan = self._plans.get(key)
         if plan is None or not plan.ran:
             with self._lock:
-                plan = self._plans.get(key) or self._compile(key, leaves, args, kwargs)
+                plan = self._plans.get(key) or self._rewrite(key, leaves, self._prepare(leaves, args, kwargs))
                 outputs = plan.run(*leaves)
                 plan.ran = True
         else:
@@ -127,6 +127,7 @@ class OptimizedModel(nn.Module):
             c.cost.flops,
             c.skips,
             tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
+            merging_text(self._options.schedule, c.size_bias),
         )
 
     def graph_module(self) -> torch.fx.GraphModule:
@@ -162,17 +163,29 @@ class OptimizedModel(nn.Module):
         cast = tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST if torch.is_autocast_enabled(d))
         return (tuple(parts), cast)
 
-    def _compile(self, key: Any, leaves: Sequence[Any], args: Any, kwargs: Any) -> _Plan:
+    def _say(self, text: str) -> None:
         options: Options = self._options
+        if options.progress is not None:
+            options.progress(text)
+
+    @property
+    def _lowers(self) -> bool:
+        """Whether hand-written attention becomes scaled_dot_product_attention."""
+        options: Options = self._options
+        return options.schedule.prunes if options.lower_attention is None else options.lower_attention
+
+    def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
         _check_inputs(self._model, leaves)
-        say = options.progress or (lambda _: None)
-        schedule = options.schedule
-        lower = schedule.prunes if options.lower_attention is None else options.lower_attention
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
         ambient = any(map(torch.is_autocast_enabled, _AUTOCAST))
         with torch._C._DisableAutocast():
-            prepared = prepare(self._model, args, kwargs, lower, ambient, say)
-            gm = prepared.gm
+            return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
+
+    def _rewrite(self, key: Any, leaves: Sequence[Any], prepared: PassResult) -> _Plan:
+        options: Options = self._options
+        schedule = options.schedule
+        gm = prepared.gm
+        with torch._C._DisableAutocast():
             out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
             compiled = rewrite(
                 gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
@@ -180,7 +193,7 @@ class OptimizedModel(nn.Module):
         kept = sorted(compiled.gm.meta.get(KEPT, {}))
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
-            say("compiling")
+            self._say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
         compiled = replace(compiled, skips=prepared.skips + compiled.skips)
         plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
@@ -267,13 +280,32 @@ def plan(
     Raises:
         CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
     """
+    handle = optimize(model, schedule, backend="eager", **options)
+    return next(plans([handle], example_inputs, example_kwargs))
+
+
+def plans(
+    handles: Sequence[OptimizedModel], example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
+) -> Iterator[Report]:
+    """`plan` for several handles of one model, which is captured once for all.
+
+    Args:
+        handles: of the same model, uncompiled (backend "eager").
+        example_inputs, example_kwargs: see `explain`.
+
+    Yields:
+        The report of each, in order.
+    """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    handle = optimize(model, schedule, backend="eager", **options)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    key = (handle._state_key(), _leaf_key(leaves), spec)
-    handle.__dict__["_last"] = handle._compile(key, leaves, args, kwargs)
-    return handle.report()
+    prepared: dict[bool, PassResult] = {}
+    for handle in handles:
+        key = (handle._state_key(), _leaf_key(leaves), spec)
+        if handle._lowers not in prepared:
+            prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
+        handle.__dict__["_last"] = handle._rewrite(key, leaves, _copied(prepared[handle._lowers]))
+        yield handle.report()
 
 
 def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Explanation:
@@ -327,6 +359,13 @@ def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
         raise InputError(f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...]")
+
+
+def _copied(prepared: PassResult) -> PassResult:
+    """The same with a graph of its own, on the same parameters: passes write into the graph."""
+    gm = torch.fx.GraphModule(prepared.gm, copy.deepcopy(prepared.gm.graph))
+    gm.meta = dict(prepared.gm.meta)
+    return PassResult(gm, skips=prepared.skips)
 
 
 def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -72,6 +72,7 @@ class Report:
         flops_dense, flops: the same in fvcore's convention (`passes.cost`), which papers print.
         skips: where a pass could have fired and did not.
         stages: a row for each stage of a CNN that was rewritten by `Schedule.grid`.
+        merging: how tokens merged, and what sizes do behind the merges; "" where none did.
     """
 
     model: str
@@ -83,13 +84,15 @@ class Report:
     flops: int
     skips: tuple[Skip, ...] = ()
     stages: tuple[StageRow, ...] = ()
+    merging: str = ""
 
     def __str__(self) -> str:
         gflops = f"GFLOPs (fvcore's convention, one sample): {_giga(self.flops_dense)} -> {_giga(self.flops)}"
         if self.flops:
             gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
         table = self._stage_table() if self.stages else self._block_table()
-        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *_skip_lines(self.skips)])
+        merging = [self.merging] if self.merging else []
+        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *merging, *_skip_lines(self.skips)])
 
     def _stage_table(self) -> str:
         rest = [self.macs_dense, self.macs]
@@ -130,6 +133,7 @@ class Report:
             signature=self.signature,
             blocks=[asdict(row) for row in self.blocks],
             stages=[asdict(row) for row in self.stages],
+            merging=self.merging,
             totals={
                 "macs_dense": self.macs_dense,
                 "macs": self.macs,

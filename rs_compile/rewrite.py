@@ -31,6 +31,19 @@ def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, exp
     return prune(gm, _steps(schedule, force), compact, behind)
 
 
+def merging_text(schedule: Schedule, size_bias: str) -> str:
+    """A line for the report on how tokens merged, "" where none did.
+
+    Args:
+        size_bias: how it reached attention, `Compiled.size_bias`.
+    """
+    if not any(schedule.merge.values()):
+        return ""
+    bias = f"size bias in attention as a {size_bias}" if size_bias else "no size bias in attention"
+    mean = "weighted by size" if schedule.weighted_mean else "unweighted"
+    return f"merging: {schedule.merger}, {bias}, means over tokens {mean}"
+
+
 def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
     scoring = Scoring(schedule.operation, schedule.metric, schedule.with_skip, schedule.importance)
     # in a block merges come first: they can lie between attention and MLP

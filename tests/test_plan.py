@@ -4,43 +4,63 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.models.umt import Size, VisionEncoder
 from rs_compile import CompileError, InputError, Schedule, optimize, plan
-from rs_compile.models import build
+from rs_compile.optimize import plans
 
-SCHEDULE = Schedule({0: 0.8, 2: 0.5})
+SCHEDULE = Schedule({0: 0.5})
 
 
-def test_it_is_the_report_of_optimize() -> None:
-    model, images = build("test_vit", img_size=64), torch.randn(2, 3, 64, 64)
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return VisionEncoder(Size(16, 2, 2), frames=2, side=8, patch=2).eval()
+
+
+CLIPS = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_the_report_of_optimize_without_a_forward_pass(model: nn.Module) -> None:
+    called: list[Tensor] = []
+    hook = model.get_submodule("encoder").register_forward_hook(lambda _m, _i, out: called.append(out))
+    report = plan(model, SCHEDULE, CLIPS)
+    assert called and all(isinstance(out, torch._subclasses.FakeTensor) for out in called)
+    hook.remove()
     optimized = optimize(model, SCHEDULE, backend="eager")
-    optimized(images)
-    assert plan(model, SCHEDULE, images) == optimized.report()
+    optimized(CLIPS)
+    assert report == optimized.report()
 
 
-def test_on_the_meta_device() -> None:
-    model, images = build("test_vit", img_size=64), torch.randn(1, 3, 64, 64)
-    here = plan(model, SCHEDULE, images)
-    there = plan(model.to("meta"), SCHEDULE, images.to("meta"))
+def test_on_the_meta_device(model: nn.Module) -> None:
+    here = plan(model, SCHEDULE, CLIPS)
+    there = plan(model.to("meta"), SCHEDULE, CLIPS[:1].to("meta"))
     assert (there.flops_dense, there.flops, there.macs) == (here.flops_dense, here.flops, here.macs)
-    assert [b.tokens_out for b in there.blocks] == [b.tokens_out for b in here.blocks]
+    assert [b.tokens_out for b in there.blocks] == [b.tokens_out for b in here.blocks] == [16, 16]
     assert here.flops < here.flops_dense
 
 
-def test_no_kernel_runs() -> None:
-    model = build("test_vit", img_size=64).double()
-    called: list[Tensor] = []
-    model.get_submodule("blocks.0").register_forward_hook(lambda _m, _i, out: called.append(out))
-    plan(model, SCHEDULE, torch.randn(1, 3, 64, 64, dtype=torch.float64))
-    assert called and all(isinstance(out, torch._subclasses.FakeTensor) for out in called)
-
-
-def test_options_and_refusals_are_those_of_optimize() -> None:
-    model, images = build("test_vit", img_size=64), torch.randn(1, 3, 64, 64)
+def test_options_and_refusals_are_those_of_optimize(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="token_outputs"):
-        plan(model, SCHEDULE, images, token_outputs="none")
+        plan(model, SCHEDULE, CLIPS, token_outputs="none")
     with pytest.raises(CompileError, match="the schedule names block 99"):
-        plan(model, Schedule({99: 0.5}), images)
+        plan(model, Schedule({99: 0.5}), CLIPS)
     with pytest.raises(InputError, match="was called with str; pass tensors"):
-        plan(model, SCHEDULE, "photo.png")
+        plan(model, SCHEDULE, "clip.mp4")
+
+
+def test_several_schedules_share_a_capture_and_nothing_else(model: nn.Module) -> None:
+    schedules = [SCHEDULE, Schedule({0: 0.8}, importance="mean-attention"), Schedule({})]
+    captures: list[Tensor] = []
+    hook = model.get_submodule("encoder").register_forward_hook(lambda _m, _i, out: captures.append(out))
+    handles = [optimize(model, schedule, backend="eager") for schedule in schedules]
+    reports = list(plans(handles, CLIPS))
+    # one capture with attention lowered, one without, for the schedule that prunes nothing
+    assert len(captures) == 2
+    for handle, schedule, report in zip(handles, schedules, reports, strict=True):
+        out = handle(CLIPS)
+        assert handle.report() == report
+        assert torch.equal(out, optimize(model, schedule, backend="eager")(CLIPS))
+    assert len(captures) == 2 + len(schedules)
+    hook.remove()

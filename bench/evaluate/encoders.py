@@ -202,6 +202,12 @@ def load_encoder(
         EvaluationError: what cannot be had, or a model that is no dual encoder. Code in the folder never runs.
     """
     options: dict[str, Any] = {"local_files_only": not pretrained, "trust_remote_code": False}
+    if not (pretrained or Path(path).is_dir()):
+        raise EvaluationError(
+            f"there is no folder {path}; give one as transformers' save_pretrained makes it, or pass --pretrained to "
+            "ask the hub"
+        )
+    absent: list[str] = []
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
         if random_weights:
@@ -209,17 +215,23 @@ def load_encoder(
                 torch.manual_seed(0)
                 model = transformers.AutoModel.from_config(config, trust_remote_code=False)
         else:
-            model = transformers.AutoModel.from_pretrained(path, config=config, **options)
+            model, loaded = transformers.AutoModel.from_pretrained(
+                path, config=config, output_loading_info=True, **options
+            )
+            absent = sorted(loaded["missing_keys"])
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         processor = transformers.AutoImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # transformers, its hub client and the readers of weights each have their own
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        way_out = "" if pretrained else ", or pass --pretrained to ask the hub"
         raise EvaluationError(
             f"the dual encoder {path} cannot be loaded: {first}\n  way out: give a folder with configuration, weights, "
-            f"tokenizer and image processor, as save_pretrained makes them{way_out}"
+            f"tokenizer and image processor, as save_pretrained makes them"
         ) from error
-    model = model.eval()
+    if absent:  # transformers would start them at random
+        raise EvaluationError(
+            f"the weights in {path} are not those of a {type(model).__name__}: {len(absent)} are missing, first "
+            f"{absent[0]}; give the folder that the model was saved to"
+        )
     if not (hasattr(model, "get_text_features") and hasattr(model, "vision_model")):
         raise EvaluationError(
             f"{path} is a {type(model).__name__}, no dual encoder; give CLIP, SigLIP, X-CLIP or the like"

@@ -49,7 +49,7 @@ def uniform_frames(path: Path, count: int = 12) -> Tensor:
     except FileNotFoundError:
         raise VideoError(f"there is no video file {path}") from None
     except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: frames of changing size
-        raise VideoError(f"{path} cannot be read as a video ({error})") from error
+        raise VideoError(f"{path} cannot be read as a video ({getattr(error, 'strerror', None) or error})") from error
 
 
 def middles(frames: int, count: int) -> list[int]:

@@ -66,7 +66,7 @@ def sweep(
         read: the item of an index, [...], as all have it; runs in a worker. A CompileError skips the item.
         names: what to call the items in messages.
         measure: called with the indices that could be read and their stacked items [n, ...]; what JSON can hold.
-        batch_size, workers: of the loader; 0 workers read in this process.
+        batch_size, workers: of the loader; 0 workers read in this process, and there are no more of them than batches.
         journal: knows the batches that are done, and is told of each that gets done.
         ranks: this process reads and measures its share of the batches.
         title: what stands before the progress bar.
@@ -79,7 +79,7 @@ def sweep(
     loader = DataLoader(
         _Items(read),
         batch_sampler=[batches[number] for number in mine],
-        num_workers=workers,
+        num_workers=min(workers, len(mine)),
         collate_fn=_collate,
         worker_init_fn=_leave_interrupts_to_the_parent,
     )
@@ -112,7 +112,8 @@ class _Items(Dataset[Any]):
             return index, self._read(index)
         except CompileError as error:
             cause = error.__cause__ or error
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            text = getattr(cause, "strerror", None) or str(cause)
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
             return index, lines[0] if lines else type(cause).__name__
 
 

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
-        self.fused = code == "sdpa"
+        self.fused_attn = code == "sdpa"  # named as timm names its switch
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if self.fused:
+        if self.fused_attn:
             mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             q = q * self.scale

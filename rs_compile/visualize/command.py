@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from passes.base import CompileError
 from rs_compile.models import load_images
 from rs_compile.schedule import Schedule
-from rs_compile.visualize.maps import Say, ScoreMaps, score_maps
+from rs_compile.visualize.layers import Say, ScoreMaps
+from rs_compile.visualize.maps import score_maps
 from rs_compile.visualize.page import save_page
 from rs_compile.visualize.picture import Picture, save_picture
 
@@ -34,11 +35,12 @@ class Visualized:
     output: Path
 
     def __str__(self) -> str:
-        heads = ["image", "block", self.maps.score, "median", "highest", "attention", "median", "highest"]
+        ranges = ["median", "highest"]
+        heads = ["image", self.maps.unit, f"{self.maps.score}: lowest", *ranges, "attention: lowest", *ranges]
         rows = [
             [
                 name,
-                layer.block,
+                layer.index,
                 *_range(layer.shift[i]),
                 *_range(None if layer.attention is None else layer.attention[i]),
             ]
@@ -46,14 +48,16 @@ class Visualized:
             for layer in self.maps.layers
         ]
         lines = [tabulate(rows, heads, disable_numparse=True)]
-        lines += [f"after block {site.block}: {site.tokens} of {site.of} tokens are left" for site in self.maps.sites]
+        lines += [
+            f"after {self.maps.unit} {s.index}: {s.left} of {s.of} {self.maps.cells} are left" for s in self.maps.sites
+        ]
         return "\n".join([*lines, f"written: {self.output}"])
 
     def to_json(self) -> str:
         """By block the grid [rows, columns] and the maps [image][row][column]; by site which patches are left."""
         layers = [
             {
-                "block": layer.block,
+                "index": layer.index,
                 "where": layer.where,
                 "grid": layer.grid.shape,
                 "shift": _nested(layer.shift),
@@ -63,10 +67,10 @@ class Visualized:
             for layer in self.maps.layers
         ]
         sites = [
-            {"block": s.block, "grid": s.grid.shape, "tokens": s.tokens, "of": s.of, "kept": s.kept.tolist()}
+            {"index": s.index, "grid": s.grid.shape, "left": s.left, "of": s.of, "kept": s.kept.tolist()}
             for s in self.maps.sites
         ]
-        content = {"images": self.names, "score": self.maps.score, "size": self.maps.size}
+        content = {"images": self.names, "unit": self.maps.unit, "score": self.maps.score, "size": self.maps.size}
         return json.dumps(content | {"layers": layers, "sites": sites})
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from passes.patch_grid import PatchGrid
-from rs_compile.visualize.maps import ScoreMaps
-from rs_compile.visualize.picture import Picture, colour_range, edges, palette
+from rs_compile.visualize.layers import ScoreMaps
+from rs_compile.visualize.picture import COVER, Picture, colour_range, edges, palette
 
 _PLACE = "__DATA__"
 _QUALITY = 92  # of the JPEG: no visible loss, a tenth of a PNG's bytes
@@ -54,16 +54,18 @@ def _content(model: str, names: Sequence[str], photos: Sequence[Picture], maps: 
     return {
         "model": model,
         "about": "Photographs as the model saw them, resized and cropped; scores of the model with nothing pruned.",
-        "unit": "block",
+        "unit": maps.unit,
+        "cells": maps.cells,
         "score": maps.score,
         "attention": next((layer.attention_kind for layer in maps.layers if layer.attention is not None), None),
         "height": height,
         "width": width,
         "palette": palette(_STEPS),
+        "cover": COVER,
         "images": [{"name": n, "source": _source(photo)} for n, photo in zip(names, photos, strict=True)],
         "layers": [
             {
-                "index": layer.block,
+                "index": layer.index,
                 **_edges(layer.grid, maps.size),
                 "shift": [_map(values) for values in layer.shift],
                 "attention": None if layer.attention is None else [_map(values) for values in layer.attention],
@@ -72,8 +74,8 @@ def _content(model: str, names: Sequence[str], photos: Sequence[Picture], maps: 
         ],
         "sites": [
             {
-                "index": site.block,
-                "tokens": site.tokens,
+                "index": site.index,
+                "left": site.left,
                 "of": site.of,
                 **_edges(site.grid, maps.size),
                 "kept": [{"values": [int(left) for left in kept.flatten()]} for kept in site.kept],

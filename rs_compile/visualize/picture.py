@@ -13,20 +13,21 @@ from torch import Tensor
 
 from passes.base import CompileError
 from passes.patch_grid import Extent, PatchGrid
-from rs_compile.visualize.maps import ScoreMaps
+from rs_compile.visualize.layers import ScoreMaps
 
 Picture = NDArray[np.floating[Any]]  # [height, width, 3] in 0..1
 
 COLOURS = "viridis"  # perceptually even, and readable to the colour-blind
 OPACITY = 0.65  # of the map over the image, which is shown in grey
-GONE = 0.8  # how much of the image is covered in middle grey where a patch has left
+COVER = (150, 132, 196)  # over a patch that has left: no photograph's colour, neither dark nor light
+GONE = 0.8  # its opacity
 PANEL = 320  # an image is enlarged by the whole number that brings its wider side to this many pixels or more
 GAP, MARGIN = 16, 24
 BAR = 12  # height of the colour scale
 LINE = 30  # height of a line of text
 DPI = 100
 _MOST = 0.98  # of the cells lie inside the colour scale; the others have its last colour
-LETTER = 11.5  # pixels that a letter takes
+LETTERS = 20  # pixels that text is high
 
 
 class MissingLibrary(CompileError):
@@ -56,7 +57,7 @@ def save_picture(path: Path, names: Sequence[str], photos: Sequence[Picture], ma
     figure = _figure(total_width, total_height)
     top = MARGIN
     for name, image in zip(names, rows, strict=True):
-        _write(figure, MARGIN, top, _fitting(name, total_width - 2 * MARGIN), weight="bold")
+        _fit(figure, MARGIN, top, total_width - 2 * MARGIN, name, weight="bold")
         top += LINE + GAP
         for panels in image:
             for column, panel in enumerate(panels):
@@ -81,10 +82,10 @@ def _panels(photo: Picture, index: int, maps: ScoreMaps) -> list[list[Panel | No
                 continue
             ends = colour_range(values[index])
             pixels = overlay(photo, values[index], layer.grid, ends)
-            row.append((f"block {layer.block}: {name}", pixels, ends))
+            row.append((f"{maps.unit} {layer.index}: {name}", pixels, ends))
     kept: list[Panel | None] = [None]
     for site in maps.sites:
-        title = f"after block {site.block}: {site.tokens} of {site.of} tokens"
+        title = f"after {maps.unit} {site.index}: {site.left} of {site.of} {maps.cells}"
         kept.append((title, covered(photo, site.kept[index], site.grid), None))
     return [row for row in (shift, attention, kept) if any(panel is not None for panel in row)]
 
@@ -123,9 +124,9 @@ def overlay(photo: Picture, values: Tensor, grid: PatchGrid, ends: tuple[float, 
 
 
 def covered(photo: Picture, kept: Tensor, grid: PatchGrid) -> Picture:
-    """The image, under a middle grey, which neither black nor white is, where patches have left."""
+    """The image, covered where patches have left."""
     gone = over_pixels(kept.numpy(), grid, photo.shape[:2]) == 0
-    return np.where(gone[..., None], (1 - GONE) * _grey(photo) + GONE * 0.5, photo)
+    return np.where(gone[..., None], (1 - GONE) * _grey(photo) + GONE * np.array(COVER) / 255, photo)
 
 
 def palette(steps: int) -> list[tuple[int, int, int]]:
@@ -151,7 +152,7 @@ def _enlarged(pixels: Picture, factor: int) -> Picture:
 
 
 def _draw(figure: Any, left: int, top: int, width: int, pixels: Picture, title: str, _: Picture, ends: Any) -> None:
-    _write(figure, left, top, _fitting(title, width))
+    _fit(figure, left, top, width, title)
     _place(figure, left, top + LINE, pixels)
     if ends is None:
         return
@@ -167,18 +168,21 @@ def _place(figure: Any, left: int, top: int, pixels: Picture) -> None:
     figure.figimage(pixels, left, round(figure.bbox.height) - top - len(pixels), origin="upper")
 
 
-def _write(figure: Any, left: int, top: int, text: str, **style: Any) -> None:
+def _write(figure: Any, left: int, top: int, text: str, **style: Any) -> Any:
     width, height = figure.bbox.width, figure.bbox.height
     # a dollar sign in a file name is no mathematics
-    figure.text(left / width, 1 - top / height, text, va="top", fontsize=20 * 72 / DPI, parse_math=False, **style)
+    style = {"va": "top", "fontsize": LETTERS * 72 / DPI, "parse_math": False, **style}
+    return figure.text(left / width, 1 - top / height, text, **style)
 
 
-def _fitting(text: str, width: int) -> str:
-    """Cut in the middle where it is wider than that many pixels."""
+def _fit(figure: Any, left: int, top: int, width: int, text: str, **style: Any) -> None:
+    """Writes a text, cut in the middle until it is no wider than that many pixels."""
     text = "".join(c if c.isprintable() else "?" for c in text)
-    most = max(int(width / LETTER), 5)
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
+    written, shown = _write(figure, left, top, text, **style), len(text)
+    while (wide := written.get_window_extent().width) > width and shown > 2:
+        shown = min(int(shown * width / wide), shown - 1)
+        head = shown // 2
+        written.set_text(f"{text[:head]}…{text[len(text) - (shown - head - 1) :]}")
 
 
 def _figure(width: int, height: int) -> Any:

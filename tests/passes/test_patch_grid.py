@@ -11,7 +11,7 @@ from graphs import graph_of, leaves, table
 from torch import Tensor
 
 from passes.base import Refusal
-from passes.patch_grid import PatchGrid, find_grid
+from passes.patch_grid import Extent, PatchGrid, find_grid, map_grid
 
 C = 5
 
@@ -132,11 +132,33 @@ def test_cells_lie_around_the_middle_of_what_a_token_sees(network: Network, tabl
         assert grid.columns.start + (c + 0.5) * grid.columns.step == (left + right) / 2
 
 
-def test_edges_stay_inside_the_image() -> None:
+def test_outer_cells_reach_to_the_border() -> None:
     grid = grid_of(*OVERLAPPING["wide convolution"], torch.rand(2, 1, 48, 64))
-    assert grid.columns.start == -1.5
-    edges = [grid.columns.edge(i, 64) for i in range(grid.columns.cells + 1)]
-    assert edges[0] == 0 and edges[-1] <= 64 and edges == sorted(set(edges))
+    assert (grid.columns.start, grid.columns.cells) == (-1.5, 16)
+    edges = [grid.columns.edge(i, 64) for i in range(17)]
+    assert edges[0] == 0 and edges[-1] == 64 and edges == sorted(set(edges))
+
+
+def test_fields_are_what_a_cell_depends_on() -> None:
+    for name, (network, tables) in OVERLAPPING.items():
+        image = torch.rand(2, 1, 48, 64)
+        grid = grid_of(network, tables, image)
+        top, bottom, left, right = seen(network, tables, image)[5 * grid.shape[1] + 5] or (0, 0, 0, 0)
+        assert grid.rows.field == grid.columns.field
+        beside = 2 if name == "residual stem" else 0  # by its branch, where the way back went by the skip
+        assert grid.rows.field + beside == bottom - top == right - left
+
+
+def test_the_map_of_a_network_of_convolutions() -> None:
+    def network(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = F.max_pool2d(F.conv2d(x, a, stride=2, padding=3), 3, 2, 1)
+        return (F.conv2d(y, b, padding=1) + y).relu()
+
+    gm = graph_of(network, torch.rand(2, 1, 48, 64), tables=(kernel(7), kernel(3, C)))
+    grid = map_grid(gm, leaves(gm)[0])
+    assert grid.shape == (12, 16) and grid.cells == tuple(range(12 * 16))
+    # as in every ResNet: centred on pixel 0, 4, 8, ...; 7 + 2 * 2 pixels of the stem, and 2 * 4 of the 3 x 3
+    assert grid.rows == Extent(12, -1.5, 4, 19)
 
 
 REFUSED: dict[str, tuple[Network, tuple[Tensor, ...], tuple[int, ...], str]] = {

@@ -1,0 +1,160 @@
+"""The options that all tables and figures share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.tables.results import UsageError
+from bench.tables.subjects import Subject
+from rs_compile.cli import DTYPES
+
+COLUMNS = ("gflops", "throughput", "accuracy")
+QUICK_ROUNDS = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str] = COLUMNS, rounds: int = 7) -> None:
+    """The options that all tables and figures have.
+
+    Args:
+        parser: of the command.
+        columns: those measured unless the user says otherwise.
+        rounds: of timing.
+    """
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows, saved as they are measured; a rerun goes on")
+    parser.add_argument("--quick", action="store_true", help="small stand-ins, uncompiled: does every row run?")
+    names = ",".join(columns)
+    parser.add_argument("--columns", type=chosen(columns), default=list(columns), help=f"some of {names}")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--batch-size", type=positive, help="of timing and evaluation; the paper's on a GPU if not given"
+    )
+    parser.add_argument("--rounds", type=positive, help=f"of timing, all methods in each (default {rounds})")
+    parser.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    parser.add_argument("--backend", choices=("inductor", "eager"), help="default inductor; with --quick eager")
+    parser.add_argument(
+        "--baseline-eager-everywhere",
+        action="store_true",
+        help="attention-score pruning writes out the attention of every block, as published, not only of scored blocks",
+    )
+    parser.set_defaults(default_rounds=rounds)
+
+
+def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: reads comma-separated names, each of them known."""
+
+    def read(text: str) -> list[str]:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return read
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, videos: bool = False) -> None:
+    """The options of accuracy on pictures or videos; without any of them it is the digits'."""
+    if images:
+        parser.add_argument("--imagenet", type=Path, metavar="DIR", help="a folder a class, or unlabelled pictures")
+    if videos:
+        _add_video_arguments(parser)
+    parser.add_argument(
+        "--checkpoint",
+        type=_named_file,
+        action="append",
+        default=[],
+        metavar="MODEL=FILE",
+        help="weights of a model of the table; if not given DeiT has timm's pretrained ones, UMT random ones",
+    )
+    parser.add_argument("--workers", type=_count, default=4, help="processes that read files (default 4)")
+    parser.add_argument("--limit", type=positive, help="so many files at most")
+
+
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="video files")
+    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON, {"video.mp4": ["a caption"]}')
+    parser.add_argument(
+        "--texts",
+        type=_named_file,
+        action="append",
+        default=[],
+        metavar="MODEL=FILE",
+        help="text features of the captions, for UMT-B or UMT-L, whose text encoder is not here",
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure: the options, understood."""
+
+    columns: list[str]
+    quick: bool
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int | None
+    rounds: int
+    json: Path | None
+    eager_everywhere: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Setting:
+        """Raises UsageError where the machine cannot do it."""
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        return cls(
+            args.columns,
+            args.quick,
+            args.backend or ("eager" if args.quick else "inductor"),
+            _device(args.device),
+            DTYPES[args.dtype],
+            args.batch_size,
+            args.rounds or (QUICK_ROUNDS if args.quick else args.default_rounds),
+            args.json,
+            args.baseline_eager_everywhere,
+        )
+
+    def describe(self) -> str:
+        """Where and in which dtype."""
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}{threads}"
+
+    def batch(self, subject: Subject) -> int:
+        """Samples of a timed call."""
+        on_cpu, elsewhere = subject.batch
+        return self.batch_size or (on_cpu if self.device.type == "cpu" else elsewhere)
+
+
+def positive(text: str) -> int:
+    """For argparse: an integer of at least 1."""
+    return _at_least(text, 1)
+
+
+def _count(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+    return int(text)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=FILE, like DeiT-S=deit_small.pth")
+    return name, Path(path)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""Training with timm's parts: a recipe, a loop that can be interrupted, and the data."""
