@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from bench import finetune
+from bench import finetune, table7
 from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table8
 from passes.base import CompileError
 
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "table3": table3,
     "table4": table4,
     "table5": table5,
+    "table7": table7,
     "table8": table8,
     "figure1": figure1,
     "figure3": figure3,

@@ -1,7 +1,7 @@
 """Table 7: Vision Mamba tiny as it is, pruned by ToP-ViM's score, and by representation shift.
 
 GFLOPs and throughput of ViM-T (random weights unless --checkpoint is given), accuracy on --imagenet, and of a
-small Vision Mamba on the handwritten digits: `python -m bench.table7 [--quick] [--json FILE]`.
+small Vision Mamba on the handwritten digits: `python -m bench table7 [--quick] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -203,14 +203,7 @@ def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    add_arguments(parser)
-    try:
-        sys.exit(run(parser.parse_args()))
-    except CompileError as error:
-        sys.exit(f"table7: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    from bench.__main__ import main
+
+    sys.exit(main(["table7", *sys.argv[1:]]))
