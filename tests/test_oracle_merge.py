@@ -134,9 +134,7 @@ def test_double_precision_leaves_no_room_for_small_errors() -> None:
 
 def unfolded() -> st.SearchStrategy[Config]:
     """Configs whose attention runs over [batch, heads, tokens, channels]; folded ones take neither bias nor keys."""
-    return configs().map(
-        lambda c: replace(c, attention={"bmm": "sdpa", "baddbmm": "einsum"}.get(c.attention, c.attention))
-    )
+    return configs().map(lambda c: replace(c, attention={"bmm": "sdpa", "baddbmm": "einsum"}.get(c.attention, c.attention)))
 
 
 @st.composite

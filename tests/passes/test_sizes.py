@@ -203,18 +203,15 @@ def test_a_graph_on_cpu_takes_the_mask_and_flash_throughout() -> None:
 @pytest.mark.inductor
 @torch.no_grad()
 def test_inductor_takes_the_flash_kernel_with_the_mask() -> None:
-    from torch._inductor.utils import run_and_get_code
-
     import rs_compile
+    from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
     model = GeneratedViT(Config(depth=3, width=32, heads=2, prefix=1))
     images = model.images(2)
     schedule = rs_compile.Schedule(merge={0: 4}, weighted_mean=True)
     got, code = run_and_get_code(rs_compile.optimize(model, schedule), images)
-    calls = [
-        line for text in code for line in text.splitlines() if "_scaled_dot_product_flash_attention_for_cpu" in line
-    ]
+    calls = [line for text in code for line in text.splitlines() if "_scaled_dot_product_flash_attention_for_cpu" in line]
     calls = [line for line in calls if " = " in line and "import" not in line]
     assert len(calls) == 3, calls
     assert sum("attn_mask=None" not in line and "attn_mask" in line for line in calls) == 2, calls
