@@ -1,7 +1,7 @@
 """Table 7: Vision Mamba tiny as it is, pruned by ToP-ViM's score, and by representation shift.
 
 GFLOPs and throughput of ViM-T (random weights unless --checkpoint is given), accuracy on --imagenet, and of a
-small Vision Mamba on the handwritten digits: `python -m bench.table7 [--quick] [--json FILE]`.
+small Vision Mamba on the handwritten digits: `python -m bench table7 [--quick] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
 from bench.speed import processor
+from bench.tables.options import positive
 from passes.base import CompileError
 from rs_compile import OptimizedModel, Report, Schedule, optimize, plan
 from rs_compile.digits import load_digits
@@ -51,15 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="the rows with every round's seconds")
     parser.add_argument("--quick", action="store_true", help="a small stand-in, uncompiled: does every row run?")
     parser.add_argument("--backend", choices=("inductor", "eager"), help="default inductor; with --quick eager")
-    parser.add_argument("--batch-size", type=int, default=4, help="of timing and of --imagenet (default 4)")
-    parser.add_argument("--rounds", type=int, help="of timing, all methods in each (default 7)")
-    parser.add_argument("--threads", type=int, help="CPU threads, torch's own choice if not given")
+    parser.add_argument("--batch-size", type=positive, default=4, help="of timing and of --imagenet (default 4)")
+    parser.add_argument("--rounds", type=positive, help="of timing, all methods in each (default 7)")
+    parser.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--no-throughput", action="store_true", help="GFLOPs and accuracy only")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="ViM-T's weights, safetensors or torch.save's")
     parser.add_argument("--imagenet", type=Path, metavar="DIR", help="a folder a class; needs --checkpoint")
     parser.add_argument("--workers", type=int, default=4, help="processes that read pictures (default 4)")
-    parser.add_argument("--limit", type=int, help="so many pictures at most")
+    parser.add_argument("--limit", type=positive, help="so many pictures at most")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="an interrupted --imagenet goes on from it")
 
 
@@ -203,14 +204,7 @@ def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    add_arguments(parser)
-    try:
-        sys.exit(run(parser.parse_args()))
-    except CompileError as error:
-        sys.exit(f"table7: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    from bench.__main__ import main
+
+    sys.exit(main(["table7", *sys.argv[1:]]))
