@@ -133,7 +133,13 @@ def _table(rows: Sequence[Row]) -> str:
         lines.append([row["model"], method, keep, f"{row['gflops']:.4g}", speed, speed_up, shown(row)])
     heads = ["model", "method", "keep", "GFLOPs", "samples/s", "speed-up [quartiles]", "accuracy"]
     align = ["left", "left", "right", "right", "right", "left", "right"]
-    return tabulate(lines, heads, disable_numparse=True, colalign=align)
+    filled = [i for i in range(len(heads)) if any(line[i] for line in lines)]
+    return tabulate(
+        [[line[i] for i in filled] for line in lines],
+        [heads[i] for i in filled],
+        disable_numparse=True,
+        colalign=[align[i] for i in filled],
+    )
 
 
 def _paper() -> str:
