@@ -13,6 +13,7 @@ from typing import Protocol
 
 from bench import finetune, table7
 from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table6, table8
+from bench.tables.pictures import figure4, figure6, figure7
 from passes.base import CompileError
 
 
@@ -37,7 +38,10 @@ COMMANDS: dict[str, Command] = {
     "table8": table8,
     "figure1": figure1,
     "figure3": figure3,
+    "figure4": figure4,
     "figure5": figure5,
+    "figure6": figure6,
+    "figure7": figure7,
     "fidelity": fidelity,
     "finetune": finetune,
 }

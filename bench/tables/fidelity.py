@@ -169,15 +169,24 @@ def pictures(model: nn.Module, folder: Path | None, side: int, quick: bool = Fal
         if not paths:
             raise UsageError(f"--images {folder} has no pictures ({', '.join(sorted(SUFFIXES))})")
     else:
-        try:
-            import skimage
-        except ImportError:
-            raise UsageError("scikit-image's photographs are not here; pip install 'rs-compile[bench]'") from None
-        paths = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
+        paths = [photograph(name) for name in PHOTOGRAPHS]
     config = resolve_model_data_config(model) | {"input_size": (3, side, side), "crop_pct": 1.0}
     transform = create_transform(**config)
     images = [crop for path in paths[: 2 if quick else None] for crop in _crops(read_image(path, "RGB"))]
     return torch.stack([transform(image) for image in images])
+
+
+def photograph(name: str) -> Path:
+    """A file of scikit-image's own data.
+
+    Raises:
+        UsageError: scikit-image is not there.
+    """
+    try:
+        import skimage
+    except ImportError:
+        raise UsageError("scikit-image's photographs are not here; pip install 'rs-compile[bench]'") from None
+    return Path(skimage.__file__).parent / "data" / name
 
 
 def _crops(image: Image.Image) -> list[Image.Image]:
