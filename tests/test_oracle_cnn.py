@@ -99,8 +99,7 @@ def test_pruned_equals_pruned_by_hand(name: str, how: str) -> None:
     assert [row.grid_out for row in fast.report().stages] == left
 
 
-@pytest.mark.parametrize("mode", ["line", "token"])
-@pytest.mark.parametrize("name", ["torchvision bottleneck", "timm convnext", "timm regnet x"])
+@pytest.mark.parametrize(("name", "mode"), [("torchvision bottleneck", "line"), ("timm convnext", "token")])
 def test_training(name: str, mode: str) -> None:
     """Outputs, gradients, and the batch norm statistics that the model's own buffers hold afterwards."""
     build, take_apart = MODELS[name]
@@ -127,7 +126,7 @@ def test_training(name: str, mode: str) -> None:
     assert fast.state_dict().keys() == by_hand.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["torchvision basic", "timm convnext", "torchvision regnet y"])
+@pytest.mark.parametrize("name", ["torchvision basic", "timm convnext"])
 @torch.no_grad()
 def test_keeping_everything_is_bit_equal(name: str) -> None:
     model = oracle_cnn.lively(MODELS[name][0](), images())
@@ -152,9 +151,10 @@ def test_a_sample_does_not_depend_on_its_batch(mode: str) -> None:
     oracle.assert_close(fast(x.flip(0)).flip(0), together, TOLERANCE, "reversed")
 
 
-@pytest.mark.parametrize(("name", "before", "after"), [("resnet34", 3.671, 2.469), ("resnet50", 4.112, 2.721)])
-@pytest.mark.parametrize("mode", ["line", "token"])
-def test_gflops_of_the_paper(name: str, before: float, after: float, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode", "before", "after"), [("resnet34", "line", 3.671, 2.469), ("resnet50", "token", 4.112, 2.721)]
+)
+def test_gflops_of_the_paper(name: str, mode: str, before: float, after: float) -> None:
     with torch.device("meta"):
         model = getattr(torchvision.models, name)().eval()
     cuts = {0: Cut(8, 8, mode), 1: Cut(4, 4, mode)}

@@ -31,6 +31,7 @@ def sizes(model: GeneratedCNN) -> list[tuple[int, int]]:
     return [tuple(stage.shape[2:]) for stage in walked.stages]
 
 
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(data=st.data(), config=configs(), train=st.booleans())
 def test_pruned_equals_oracle_with_gradients(data: st.DataObject, config: Config, train: bool) -> None:
     model = GeneratedCNN(config)
@@ -53,7 +54,7 @@ def test_pruned_equals_oracle_with_gradients(data: st.DataObject, config: Config
         assert oracle.max_difference(a, b) <= 1e-3 * scale, f"gradient of {name}: {config} {chosen}"
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(data=st.data(), config=configs())
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch(data: st.DataObject, config: Config) -> None:
@@ -70,7 +71,7 @@ def test_a_sample_does_not_depend_on_its_batch(data: st.DataObject, config: Conf
     oracle.assert_close(compiled(images.flip(0)).flip(0), together, TOLERANCE, f"reversed {config} {chosen}")
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(config=configs(), mode=st.sampled_from(("line", "token")))
 @torch.no_grad()
 def test_keeping_everything_is_bit_equal(config: Config, mode: str) -> None:
