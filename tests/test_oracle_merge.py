@@ -71,25 +71,35 @@ def check(name: str, how: Merging, batch: int = 2, seed: int = 0, tolerance: flo
 
 
 CASES: list[tuple[str, Merging]] = [
-    ("deit_tiny", Merging({0: 6, 1: 5, 2: 4}, "tome", prefix=1)),
-    ("deit_tiny_distilled", Merging({0: 6, 1: 5}, "tome", prefix=2)),
     ("deit_tiny_distilled", Merging({0: 6, 1: 5}, "vid-tldr", importance="attention-entropy", prefix=2)),
     ("dinov2_reg4", Merging({0: 13}, "stream", prefix=5)),
-    ("dinov2_reg4", Merging({0: 13}, "tome", prefix=5, extra=(20, 31))),
     ("siglip", Merging({0: 18}, "tome")),
-    ("siglip", Merging({0: 9, 1: 9}, "vid-tldr", importance="attention-entropy", size_bias=False)),
-    ("vit_average", Merging({0: 9}, "stream", prefix=1, weighted_mean=True)),
-    ("vit_all_tokens", Merging({0: 9, 1: 5}, "vid-tldr", prefix=1)),
     ("vit_all_tokens", Merging({1: 5, 2: 5}, "stream", keep={0: 0.8}, prefix=1)),
     ("hf_vit", Merging({0: 9, 2: 5}, "tome", keep={1: 0.7}, prefix=1)),
-    ("hf_vit_eager", Merging({0: 9}, "stream", keep={1: 0.8, 2: 0.8}, prefix=1, operation="attention")),
     ("hf_videomae_classifier", Merging({0: 16, 1: 8}, "vid-tldr", importance="attention-entropy", weighted_mean=True)),
+    ("deit_tiny", Merging({0: 6, 1: 5, 2: 4}, "tome", prefix=1)),
+    ("deit_tiny", Merging({0: 9, 1: 5}, "stream", prefix=1, size_bias=False)),
+    ("deit_tiny_distilled", Merging({0: 6, 1: 5}, "tome", prefix=2)),
+    ("dinov2_reg4", Merging({0: 13}, "tome", prefix=5, extra=(20, 31))),
+    ("siglip", Merging({0: 9, 1: 9}, "stream")),
+    ("siglip", Merging({0: 9, 1: 9}, "vid-tldr", importance="attention-entropy", size_bias=False)),
+    ("vit_average", Merging({0: 9}, "stream", prefix=1, weighted_mean=True)),
+    ("vit_average", Merging({0: 9, 2: 5}, "tome", prefix=1)),
+    ("vit_all_tokens", Merging({0: 9, 1: 5}, "vid-tldr", prefix=1)),
+    ("hf_vit_eager", Merging({0: 9}, "stream", keep={1: 0.8, 2: 0.8}, prefix=1, operation="attention")),
+    ("hf_vit_eager", Merging({0: 9, 1: 5}, "vid-tldr", operation="attention", prefix=1)),
+    ("hf_videomae_classifier", Merging({0: 25, 1: 12}, "tome")),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), CASES, ids=[f"{name}-{how.merger}-{i}" for i, (name, how) in enumerate(CASES)]
-)
+def slow_but(first: int) -> list[Any]:
+    """The cases; all but the first few are slow, by the seconds that each capture takes."""
+    marks = [()] * first + [pytest.mark.slow] * (len(CASES) - first)
+    pairs = zip(CASES, marks, strict=True)
+    return [pytest.param(name, how, marks=mark, id=f"{name}-{how.merger}") for (name, how), mark in pairs]
+
+
+@pytest.mark.parametrize(("name", "how"), slow_but(6))
 @torch.no_grad()
 def test_real_models_equal_the_oracle(name: str, how: Merging) -> None:
     check(name, how)
@@ -109,7 +119,7 @@ def test_attention_written_out_equals_the_oracle() -> None:
 @torch.no_grad()
 def test_inductor_equals_the_oracle() -> None:
     how = Merging({0: 9}, "vid-tldr", importance="attention-entropy", keep={1: 0.8}, prefix=1)
-    check("deit_small", how, backend="inductor", tolerance=1e-3)
+    check("deit_tiny", how, backend="inductor", tolerance=1e-3)
 
 
 @torch.no_grad()
@@ -179,6 +189,7 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
 
 
 @hypothesis.given(data=st.data(), config=unfolded(), batch=st.integers(1, 3))
+@hypothesis.settings(max_examples=6)
 def test_generated_models_equal_the_oracle_with_gradients(data: st.DataObject, config: Config, batch: int) -> None:
     model = GeneratedViT(config)
     how = data.draw(mergings(config))
@@ -194,18 +205,19 @@ def test_generated_models_equal_the_oracle_with_gradients(data: st.DataObject, c
         assert gap <= 1e-3, f"gradient of {name}: max abs difference {gap:.3e} of {scale:.1e}; {config} {how}"
 
 
-@hypothesis.given(config=unfolded(), batch=st.integers(1, 3), merger=st.sampled_from(("stream", "tome", "vid-tldr")))
-@hypothesis.settings(max_examples=5)
+@hypothesis.given(config=unfolded(), merger=st.sampled_from(("stream", "tome", "vid-tldr")))
+@hypothesis.settings(max_examples=4)
 @torch.no_grad()
-def test_nothing_merged_is_bit_equal(config: Config, batch: int, merger: merge_oracle.Merger) -> None:
+def test_nothing_merged_is_bit_equal(config: Config, merger: merge_oracle.Merger) -> None:
+    hypothesis.assume(config.parallel == "none" or merger == "stream")
     model = GeneratedViT(config)
     how = Merging(dict.fromkeys(range(config.depth), 0), merger)
-    images = model.images(batch)
+    images = model.images(3)
     assert torch.equal(optimized(model, how)(images), model(images)), f"{config}"
 
 
 @hypothesis.given(data=st.data(), config=unfolded())
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=2)
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch_and_two_runs_are_bit_equal(data: st.DataObject, config: Config) -> None:
     model = GeneratedViT(config)
@@ -218,6 +230,26 @@ def test_a_sample_does_not_depend_on_its_batch_and_two_runs_are_bit_equal(data: 
     oracle.assert_close(together, compiled(images.flip(0)).flip(0), TOLERANCE, f"reversed {config} {how}")
     for i in range(3):
         oracle.assert_close(together[i : i + 1], compiled(images[i : i + 1]), TOLERANCE, f"sample {i} {config} {how}")
+
+
+@torch.no_grad()
+def test_tokens_merged_in_the_last_block_leave_with_their_destinations_value() -> None:
+    model = GeneratedViT(PLAIN)
+    images = model.images(2)
+    for how in (Merging({2: 6}, prefix=1), Merging({1: 6, 2: 4}, prefix=1)):
+        wanted = by_hand(model, images, how)
+        oracle.assert_close(optimized(model, how)(images), wanted.outputs, TOLERANCE, f"{how}")
+
+
+@torch.no_grad()
+def test_sizes_pass_a_norm_between_blocks() -> None:
+    """Post-norm: each block's sums start from a norm, yet the tokens and their sizes are the same."""
+    model = GeneratedViT(replace(PLAIN, norm="post"))
+    images = model.images(2)
+    how = Merging({0: 6, 2: 4}, keep={1: 0.8}, prefix=1)
+    wanted = by_hand(model, images, how)
+    assert wanted.margin > CLEAR
+    oracle.assert_close(optimized(model, how)(images), wanted.outputs, TOLERANCE, f"{how}")
 
 
 PLAIN = Config(depth=3, width=16, grid=(4, 5), prefix=1, output="tokens")
@@ -238,7 +270,7 @@ def sizes_in(compiled: Any, images: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("merger", "importance", "operation"), SINGLE)
+@pytest.mark.parametrize(("merger", "importance", "operation"), SINGLE[:4])
 @torch.no_grad()
 def test_sizes_carried_through_merges_and_prunes(merger: Any, importance: Any, operation: Any) -> None:
     """ToMe's and the stream's sum to the number of tokens merged so far; all equal the oracle's."""
