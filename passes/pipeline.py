@@ -19,7 +19,7 @@ from passes.explicit_attention import ExplicitAttention
 from passes.importance import Scoring
 from passes.inline_regions import InlineRegions
 from passes.insert import InsertSelection
-from passes.insert_merge import InsertMerge, Merger, merge_point
+from passes.insert_merge import InsertMerge, Merger
 from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
@@ -288,11 +288,10 @@ def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int,
 
 def _step(gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected) -> InsertSelection | InsertMerge | None:
     """The pass that does a step, or None where there is nothing to do."""
-    at = block.output if isinstance(p, Prune) else merge_point(block, p.merger, p.scoring)
-    length = _tokens(at)
+    length = _tokens(block.output)
     if length is None:
-        stream_layout(at)
-        raise Refusal("the residual stream has no token dimension", at)
+        stream_layout(block.output)
+        raise Refusal("the residual stream has no token dimension", block.output)
     if isinstance(p, Prune):
         keep = p.kept(length)
         if keep < guard.count:
