@@ -155,5 +155,5 @@ def _bar(title: str, total: int, ranks: Ranks) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+        task = progress.add_task(f"{title}, the first batch compiles too", total=total)
+        yield lambda: progress.update(task, advance=1, description=title)
