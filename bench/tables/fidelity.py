@@ -71,7 +71,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm model (default %(default)s)")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random ones if not given")
+    weights.add_argument(
+        "--checkpoint", dest="weights", type=Path, metavar="FILE", help="weights; random ones if not given"
+    )
     weights.add_argument("--pretrained", action="store_true", help="weights from timm's hub")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", default=224)
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures; scikit-image's if not given")
@@ -91,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     setting = Setting.of(args)
     model = build(
-        args.model, img_size=args.img_size, num_classes=None, pretrained=args.pretrained, checkpoint=args.checkpoint
+        args.model, img_size=args.img_size, num_classes=None, pretrained=args.pretrained, checkpoint=args.weights
     ).to(setting.device, setting.dtype)
     images = pictures(model, args.images, args.img_size, quick=args.quick).to(setting.device, setting.dtype)
     tokens, depth = _shape(model, images[:1])
     columns = (args.counts or _fitting(tokens, depth))[: 2 if args.quick else None]
-    settings = {k: str(getattr(args, k)) for k in ("model", "checkpoint", "pretrained", "img_size", "images", "dtype")}
+    settings = {k: str(getattr(args, k)) for k in ("model", "weights", "pretrained", "img_size", "images", "dtype")}
     results = Results(args.json, environment("fidelity", settings | {"pictures": len(images)}))
     batch = args.batch_size or 9
     dense = _forward(model, images, batch)
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [row for counts in columns for way in args.ways if (row := results.row(_identity(way, counts)))]
     print(_table(rows, columns))
     where = args.images or f"scikit-image's photographs, {CROPS} crops of each"
-    weights = args.checkpoint or ("timm's hub" if args.pretrained else "none: random, so that the numbers mean nothing")
+    weights = args.weights or ("timm's hub" if args.pretrained else "none: random, so that the numbers mean nothing")
     print(
         f"mean cosine of the output to the dense model's, {len(images)} pictures ({where}); weights: {weights}.\n"
         f"In brackets: multiply-accumulates, G a picture; dense {rows[0]['gmacs_dense']:.3f}. Random: one draw."
