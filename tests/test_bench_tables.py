@@ -207,6 +207,7 @@ def clip(path: Path, shade: int) -> None:
         container.mux(stream.encode())
 
 
+@pytest.mark.slow
 def test_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Text features that are the dense model's own video features: it finds every one."""
     from bench.evaluate.encoders import umt_transform
