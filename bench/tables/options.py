@@ -121,7 +121,7 @@ class Setting:
             args.columns,
             args.quick,
             args.backend or ("eager" if args.quick else "inductor"),
-            _device(args.device),
+            usable(args.device),
             DTYPES[args.dtype],
             args.batch_size,
             args.rounds or (QUICK_ROUNDS if args.quick else args.default_rounds),
@@ -162,7 +162,7 @@ def _named_file(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _device(name: str) -> torch.device:
+def usable(name: str) -> torch.device:
     try:
         torch.empty(1, device=name)
         return torch.device(name)

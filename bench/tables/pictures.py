@@ -8,7 +8,9 @@ from pathlib import Path
 
 from bench.tables.fidelity import photograph
 from bench.tables.measure import say
+from bench.tables.options import usable
 from rs_compile import Schedule
+from rs_compile.cli import DTYPES
 from rs_compile.models import build
 from rs_compile.visualize.command import check_output, parse_layers, visualize
 
@@ -42,6 +44,8 @@ class Pictures:
         parser.add_argument("--model", default=self.model, help="a timm model (default %(default)s)")
         parser.add_argument("--layers", default=self.layers, help="counted from 0, or all (default %(default)s)")
         parser.add_argument("--img-size", type=int, metavar="PIXELS")
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
+        parser.add_argument("--dtype", choices=DTYPES, default="float32")
         parser.add_argument("--quick", action="store_true", help="one picture")
         parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png or .html")
         parser.add_argument("--json", type=Path, metavar="FILE", help="every score")
@@ -50,6 +54,7 @@ class Pictures:
         check_output(args.output)
         images = args.images or [photograph(name) for name in SHOWN]
         model = build(args.model, img_size=args.img_size, pretrained=args.pretrained, checkpoint=args.checkpoint)
+        model = model.to(usable(args.device), DTYPES[args.dtype])
         layers = parse_layers(args.layers)
         images = images[:1] if args.quick else images
         result = visualize(model, args.model, images, args.output, layers, self.schedule, args.img_size, say)

@@ -31,7 +31,7 @@ def block_layers(
         if blocks[i].attention_op() is not None:
             attention = Scoring(importance="class-attention" if guard.prefix else "mean-attention")
             wanted.append((blocks[i], guard, attention))
-    scores = ScoreOutputs(tuple(wanted))(gm).gm(images)
+    scores = [s.float().cpu() for s in ScoreOutputs(tuple(wanted))(gm).gm(images)]
     layers: dict[int, LayerMaps] = {}
     for (block, _, scoring), values in zip(wanted, scores, strict=True):
         i, found = block.index, over_grid(values, grids[block.index])

@@ -101,9 +101,10 @@ def visualize(
     """
     check_output(output)
     images = load_images(paths, model, img_size)
+    like = next(model.parameters())
     maps = score_maps(
         model,
-        images,
+        images.to(like.device, like.dtype),
         layers,
         schedule=schedule,
         operation=schedule.operation,
