@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     ).to(setting.device, setting.dtype)
     images = pictures(model, args.images, args.img_size, quick=args.quick).to(setting.device, setting.dtype)
     tokens, depth = _shape(model, images[:1])
-    columns = (args.counts or _fitting(tokens, depth))[: 2 if args.quick else None]
+    columns = (args.counts or _fitting(tokens, depth))[: 1 if args.quick else None]
     settings = {k: str(getattr(args, k)) for k in ("model", "weights", "pretrained", "img_size", "images", "dtype")}
     results = Results(args.json, environment("fidelity", settings | {"pictures": len(images)}))
     batch = args.batch_size or 9
