@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class ApplySizes(Pass):
             elif MEAN_SIZES in node.meta:
                 sizes, samples, tokens = node.meta.pop(MEAN_SIZES)
                 with gm.graph.inserting_before(node):
-                    x = splice(gm.graph, "sizes", lambda x, s: weighed(x, s, samples, tokens), node.args[0], sizes)  # noqa: B023
+                    by_size = partial(weighed, samples=samples, tokens=tokens)
+                    x = splice(gm.graph, "sizes", by_size, node.args[0], sizes)
                 node.args = (x, *node.args[1:])
         for node in gm.graph.nodes:
             node.meta.pop(ALIVE, None)

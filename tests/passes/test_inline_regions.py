@@ -150,7 +150,8 @@ def test_gradients_switched_on_between() -> None:
             c = b + a
         return b + c
 
-    flat(between)
+    gm = flat(between)
+    assert not [op for op in ops(gm) if "set_grad_enabled" in op]
 
 
 def test_integer_results_are_not_detached() -> None:
