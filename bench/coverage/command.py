@@ -12,7 +12,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
 
@@ -131,15 +130,10 @@ def _chosen(everything: list[Subject], only: str | None, quick: bool) -> list[Su
 
 
 def _checked(todo: list[Subject], sample: set[tuple[str, str]], jobs: int) -> Iterator[tuple[Subject, Row]]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _settle, max_tasks_per_child=_TASKS_OF_A_PROCESS) as pool:
-        futures = {pool.submit(_check, s.library, s.name, (s.library, s.name) in sample): s for s in todo}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    tasks = [(i, s.library, s.name, (s.library, s.name) in sample) for i, s in enumerate(todo)]
+    with multiprocessing.get_context("spawn").Pool(jobs, _settle, maxtasksperchild=_TASKS_OF_A_PROCESS) as pool:
+        for i, row in pool.imap_unordered(_check, tasks):
+            yield todo[i], row
 
 
 def _settle() -> None:
@@ -148,5 +142,6 @@ def _settle() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _check(library: str, name: str, compiled: bool) -> Row:
-    return check(next(s for s in subjects(library) if s.name == name), compiled)
+def _check(task: tuple[int, str, str, bool]) -> tuple[int, Row]:
+    number, library, name, compiled = task
+    return number, check(next(s for s in subjects(library) if s.name == name), compiled)
