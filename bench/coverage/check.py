@@ -20,7 +20,7 @@ from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.grid_pipeline import cuttable
 from passes.pipeline import check_blocks, prepare, protected_tokens, prunable
 from passes.protected import Protected
-from passes.stages import find_stages
+from passes.stages import Stage, find_stages
 
 BATCH = 3
 KEEP = 0.7
@@ -70,11 +70,11 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
     able = [i for i, (yes, _) in enumerate(answers) if yes]
     row |= {"blocks": len(blocks), "prunable": len(able)}
     if not able:
-        stages = [(stage.index, *cuttable(stage)) for stage in find_stages(gm)]
-        cut = next((index for index, yes, _ in stages if yes), None)
+        stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
+        cut = next((stage for stage, (yes, _) in stages if yes), None)
         if cut is not None:
             return row | _check_grid(model, given, dense, cut)
-        reasons = [reason for _, reason in answers] or [reason for *_, reason in stages]
+        reasons = [reason for _, reason in answers] or [reason for _, (_, reason) in stages]
         return row | {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
     same = call(rs_compile.optimize(model, {able[0]: 1.0}, backend="eager"), given)()
     if wrong := differs(same, dense, 0.0)[1]:
@@ -138,11 +138,12 @@ def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
     return next((y for y in layers if f"{block.where}.".startswith(f"{y.path}.")), None)
 
 
-def _check_grid(model: nn.Module, given: Any, dense: Any, stage: int) -> Row:
-    schedule = rs_compile.Schedule(grid={stage: rs_compile.GridPrune(0.75, 0.75)})
+def _check_grid(model: nn.Module, given: Any, dense: Any, stage: Stage) -> Row:
+    gone = [max(1, size // 8) for size in stage.grid]
+    schedule = rs_compile.Schedule(grid={stage.index: rs_compile.GridPrune(*gone)})
     short = call(rs_compile.optimize(model, schedule, backend="eager"), given)()
     wrong = differs(short, dense, None)[1]
-    return {"sites": [stage], "result": WRONG if wrong else GRID, "detail": f"outputs: {wrong}" if wrong else ""}
+    return {"sites": [stage.index], "result": WRONG if wrong else GRID, "detail": f"outputs: {wrong}" if wrong else ""}
 
 
 def _why_none(gm: GraphModule, blocks: list[Block], branches: list[Branch]) -> str:
