@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult
-from passes.capture import FIXED_BATCH, batched
+from passes.capture import FIXED_BATCH
 from passes.grid_pipeline import cuttable
 from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
@@ -22,16 +22,12 @@ from passes.stages import find_stages
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.rewrite import merging_text, rewrite
 from rs_compile.schedule import Schedule
+from rs_compile.signature import autocast_state, batch_sizes, check_inputs, input_key, signature, state_key
 
 _KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
-_AUTOCAST = ("cpu", "cuda")  # device types that have it
 
 Backend = str | Callable[..., Any]
 TokenOutputs = Literal["restore", "compact"]
-
-
-class InputError(CompileError, TypeError):
-    """The model was called with something that cannot be captured; says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,10 @@ class OptimizedModel(nn.Module):
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key: tuple[Any, ...] = (self._state_key(), _leaf_key(leaves), spec)
+        key: tuple[Any, ...] = (state_key(self._model), input_key(leaves), spec)
         plan: _Plan | None = self._plans.get(key)
         if plan is not None and plan.fixed_batch:
-            key = (*key, _batch_sizes(leaves))
+            key = (*key, batch_sizes(leaves))
             plan = self._plans.get(key)
         if plan is None or not plan.ran:
             with self._lock:
@@ -153,16 +149,6 @@ class OptimizedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         return OptimizedModel(copy.deepcopy(self._model, memo), self._options)
 
-    def _state_key(self) -> tuple[Any, ...]:
-        """What a captured graph depends on besides the inputs."""
-        parts: list[Any] = []
-        for module in self._model.modules():
-            parts.append(module.training)
-            for table in (module._parameters, module._buffers):
-                parts += [(id(t), t.dtype, t.device) for t in table.values() if t is not None]
-        cast = tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST if torch.is_autocast_enabled(d))
-        return (tuple(parts), cast)
-
     def _say(self, text: str) -> None:
         options: Options = self._options
         if options.progress is not None:
@@ -175,9 +161,9 @@ class OptimizedModel(nn.Module):
         return options.schedule.prunes if options.lower_attention is None else options.lower_attention
 
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
-        _check_inputs(self._model, leaves)
+        check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = any(map(torch.is_autocast_enabled, _AUTOCAST))
+        ambient = bool(autocast_state())
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
@@ -196,10 +182,10 @@ class OptimizedModel(nn.Module):
             self._say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
         compiled = replace(compiled, skips=prepared.skips + compiled.skips)
-        plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
+        plan = _Plan(compiled, run, signature(leaves), out_spec, kept, fixed)
         if fixed and len(key) == _KEY_LENGTH:
             self._plans[key] = plan  # says that the batch belongs into the key
-            key = (*key, _batch_sizes(leaves))
+            key = (*key, batch_sizes(leaves))
         self._plans[key] = plan
         return plan
 
@@ -301,7 +287,7 @@ def plans(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     prepared: dict[bool, PassResult] = {}
     for handle in handles:
-        key = (handle._state_key(), _leaf_key(leaves), spec)
+        key = (state_key(handle._model), input_key(leaves), spec)
         if handle._lowers not in prepared:
             prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
         handle.__dict__["_last"] = handle._rewrite(key, leaves, _copied(prepared[handle._lowers]))
@@ -325,7 +311,7 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    _check_inputs(model, pytree.tree_leaves((args, kwargs)))
+    check_inputs(model, pytree.tree_leaves((args, kwargs)))
     with torch._C._DisableAutocast():
         prepared = prepare(model, args, kwargs, lower=True)
     rows = []
@@ -355,42 +341,11 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
 
 
-def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
-    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
-        raise InputError(f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...]")
-
-
 def _copied(prepared: PassResult) -> PassResult:
     """The same with a graph of its own, on the same parameters: passes write into the graph."""
     gm = torch.fx.GraphModule(prepared.gm, copy.deepcopy(prepared.gm.graph))
     gm.meta = dict(prepared.gm.meta)
     return PassResult(gm, skips=prepared.skips)
-
-
-def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The input signature: everything but the number of samples."""
-    runs = batched(leaves)
-    return tuple(
-        (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
-        if isinstance(leaf, torch.Tensor)
-        else repr(leaf)
-        for leaf, over in zip(leaves, runs, strict=True)
-    )
-
-
-def _batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
-
-
-def _signature(leaves: Sequence[Any]) -> str:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    runs = batched(tensors)
-    texts = []
-    for t, over in zip(tensors, runs, strict=True):
-        sizes = ", ".join("B" if over and d == 0 else str(s) for d, s in enumerate(t.shape))
-        texts.append(f"{str(t.dtype).removeprefix('torch.')}[{sizes}] on {t.device}")
-    return ", ".join(texts)
 
 
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
