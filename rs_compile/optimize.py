@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult
-from passes.capture import FIXED_BATCH, batched
+from passes.capture import FIXED_BATCH
 from passes.grid_pipeline import cuttable
 from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
@@ -22,9 +22,10 @@ from passes.stages import find_stages
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.rewrite import merging_text, rewrite
 from rs_compile.schedule import Schedule
+from rs_compile.signature import AUTOCAST, State, StateReader, batch_sizes, flatten, in_words, leaf_key
 
-_KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
-_AUTOCAST = ("cpu", "cuda")  # device types that have it
+# one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
+_CAPTURING = threading.RLock()
 
 Backend = str | Callable[..., Any]
 TokenOutputs = Literal["restore", "compact"]
@@ -58,7 +59,6 @@ class _Plan:
     out_spec: pytree.TreeSpec
     kept: list[int]
     fixed_batch: bool
-    ran: bool = False
 
 
 class OptimizedModel(nn.Module):
@@ -77,7 +77,7 @@ class OptimizedModel(nn.Module):
         self.__dict__["_options"] = options
         self.__dict__["_plans"] = {}
         self.__dict__["_last"] = None
-        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_state"] = StateReader(model)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,17 +87,16 @@ class OptimizedModel(nn.Module):
             InputError: no input is a tensor.
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key: tuple[Any, ...] = (self._state_key(), _leaf_key(leaves), spec)
-        plan: _Plan | None = self._plans.get(key)
-        if plan is not None and plan.fixed_batch:
-            key = (*key, _batch_sizes(leaves))
-            plan = self._plans.get(key)
-        if plan is None or not plan.ran:
-            with self._lock:
-                plan = self._plans.get(key) or self._rewrite(key, leaves, self._prepare(leaves, args, kwargs))
+        leaves, spec = flatten(args, kwargs)
+        plan = self._find(leaves, spec)
+        if plan is None:
+            with _CAPTURING:
+                # the model's state may have been read while another thread was capturing
+                plan, before = self._find(leaves, spec), self._state()
+                if plan is None:
+                    plan = self._rewrite(leaves, self._prepare(leaves, args, kwargs))
                 outputs = plan.run(*leaves)
-                plan.ran = True
+                self._keep(before, leaves, spec, plan)
         else:
             outputs = plan.run(*leaves)
         self.__dict__["_last"] = plan
@@ -153,15 +152,24 @@ class OptimizedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         return OptimizedModel(copy.deepcopy(self._model, memo), self._options)
 
-    def _state_key(self) -> tuple[Any, ...]:
-        """What a captured graph depends on besides the inputs."""
-        parts: list[Any] = []
-        for module in self._model.modules():
-            parts.append(module.training)
-            for table in (module._parameters, module._buffers):
-                parts += [(id(t), t.dtype, t.device) for t in table.values() if t is not None]
-        cast = tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST if torch.is_autocast_enabled(d))
-        return (tuple(parts), cast)
+    def _find(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Plan | None:
+        key = (self._state(), leaf_key(leaves), spec)
+        plan: _Plan | None = self._plans.get(key)
+        if plan is not None and plan.fixed_batch:
+            plan = self._plans.get((*key, batch_sizes(leaves)))
+        return plan
+
+    def _keep(self, before: State, leaves: Sequence[Any], spec: pytree.TreeSpec, plan: _Plan) -> None:
+        """Files a plan. What its capture left on the model (hooks, a count of calls) is no change of the model."""
+        state = self._state()
+        # plans for parameters that the model has no more would keep these alive
+        plans = {k: p for k, p in self._plans.items() if k[0].identities == state.identities}
+        plans |= {(state, *k[1:]): p for k, p in plans.items() if k[0] == before}
+        key = (state, leaf_key(leaves), spec)
+        plans[key] = plan
+        if plan.fixed_batch:
+            plans[(*key, batch_sizes(leaves))] = plan
+        self.__dict__["_plans"] = plans
 
     def _say(self, text: str) -> None:
         options: Options = self._options
@@ -177,11 +185,11 @@ class OptimizedModel(nn.Module):
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
         _check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = any(map(torch.is_autocast_enabled, _AUTOCAST))
+        ambient = any(map(torch.is_autocast_enabled, AUTOCAST))
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
-    def _rewrite(self, key: Any, leaves: Sequence[Any], prepared: PassResult) -> _Plan:
+    def _rewrite(self, leaves: Sequence[Any], prepared: PassResult) -> _Plan:
         options: Options = self._options
         schedule = options.schedule
         gm = prepared.gm
@@ -196,12 +204,7 @@ class OptimizedModel(nn.Module):
             self._say("compiling")
             run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
         compiled = replace(compiled, skips=prepared.skips + compiled.skips)
-        plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
-        if fixed and len(key) == _KEY_LENGTH:
-            self._plans[key] = plan  # says that the batch belongs into the key
-            key = (*key, _batch_sizes(leaves))
-        self._plans[key] = plan
-        return plan
+        return _Plan(compiled, run, in_words(leaves), out_spec, kept, fixed)
 
 
 def optimize(
@@ -298,13 +301,12 @@ def plans(
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, _ = flatten(args, kwargs)
     prepared: dict[bool, PassResult] = {}
     for handle in handles:
-        key = (handle._state_key(), _leaf_key(leaves), spec)
         if handle._lowers not in prepared:
             prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
-        handle.__dict__["_last"] = handle._rewrite(key, leaves, _copied(prepared[handle._lowers]))
+        handle.__dict__["_last"] = handle._rewrite(leaves, _copied(prepared[handle._lowers]))
         yield handle.report()
 
 
@@ -325,7 +327,7 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    _check_inputs(model, pytree.tree_leaves((args, kwargs)))
+    _check_inputs(model, flatten(args, kwargs)[0])
     with torch._C._DisableAutocast():
         prepared = prepare(model, args, kwargs, lower=True)
     rows = []
@@ -358,7 +360,9 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
 def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
-        raise InputError(f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...]")
+        raise InputError(
+            f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...], or a dict of them"
+        )
 
 
 def _copied(prepared: PassResult) -> PassResult:
@@ -366,31 +370,6 @@ def _copied(prepared: PassResult) -> PassResult:
     gm = torch.fx.GraphModule(prepared.gm, copy.deepcopy(prepared.gm.graph))
     gm.meta = dict(prepared.gm.meta)
     return PassResult(gm, skips=prepared.skips)
-
-
-def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The input signature: everything but the number of samples."""
-    runs = batched(leaves)
-    return tuple(
-        (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
-        if isinstance(leaf, torch.Tensor)
-        else repr(leaf)
-        for leaf, over in zip(leaves, runs, strict=True)
-    )
-
-
-def _batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
-
-
-def _signature(leaves: Sequence[Any]) -> str:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    runs = batched(tensors)
-    texts = []
-    for t, over in zip(tensors, runs, strict=True):
-        sizes = ", ".join("B" if over and d == 0 else str(s) for d, s in enumerate(t.shape))
-        texts.append(f"{str(t.dtype).removeprefix('torch.')}[{sizes}] on {t.device}")
-    return ", ".join(texts)
 
 
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
