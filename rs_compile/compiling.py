@@ -16,7 +16,7 @@ from passes.pipeline import Compiled, Progress
 from passes.restore import KEPT, TokenOutput
 from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
 from rs_compile.schedule import Schedule
-from rs_compile.signature import signature
+from rs_compile.signature import in_words
 
 Backend = str | Callable[..., Any]
 TokenOutputs = Literal["restore", "compact"]
@@ -70,7 +70,6 @@ class Plan:
     run: Run
     signature: str
     verdict: Verdict | None = None
-    ran: bool = False
 
 
 def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
@@ -93,7 +92,7 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
     run = runs[kept]
     if kept == "dense" and graphs.kept:
         run = all_kept(run, runs["pruned"], leaves, graphs.kept)
-    return Plan(graphs, sides[kept], run, signature(leaves), verdict)
+    return Plan(graphs, sides[kept], run, in_words(leaves), verdict)
 
 
 def _run(gm: GraphModule, options: Options) -> Run:
