@@ -19,6 +19,7 @@ from passes.grid_pipeline import cuttable
 from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.restore import KEPT, TokenOutput
 from passes.stages import find_stages
+from rs_compile.inductor import compile_graph
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.rewrite import merging_text, rewrite
 from rs_compile.schedule import Schedule
@@ -160,8 +161,7 @@ class OptimizedModel(nn.Module):
             parts.append(module.training)
             for table in (module._parameters, module._buffers):
                 parts += [(id(t), t.dtype, t.device) for t in table.values() if t is not None]
-        cast = tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST if torch.is_autocast_enabled(d))
-        return (tuple(parts), cast)
+        return (tuple(parts), tuple(_autocast().items()))
 
     def _say(self, text: str) -> None:
         options: Options = self._options
@@ -177,7 +177,7 @@ class OptimizedModel(nn.Module):
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
         _check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = any(map(torch.is_autocast_enabled, _AUTOCAST))
+        ambient = _autocast()
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
@@ -194,7 +194,7 @@ class OptimizedModel(nn.Module):
         run: Callable[..., Any] = compiled.gm
         if options.backend != "eager":
             self._say("compiling")
-            run = torch.compile(compiled.gm, backend=options.backend, mode=options.mode)
+            run = compile_graph(compiled.gm, options.backend, options.mode)
         compiled = replace(compiled, skips=prepared.skips + compiled.skips)
         plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
         if fixed and len(key) == _KEY_LENGTH:
@@ -353,6 +353,11 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
         notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
     return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
+
+
+def _autocast() -> dict[str, torch.dtype]:
+    """The autocast that is on now, its dtype by device type."""
+    return {d: torch.get_autocast_dtype(d) for d in _AUTOCAST if torch.is_autocast_enabled(d)}
 
 
 def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
