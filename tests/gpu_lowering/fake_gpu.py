@@ -1,7 +1,7 @@
 """The CUDA code that Inductor generates for a rewritten graph, on a machine without a GPU.
 
-A model is captured on fake CUDA tensors, so that every decision falls as it does on CUDA. Inductor then lowers the graph
-for a GPU that only answers questions about itself; nothing is executed.
+A model is captured on fake CUDA tensors, so that every decision falls as it does on CUDA. Inductor then lowers the
+graph for a GPU that only answers questions about itself; nothing is executed.
 """
 
 from __future__ import annotations

@@ -98,3 +98,30 @@ def test_inductors_own_threshold_would_gather_again() -> None:
     plain = generate(transformer(197, KEPT), batch=64, realize_reads_threshold=4)
     assert len(plain.launches) == len(pruned(197).launches)
     assert sum("gather" in launch for launch in plain.launches) > len(SITES)
+
+
+def test_merging_with_size_bias_stays_on_flash() -> None:
+    """A merge: match (4 kernels), who is left and where (6), sizes and values (5). Behind it an attention with size
+    bias: three kernels write the padded heads, one takes the padding off."""
+    generated = generate(transformer(197, MERGED), batch=64)
+    check_all_on_the_gpu(generated, DEPTH)
+    assert len(generated.launches) - len(dense(197).launches) <= len(SITES) * (14 + 4)
+
+
+@pytest.mark.slow
+def test_merging_above_512_tokens() -> None:
+    generated = generate(transformer(577, MERGED), batch=64)
+    check_all_on_the_gpu(generated, DEPTH)
+    assert len(generated.launches) - len(dense(197).launches) <= len(SITES) * (14 + 4) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "more"), [(LINES, 5), (CELLS, 3)])
+def test_rows_and_columns_of_a_cnn(schedule: Schedule, more: int) -> None:
+    """The score joins the last add and ReLU of the stage. Lines: two means, two selections, one gather; cells: two
+    selections and the gather."""
+    whole, cut = (generate(cnn(s), batch=8) for s in (Schedule(), schedule))
+    check_all_on_the_gpu(cut, 0)
+    assert len(cut.launches) - len(whole.launches) == more * len(SITES)
+    assert len([launch for launch in cut.launches if "relu" in launch and "linalg_vector_norm" in launch]) == len(SITES)
+    assert len([launch for launch in cut.launches if "_index_" in launch]) == len(SITES)
