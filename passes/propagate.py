@@ -65,6 +65,11 @@ def describe(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
     return _recalled(mode, target, args, kwargs)
 
 
+def remember(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Notes what an op gave when it was traced on fake values of this mode."""
+    _keep(memory_of(mode), call_key(target, args, kwargs), out)
+
+
 def call_key(target: Op, args: Any, kwargs: Any) -> Key | None:
     """All that the result of an op depends on, or None where that is more than metadata, or not known."""
     if not isinstance(target, OpOverload) or target.namespace != "aten":
@@ -87,10 +92,14 @@ def _recalled(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
         return memory[key]
     with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
         out = target(*args, **kwargs)
+    _keep(memory, key, out)
+    return out
+
+
+def _keep(memory: dict[Key, Any], key: Key | None, out: Any) -> None:
     values = out if isinstance(out, (list, tuple)) else [out]
     if key is not None and all(_plain_tensor(v) for v in values):
         memory[key] = [Described.of(v) for v in values] if isinstance(out, (list, tuple)) else Described.of(out)
-    return out
 
 
 def _plain_tensor(value: Any) -> bool:
