@@ -293,7 +293,9 @@ def plans(
     for handle in handles:
         if handle._lowers not in prepared:
             prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
-        handle.__dict__["_last"] = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
+        found = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
+        handle._keep(handle._state(), leaves, spec, found)
+        handle.__dict__["_last"] = found
         yield handle.report()
 
 
