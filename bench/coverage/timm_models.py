@@ -22,7 +22,12 @@ _NUMBERS = re.compile(
     r"(patch|window|reg|r|s|p|w|x|b|c|d|g|h|m|k|t|n|l)?\d+[a-z]?|\d+x\d+d|\d+(m|mf|gf|d|t|b)|\d+_\d+|v\d+[ab]?"
 )
 _SPELT_OUT = ("vision_transformer", "eva", "beit", "deit", "naflexvit", "gemma4_vit", "qwen3_vit", "deepseek_vit")
-_DEPTH = 4
+_DEPTH = 3
+_SIDE, _LARGE = 224, 300
+_SIDES = {
+    "qwen3_vit_88m": 768,  # its own: as many tokens as a linear layer has channels
+    "gemma4_vit_167m_enc": 240,  # a multiple of its pooled patch
+}
 
 
 def family(name: str, module: str) -> str:
@@ -53,14 +58,22 @@ def _rank(name: str) -> tuple[int, list[int], str]:
 
 
 def _build(name: str) -> nn.Module:
-    """The model in eval mode, of few layers where its constructor takes their number."""
-    try:
-        return timm.create_model(name, pretrained=False, depth=_DEPTH).eval()
-    except (TypeError, AssertionError, IndexError, RuntimeError):
-        return timm.create_model(name, pretrained=False).eval()
+    """The model in eval mode, of few layers and of a small image where its constructor takes them."""
+    sizes = {"img_size": _side(name)}
+    for options in ({"depth": _DEPTH, **sizes}, {"depth": _DEPTH}, sizes):
+        try:
+            return timm.create_model(name, pretrained=False, **options).eval()
+        except (TypeError, ValueError, AssertionError, IndexError, RuntimeError):
+            continue
+    return timm.create_model(name, pretrained=False).eval()
+
+
+def _side(name: str) -> int:
+    """Rows and columns of the image: the model's own, or fewer where those are many."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own = config.input_size[1] if config is not None else _SIDE
+    return _SIDES.get(name, own if own <= _LARGE else _SIDE)
 
 
 def _images(name: str, batch: int) -> Tensor:
-    size = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    shape = size.input_size if size is not None else (3, 224, 224)
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch, 3, _side(name), _side(name), generator=torch.Generator().manual_seed(0))
