@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -97,7 +99,10 @@ def _shared_with(node: Node) -> list[Node]:
     # composite ops (type_as, einsum, meshgrid, dropout) may return an input without declaring it: ask
     inputs = [a for a in node.all_input_nodes if tensors(a.meta.get("val"))]
     try:
-        with fake_mode(node.graph), torch.no_grad():
+        # asked only: what the replay would guard on, a batch of that size, must not stay
+        mode = fake_mode(node.graph)
+        unguarded = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+        with mode, unguarded, enable_python_dispatcher(), torch.no_grad():
             made = _storages(node.target(*fake(node.args), **fake(node.kwargs)))
     except Exception:
         return inputs  # cannot be replayed: assume the worst
