@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from bench import finetune, table7
+from bench.coverage import command as coverage
 from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table6, table8
 from bench.tables.pictures import figure4, figure6, figure7
 from passes.base import CompileError
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "figure7": figure7,
     "fidelity": fidelity,
     "finetune": finetune,
+    "coverage": coverage,
 }
 
 

@@ -149,8 +149,9 @@ def prepare(
         *([LowerAttention()] if lower else []),
     ]
     for pass_ in passes:
-        result = pass_(gm)
+        result = pass_.apply(gm)
         gm, skips = result.gm, skips + list(result.skips)
+    gm.recompile()
     return PassResult(gm, skips=tuple(skips))
 
 
@@ -188,10 +189,10 @@ def prune(
             sizes=None if last is None else sites[last].sizes,
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
-        )(gm)
+        ).apply(gm)
         anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors, behind.gap)(result.gm).gm
-        gm = RestoreTokens(anchors, compact_outputs)(gm).gm
+        gm = RetargetTokens(anchors, behind.gap).apply(result.gm).gm
+        gm = RestoreTokens(anchors, compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         sites[p.block] = site
@@ -199,14 +200,15 @@ def prune(
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
-        gm = AppendKept()(gm).gm
-    gm = ApplySizes()(gm).gm
+        gm = AppendKept().apply(gm).gm
+    gm = ApplySizes().apply(gm).gm
     if behind.explicit:
-        gm = ExplicitAttention()(gm).gm
+        gm = ExplicitAttention().apply(gm).gm
     skips: tuple[Skip, ...] = ()
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
-        named = NameFlash()(gm)
+        named = NameFlash().apply(gm)
         gm, skips = named.gm, named.skips
+    gm.recompile()
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
 from passes.gather import stretch_index, take
 from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
+from passes.propagate import evaluate
 from passes.rules import Extent, Kept, Position, Transfer
 from passes.site import SITE, Site
 from passes.sizes import KEY_SIZES, MEAN_SIZES, SDPA, check_biasable, stretch_sizes
@@ -65,6 +65,9 @@ class RetargetTokens(Pass):
             )
         emit = _Emitter(gm, site)
         site.compact[site.full] = site.short
+        for source, layout in axis.sources.items():
+            with gm.graph.inserting_before(source.next):
+                site.compact[source] = emit.gathered(source, layout)
         for node, transfer in axis.transfers.items():
             emit(node, replace(transfer, args=transfer.decay) if node in decaying else transfer)
         return PassResult(gm, rewrites=len(axis.transfers))
@@ -108,8 +111,8 @@ class _Emitter:
     def _evaluate(self, node: Node, twin: Node, transfer: Transfer) -> None:
         """Recomputes the value, and holds it against the layout that the rule promised."""
         try:
-            with self.mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
-                twin.meta["val"] = twin.target(*fake(twin.args), **fake(twin.kwargs))  # type: ignore[operator]
+            op: Any = twin.target
+            twin.meta["val"] = evaluate(self.mode, op, fake(twin.args), fake(twin.kwargs))
         except Exception as error:
             raise Refusal(f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT) from error
         val = twin.meta["val"]
@@ -208,8 +211,10 @@ class _Emitter:
     def _aligned(self, node: Node, target: Layout) -> Node:
         """An input that has an entry per token, gathered by the kept positions."""
         assert self.site.axis is not None
-        own = self.site.axis.layouts.get(node)
-        value = self.site.compact.get(node, node)
+        return self.gathered(self.site.compact.get(node, node), target, self.site.axis.layouts.get(node))
+
+    def gathered(self, node: Node, target: Layout, own: Layout | None = None) -> Node:
+        """A value gathered along the dimensions that run over tokens in `target`, and in its `own` layout not yet."""
         shape = node.meta["val"].shape
         offset = len(target) - len(shape)
         gathered = tuple(
@@ -228,7 +233,7 @@ class _Emitter:
             def gather(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
                 return take(x, target, gathered, {t.pieces: i for t, i in zip(needed, given, strict=True)})
 
-            self.taken[key] = splice(self.graph, "gather", gather, value, *indices)
+            self.taken[key] = splice(self.graph, "gather", gather, node, *indices)
         return self.taken[key]
 
     def _index(self, tokens: Tokens) -> Node:

@@ -28,6 +28,7 @@ from passes.layout import (
     runs_over_tokens,
     show,
 )
+from passes.normalised import Normalised, normalised
 from passes.rules import Context, Transfer, Untransferable, rule_for
 
 WAY_OUT = "prune after a later block, or register a rule with rs_compile.register_token_rule"
@@ -43,6 +44,7 @@ class TokenAxis:
         layouts: for each value that runs over tokens its layout (a tuple of layouts for a tuple value).
         transfers: for each op that was carried through, what it does; includes ops that end the axis.
         dense: ops (and the output) that need every token, and why.
+        sources: side inputs that are gathered where they are, before a softmax over them (`passes.normalised`).
     """
 
     start: Node
@@ -50,6 +52,7 @@ class TokenAxis:
     layouts: dict[Node, Any] = field(default_factory=dict)
     transfers: dict[Node, Transfer] = field(default_factory=dict)
     dense: dict[Node, str] = field(default_factory=dict)
+    sources: dict[Node, Layout] = field(default_factory=dict)
 
 
 def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layout, Batch]:
@@ -98,10 +101,11 @@ def analyse(
     axis = TokenAxis(start, batch, {start: layout})
     context = Context(axis.layouts, batch)
     behind: dict[Node, Node] = {}  # value -> the consumer of every token that it depends on
-    node = start.next
-    while node.op != "root":
+    node, left = start.next, None if within is None else len(set(within) - {start})
+    while node.op != "root" and left != 0:
         if node.op != "output" and (within is None or node in within):
             _step(node, axis, context, behind, anchors)
+            left = None if left is None else left - 1
         elif node.op == "output" and any(n in axis.layouts for n in node.all_input_nodes):
             axis.dense[node] = "an output of the model"
         node = node.next
@@ -122,6 +126,13 @@ def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node
         raise Refusal("writes in place into a value that runs over tokens", node, "write the op out of place")
     try:
         transfer = _transfer(node, context)
+        while (side := _normalised(transfer, axis)) is not None:
+            if side.source < axis.start:
+                raise Untransferable("meets weights that were normalised over tokens before some of them leave")
+            axis.sources[side.source] = axis.layouts[side.source] = side.layout
+            for link in side.chain:
+                _step(link, axis, context, behind, anchors)
+            transfer = _transfer(node, context)
     except Untransferable as reason:
         axis.dense[node] = str(reason)
         behind[node] = node
@@ -130,6 +141,11 @@ def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node
     out = transfer.out
     if out is not None and (isinstance(node.meta["val"], (tuple, list)) or runs_over_tokens(out)):  # type: ignore[arg-type]
         axis.layouts[node] = out
+
+
+def _normalised(transfer: Transfer, axis: TokenAxis) -> Normalised | None:
+    sides = (normalised(n, target, axis.layouts.__contains__) for n, target in transfer.aligned.items())
+    return next((side for side in sides if side is not None), None)
 
 
 def _transfer(node: Node, context: Context) -> Transfer:

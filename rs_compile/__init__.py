@@ -15,9 +15,10 @@ from passes.restore import TokenOutput
 from passes.rules import register_token_rule
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
-from rs_compile.optimize import InputError, OptimizedModel, explain, optimize, plan
+from rs_compile.optimize import OptimizedModel, explain, optimize, plan
 from rs_compile.report import Explanation, Report
 from rs_compile.schedule import Schedule
+from rs_compile.signature import InputError
 from rs_compile.visualize import ScoreMaps, score_maps
 
 __all__ = [

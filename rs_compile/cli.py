@@ -21,7 +21,7 @@ from torch import nn
 
 from passes.base import CompileError
 from passes.score import Metric, Operation
-from rs_compile import demo, models, timing
+from rs_compile import comparison, demo, models, timing
 from rs_compile.optimize import explain, optimize
 from rs_compile.predict import predict
 from rs_compile.schedule import Schedule
@@ -29,6 +29,7 @@ from rs_compile.visualize import command as visualize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULE = "0:0.8,3:0.8,6:0.8"
+BATCHES = (1, 4, 16, 64)
 
 
 class UsageError(CompileError):
@@ -85,16 +86,27 @@ def _bench(args: argparse.Namespace) -> None:
     with _progress() as say:
         say(f"building {args.model}")
         model = _model(args).to(device, DTYPES[args.dtype])
-        size = (args.batch_size, *models.input_size(model, args.img_size))
-        inputs = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[args.dtype])
-        result = timing.compare(model, schedule, inputs, rounds=args.rounds, backend=args.backend, say=say)
-    report = result.optimized.report()
+        size = models.input_size(model, args.img_size)
+        results = []
+        for batch in args.batch_size:
+            inputs = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+            results.append(
+                comparison.compare(
+                    model,
+                    schedule,
+                    inputs.to(device, DTYPES[args.dtype]),
+                    rounds=args.rounds,
+                    backend=args.backend,
+                    say=lambda text, batch=batch: say(f"batch {batch}: {text}"),  # type: ignore[misc]
+                )
+            )
+    sweep = comparison.Sweep(tuple(results))
 
     def as_json() -> str:
         head = {"model": args.model, "schedule": json.loads(schedule.to_json())}
-        return json.dumps(head | result.to_dict() | {"report": json.loads(report.to_json())}, indent=2)
+        return json.dumps(head | sweep.to_dict(), indent=2)
 
-    _give(f"{report}\n\n{result}", as_json, args.json)
+    _give(str(sweep), as_json, args.json)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -148,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="timm's name for it; its weights do not matter here")
     _add_model_options(sub)
     _add_schedule(sub)
-    sub.add_argument("--batch-size", type=_positive, default=16)
+    sub.add_argument(
+        "--batch-size", type=_positive, nargs="+", metavar="N", default=BATCHES, help="one or more (default 1 4 16 64)"
+    )
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
     sub.add_argument("--threads", type=_positive, help="CPU threads, torch's own choice if not given")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,52 +15,20 @@ from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult
-from passes.capture import FIXED_BATCH, batched
+from passes.capture import FIXED_BATCH
 from passes.grid_pipeline import cuttable
-from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
-from passes.restore import KEPT, TokenOutput
+from passes.pipeline import Progress, block_kernels, prepare, prunable
 from passes.stages import find_stages
-from rs_compile.inductor import compile_graph
+from rs_compile.compiling import Backend, Graphs, Options, Plan, TokenOutputs, copied, make_plan, nested
+from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
-from rs_compile.rewrite import merging_text, rewrite
+from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
+from rs_compile.signature import State, StateReader, autocast_state, batch_sizes, check_inputs, flatten, leaf_key
 
-_KEY_LENGTH = 3  # state, inputs, nesting; a graph with a fixed batch adds the batch
-_AUTOCAST = ("cpu", "cuda")  # device types that have it
-
-Backend = str | Callable[..., Any]
-TokenOutputs = Literal["restore", "compact"]
-
-
-class InputError(CompileError, TypeError):
-    """The model was called with something that cannot be captured; says what was expected."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to rewrite and compile; see `optimize`."""
-
-    schedule: Schedule
-    backend: Backend
-    mode: str | None
-    token_outputs: TokenOutputs
-    lower_attention: bool | None
-    progress: Progress | None
-    force_insert: bool
-    explicit_attention: bool
-
-
-@dataclass
-class _Plan:
-    """What one input signature was compiled to."""
-
-    compiled: Compiled
-    run: Callable[..., Any]
-    signature: str
-    out_spec: pytree.TreeSpec
-    kept: list[int]
-    fixed_batch: bool
-    ran: bool = False
+# one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
+_CAPTURING = threading.RLock()
+_BY_SIZE = "by size"  # in the place of a plan: this signature has one for each number of samples
 
 
 class OptimizedModel(nn.Module):
@@ -77,8 +46,9 @@ class OptimizedModel(nn.Module):
         self.__dict__["_model"] = model
         self.__dict__["_options"] = options
         self.__dict__["_plans"] = {}
+        self.__dict__["_graphs"] = {}  # of signatures whose sizes have plans of their own
         self.__dict__["_last"] = None
-        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_state"] = StateReader(model)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,21 +58,20 @@ class OptimizedModel(nn.Module):
             InputError: no input is a tensor.
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key: tuple[Any, ...] = (self._state_key(), _leaf_key(leaves), spec)
-        plan: _Plan | None = self._plans.get(key)
-        if plan is not None and plan.fixed_batch:
-            key = (*key, _batch_sizes(leaves))
-            plan = self._plans.get(key)
-        if plan is None or not plan.ran:
-            with self._lock:
-                plan = self._plans.get(key) or self._rewrite(key, leaves, self._prepare(leaves, args, kwargs))
+        leaves, spec = flatten(args, kwargs)
+        plan = self._find(leaves, spec)
+        if plan is None:
+            with _CAPTURING:
+                # the model's state may have been read while another thread was capturing
+                plan, before = self._find(leaves, spec), self._state()
+                if plan is None:
+                    plan = self._plan(leaves, spec, lambda: self._prepare(leaves, args, kwargs))
                 outputs = plan.run(*leaves)
-                plan.ran = True
+                self._keep(before, leaves, spec, plan)
         else:
             outputs = plan.run(*leaves)
         self.__dict__["_last"] = plan
-        return _nested(plan, outputs)
+        return nested(plan.graphs, outputs)
 
     def report(self) -> Report:
         """What was found, rewritten and skipped for the input signature that was called last.
@@ -110,7 +79,7 @@ class OptimizedModel(nn.Module):
         Raises:
             CompileError: the model has not been called yet.
         """
-        plan: _Plan | None = self._last
+        plan: Plan | None = self._last
         if plan is None:
             raise CompileError("nothing is compiled before the first call; call the model once, then report()")
         c = plan.compiled
@@ -128,7 +97,8 @@ class OptimizedModel(nn.Module):
             c.cost.flops,
             c.skips,
             tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
-            merging_text(self._options.schedule, c.size_bias),
+            "" if c is plan.graphs.dense else merging_text(self._options.schedule, c.size_bias),
+            plan.verdict,
         )
 
     def graph_module(self) -> torch.fx.GraphModule:
@@ -154,15 +124,6 @@ class OptimizedModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         return OptimizedModel(copy.deepcopy(self._model, memo), self._options)
 
-    def _state_key(self) -> tuple[Any, ...]:
-        """What a captured graph depends on besides the inputs."""
-        parts: list[Any] = []
-        for module in self._model.modules():
-            parts.append(module.training)
-            for table in (module._parameters, module._buffers):
-                parts += [(id(t), t.dtype, t.device) for t in table.values() if t is not None]
-        return (tuple(parts), tuple(_autocast().items()))
-
     def _say(self, text: str) -> None:
         options: Options = self._options
         if options.progress is not None:
@@ -175,33 +136,55 @@ class OptimizedModel(nn.Module):
         return options.schedule.prunes if options.lower_attention is None else options.lower_attention
 
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
-        _check_inputs(self._model, leaves)
+        check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = _autocast()
+        ambient = dict(autocast_state())
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
-    def _rewrite(self, key: Any, leaves: Sequence[Any], prepared: PassResult) -> _Plan:
+    def _rewrite(self, prepared: PassResult) -> Graphs:
         options: Options = self._options
-        schedule = options.schedule
-        gm = prepared.gm
+        schedule, gm = options.schedule, prepared.gm
+        out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
+        dense, unmeasured = None, ""
         with torch._C._DisableAutocast():
-            out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
+            if options.guard is not None:
+                unmeasured = hindrance(self._model, gm, schedule.prunes)
+            if options.guard is not None and not unmeasured:
+                dense = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
+                dense = replace(dense, skips=prepared.skips + dense.skips)
             compiled = rewrite(
                 gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
             )
-        kept = sorted(compiled.gm.meta.get(KEPT, {}))
-        run: Callable[..., Any] = compiled.gm
-        if options.backend != "eager":
-            self._say("compiling")
-            run = compile_graph(compiled.gm, options.backend, options.mode)
         compiled = replace(compiled, skips=prepared.skips + compiled.skips)
-        plan = _Plan(compiled, run, _signature(leaves), out_spec, kept, fixed)
-        if fixed and len(key) == _KEY_LENGTH:
-            self._plans[key] = plan  # says that the batch belongs into the key
-            key = (*key, _batch_sizes(leaves))
+        return Graphs(compiled, dense, out_spec, fixed, unmeasured)
+
+    def _find(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Plan | None:
+        key = (self._state(), leaf_key(leaves), spec)
+        plan = self._plans.get(key)
+        return self._plans.get((*key, batch_sizes(leaves))) if plan is _BY_SIZE else plan
+
+    def _plan(self, leaves: Sequence[Any], spec: pytree.TreeSpec, prepared: Callable[[], PassResult]) -> Plan:
+        """Captures, rewrites and compiles; times both sides where a guard asks for it."""
+        key = (self._state(), leaf_key(leaves), spec)
+        graphs: Graphs = self._graphs.get(key) or self._rewrite(prepared())
+        return make_plan(graphs, self._options, leaves)
+
+    def _keep(self, before: State, leaves: Sequence[Any], spec: pytree.TreeSpec, plan: Plan) -> None:
+        """Files a plan. What its capture left on the model (hooks, a count of calls) is no change of the model."""
+        state = self._state()
+        key: tuple[Any, ...] = (state, leaf_key(leaves), spec)
+        for name in ("_plans", "_graphs"):
+            # what is for parameters that the model has no more would keep these alive
+            table = {k: v for k, v in self.__dict__[name].items() if k[0].identities == state.identities}
+            self.__dict__[name] = table | {(state, *k[1:]): v for k, v in table.items() if k[0] == before}
+        guarded, fixed = plan.graphs.dense is not None, plan.graphs.fixed_batch
+        if guarded and not fixed:
+            self._graphs[key] = plan.graphs
+        if guarded or fixed:
+            self._plans[key] = _BY_SIZE
+            key = (*key, batch_sizes(leaves))
         self._plans[key] = plan
-        return plan
 
 
 def optimize(
@@ -215,6 +198,7 @@ def optimize(
     progress: Progress | None = None,
     force_insert: bool = False,
     explicit_attention: bool = False,
+    guard: Guard | None = None,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
 
@@ -232,6 +216,9 @@ def optimize(
         force_insert: insert selection even where every token stays (for tests).
         explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
             that is done only where a baseline's importance reads the attention map.
+        guard: "measure" compiles the dense graph as well, times both on the first batch of each size and keeps the
+            faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Each size
+            is then compiled by itself, twice. Nothing is timed in train mode or where the model writes into a buffer.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -248,6 +235,8 @@ def optimize(
         raise ValueError(f'token_outputs is {token_outputs!r}; write "restore" or "compact"')
     if not (isinstance(backend, str) or callable(backend)):
         raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
+    if guard not in (None, "measure"):
+        raise ValueError(f'guard is {guard!r}; write "measure", or leave it out')
     options = Options(
         Schedule.of(schedule),
         backend,
@@ -257,6 +246,7 @@ def optimize(
         progress,
         force_insert,
         explicit_attention,
+        guard,
     )
     return OptimizedModel(model, options)
 
@@ -275,7 +265,7 @@ def plan(
     Args:
         model, schedule: see `optimize`.
         example_inputs, example_kwargs: see `explain`.
-        options: other arguments of `optimize`, except backend and mode.
+        options: other arguments of `optimize`, except backend, mode and guard.
 
     Raises:
         CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
@@ -298,13 +288,14 @@ def plans(
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = flatten(args, kwargs)
     prepared: dict[bool, PassResult] = {}
     for handle in handles:
-        key = (handle._state_key(), _leaf_key(leaves), spec)
         if handle._lowers not in prepared:
             prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
-        handle.__dict__["_last"] = handle._rewrite(key, leaves, _copied(prepared[handle._lowers]))
+        found = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
+        handle._keep(handle._state(), leaves, spec, found)
+        handle.__dict__["_last"] = found
         yield handle.report()
 
 
@@ -325,7 +316,7 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    _check_inputs(model, pytree.tree_leaves((args, kwargs)))
+    check_inputs(model, flatten(args, kwargs)[0])
     with torch._C._DisableAutocast():
         prepared = prepare(model, args, kwargs, lower=True)
     rows = []
@@ -355,57 +346,5 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
 
 
-def _autocast() -> dict[str, torch.dtype]:
-    """The autocast that is on now, its dtype by device type."""
-    return {d: torch.get_autocast_dtype(d) for d in _AUTOCAST if torch.is_autocast_enabled(d)}
-
-
-def _check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
-    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
-        raise InputError(f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...]")
-
-
-def _copied(prepared: PassResult) -> PassResult:
-    """The same with a graph of its own, on the same parameters: passes write into the graph."""
-    gm = torch.fx.GraphModule(prepared.gm, copy.deepcopy(prepared.gm.graph))
-    gm.meta = dict(prepared.gm.meta)
-    return PassResult(gm, skips=prepared.skips)
-
-
-def _leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The input signature: everything but the number of samples."""
-    runs = batched(leaves)
-    return tuple(
-        (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
-        if isinstance(leaf, torch.Tensor)
-        else repr(leaf)
-        for leaf, over in zip(leaves, runs, strict=True)
-    )
-
-
-def _batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
-
-
-def _signature(leaves: Sequence[Any]) -> str:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    runs = batched(tensors)
-    texts = []
-    for t, over in zip(tensors, runs, strict=True):
-        sizes = ", ".join("B" if over and d == 0 else str(s) for d, s in enumerate(t.shape))
-        texts.append(f"{str(t.dtype).removeprefix('torch.')}[{sizes}] on {t.device}")
-    return ", ".join(texts)
-
-
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
     return (choice.name, "" if choice.name == "flash" else choice.reason) if choice is not None else ("", "")
-
-
-def _nested(plan: _Plan, outputs: Any) -> Any:
-    """The flat outputs as the model nests them; short token outputs with their kept positions."""
-    count = plan.out_spec.num_leaves
-    leaves = list(outputs[:count])
-    for i, positions in zip(plan.kept, outputs[count:], strict=True):
-        leaves[i] = TokenOutput(leaves[i], positions)
-    return pytree.tree_unflatten(leaves, plan.out_spec)

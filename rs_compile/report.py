@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from passes.base import Skip
+from rs_compile.guard import Verdict
 
 _REASON_WIDTH = 48  # columns; a kernel's reason may be a sentence
 
@@ -73,6 +74,7 @@ class Report:
         skips: where a pass could have fired and did not.
         stages: a row for each stage of a CNN that was rewritten by `Schedule.grid`.
         merging: how tokens merged, and what sizes do behind the merges; "" where none did.
+        guard: what `guard="measure"` timed and kept; rows and costs are those of the graph that it kept.
     """
 
     model: str
@@ -85,14 +87,15 @@ class Report:
     skips: tuple[Skip, ...] = ()
     stages: tuple[StageRow, ...] = ()
     merging: str = ""
+    guard: Verdict | None = None
 
     def __str__(self) -> str:
         gflops = f"GFLOPs (fvcore's convention, one sample): {_giga(self.flops_dense)} -> {_giga(self.flops)}"
         if self.flops:
             gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
         table = self._stage_table() if self.stages else self._block_table()
-        merging = [self.merging] if self.merging else []
-        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *merging, *_skip_lines(self.skips)])
+        notes = [str(note) for note in (self.merging, self.guard) if note]
+        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *notes, *_skip_lines(self.skips)])
 
     def _stage_table(self) -> str:
         rest = [self.macs_dense, self.macs]
@@ -134,6 +137,7 @@ class Report:
             blocks=[asdict(row) for row in self.blocks],
             stages=[asdict(row) for row in self.stages],
             merging=self.merging,
+            guard=asdict(self.guard) if self.guard is not None else None,
             totals={
                 "macs_dense": self.macs_dense,
                 "macs": self.macs,

@@ -31,6 +31,11 @@ def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, exp
     return prune(gm, _steps(schedule, force), compact, behind)
 
 
+def unpruned(gm: GraphModule, schedule: Schedule, explicit: bool) -> Compiled:
+    """The same of a prepared graph that nothing leaves: what `schedule` is measured against."""
+    return cut_stages(gm, ()) if schedule.grid else prune(gm, (), behind=Behind(explicit=explicit))
+
+
 def merging_text(schedule: Schedule, size_bias: str) -> str:
     """A line for the report on how tokens merged, "" where none did.
 

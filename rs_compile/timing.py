@@ -10,11 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
-from torch import Tensor, nn
-
-from rs_compile.optimize import Backend, OptimizedModel, optimize
-from rs_compile.schedule import Schedule
+from torch import nn
 
 Call = Callable[[], object]
 Say = Callable[[str], None]
@@ -113,95 +109,6 @@ def _wait_for(device: torch.device) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
-def compiled(model: nn.Module, backend: Backend) -> Callable[..., Any]:
+def compiled(model: nn.Module, backend: str | Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
     """torch.compile(model): what pruning has to beat. With "eager" the model itself, like with like."""
-    return model if backend == "eager" else torch.compile(model, backend=backend)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An optimized model beside its baselines, on one input.
-
-    Args:
-        timing: of the calls.
-        baseline: the name that speed-ups are relative to.
-        batch: samples of one call.
-        optimized: the handle, called at least once; its report is part of the result.
-        settings: what was measured, and where.
-    """
-
-    timing: Timing
-    baseline: str
-    batch: int
-    optimized: OptimizedModel
-    settings: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        names = list(self.timing.seconds)
-        rows = []
-        for name in names:
-            spread = self.timing.of(name)
-            speed_up = "1" if name == self.baseline else str(self.timing.ratio(self.baseline, name))
-            rows.append([name, f"{1e3 * spread.median:.2f}", f"{self.batch / spread.median:.1f}", speed_up])
-        heads = ["", "ms", "samples/s", f"speed-up over {self.baseline}"]
-        table = tabulate(rows, heads, disable_numparse=True, colalign=("left", "right", "right", "left"))
-        setting = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return "\n".join([table, f"medians of interleaved rounds, ratios with their quartiles; {setting}"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-ready values; seconds of every round, the report under "report"."""
-        report = self.optimized.report()
-        return {
-            "settings": dict(self.settings),
-            "baseline": self.baseline,
-            "batch": self.batch,
-            "seconds": {name: list(values) for name, values in self.timing.seconds.items()},
-            "median_seconds": {name: self.timing.of(name).median for name in self.timing.seconds},
-            "speed_up": {name: self.timing.ratio(self.baseline, name).to_dict() for name in self.timing.seconds},
-            "macs_ratio": report.macs_dense / report.macs if report.macs else None,
-        }
-
-
-@torch.no_grad()
-def compare(
-    model: nn.Module,
-    schedule: Schedule,
-    inputs: Tensor,
-    *,
-    rounds: int,
-    backend: Backend = "inductor",
-    eager: bool = True,
-    say: Say = quiet,
-) -> Comparison:
-    """torch.compile(model), the optimized model and (where `eager`) the plain one, interleaved.
-
-    Args:
-        model: in eval mode, on the device and in the dtype of `inputs`.
-        schedule: what to prune.
-        inputs: [B, ...], the model's only input.
-        rounds: at least 1.
-        backend: torch.compile's, for both; with "eager" nothing is compiled and the baseline is the model.
-        eager: whether to time the uncompiled model as well.
-        say: progress.
-
-    Raises:
-        CompileError: the model cannot be captured or pruned.
-    """
-    optimized = optimize(model, schedule, backend=backend, progress=lambda text: say(f"{PRUNED}: {text}"))
-    dense = compiled(model, backend)
-    baseline = EAGER if backend == "eager" else COMPILED
-    # the optimized model first: what it refuses should not wait for another compile
-    say(f"{PRUNED}: first call")
-    optimized(inputs)
-    calls: dict[str, Call] = {baseline: lambda: dense(inputs), PRUNED: lambda: optimized(inputs)}
-    if eager:
-        calls.setdefault(EAGER, lambda: model(inputs))
-    timing = interleaved(calls, rounds, device=inputs.device, say=say)
-    settings = {
-        "batch": inputs.shape[0],
-        "dtype": str(inputs.dtype).removeprefix("torch."),
-        "device": str(inputs.device),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
-    return Comparison(timing, baseline, inputs.shape[0], optimized, settings)
+    return model if backend == "eager" else torch.compile(model, backend=backend, dynamic=dynamic)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rs_compile import demo, predict, timing
+from rs_compile import cli, comparison, demo, predict, timing
 from rs_compile.cli import main
 from rs_compile.models import build
 from rs_compile.schedule import removed
@@ -84,21 +84,31 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*BENCH, "--schedule", "0:0.8,3:0.5", "--json", str(target)]) == 0
     out, err = capsys.readouterr()
     assert "VisionTransformer, float32[B, 3, 64, 64] on cpu" in out  # the report
-    assert "speed-up over model, eager" in out and f"\n{timing.PRUNED} " in out
-    assert "capturing the model" in err and "round 2 of 2" in err
+    assert "speed-up over model, eager" in out and f"{timing.PRUNED}, ms" in out
+    assert "batch 2: rs_compile: capturing the model" in err and "batch 2: round 2 of 2" in err
     content = json.loads(target.read_text())
     assert content["model"] == "test_vit" and content["schedule"]["keep"] == {"0": 0.8, "3": 0.5}
-    assert len(content["seconds"][timing.PRUNED]) == 2
-    assert set(content["speed_up"][timing.PRUNED]) == {"median", "quartile_low", "quartile_high"}
+    (only,) = content["batches"]
+    assert only["batch"] == 2 and len(only["seconds"][timing.PRUNED]) == 2
+    assert set(only["speed_up"][timing.PRUNED]) == {"median", "quartile_low", "quartile_high"}
     kept = 17 - removed(17, 0.8)
     assert [row["tokens_out"] for row in content["report"]["blocks"]] == [kept] * 3 + [kept - removed(kept, 0.5)] * 3
+
+
+def test_bench_at_several_batch_sizes_says_what_a_guard_would_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._parser().parse_args(["bench", "test_vit"]).batch_size == (1, 4, 16, 64)
+    assert main([*BENCH, "--schedule", "0:0.5", "--batch-size", "1", "3"]) == 0
+    table = capsys.readouterr().out.partition("\n\n")[2].splitlines()
+    assert table[0].endswith("guard keeps")
+    assert [row.split()[0] for row in table[2:4]] == ["1", "3"]
+    assert all(row.split()[-1] in ("dense", "pruned") for row in table[2:4])
 
 
 def test_bench_in_bfloat16_with_a_schedule_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     schedule = '{"keep": {"1": 0.5}, "importance": "class-attention"}'
     assert main([*BENCH, "--schedule", schedule, "--dtype", "bfloat16", "--json", "-"]) == 0
     content = json.loads(capsys.readouterr().out)  # JSON and nothing else
-    assert content["settings"]["dtype"] == "bfloat16"
+    assert content["batches"][0]["settings"]["dtype"] == "bfloat16"
     assert content["schedule"]["importance"] == "class-attention"
 
 
@@ -195,7 +205,7 @@ def test_a_backend_that_fails_is_no_traceback(
     def fail(*_: Any, **__: Any) -> Any:
         raise torch._inductor.exc.InductorError(torch._inductor.exc.InvalidCxxCompiler(), None)
 
-    monkeypatch.setattr(timing, "compare", fail)
+    monkeypatch.setattr(comparison, "compare", fail)
     text = error(capsys, *BENCH, "--schedule", "0:0.5")
     assert "torch.compile's backend failed: InvalidCxxCompiler" in text and "or pass --backend eager" in text
 

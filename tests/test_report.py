@@ -90,7 +90,7 @@ def test_a_long_reason_wraps_and_a_refusal_stays_indented() -> None:
 
 def test_report_as_json() -> None:
     content = json.loads(REPORT.to_json())
-    assert list(content) == ["model", "signature", "blocks", "stages", "merging", "totals", "skips"]
+    assert list(content) == ["model", "signature", "blocks", "stages", "merging", "guard", "totals", "skips"]
     assert content["blocks"][1] == {
         "block": 1,
         "where": "blocks.1",

@@ -11,7 +11,8 @@ import timm
 import torch
 
 from rs_compile import CompileError, OptimizedModel, Schedule
-from rs_compile.timing import COMPILED, EAGER, PRUNED, Spread, Timing, compare, compiled, interleaved
+from rs_compile.comparison import Sweep, compare
+from rs_compile.timing import COMPILED, EAGER, PRUNED, Spread, Timing, compiled, interleaved
 
 
 def test_calls_take_turns() -> None:
@@ -83,12 +84,16 @@ def test_comparison_in_eager(model: torch.nn.Module) -> None:
     result = compare(model, Schedule({0: 0.5}), torch.randn(2, 3, 64, 64), rounds=2, backend="eager")
     assert isinstance(result.optimized, OptimizedModel)
     assert list(result.timing.seconds) == [EAGER, PRUNED] and result.baseline == EAGER
-    lines = str(result).splitlines()
-    assert lines[0].split() == ["ms", "samples/s", "speed-up", "over", "model,", "eager"]
-    assert lines[2].startswith(EAGER) and lines[2].endswith(" 1") and lines[3].startswith(PRUNED)
-    assert lines[4].endswith(f"device cpu, threads {torch.get_num_threads()}, rounds 2")
+    report, _, table = str(Sweep((result,))).partition("\n\n")
+    assert report == str(result.optimized.report())
+    heads, _, row, note = table.splitlines()
+    assert heads.split()[0] == "batch" and heads.endswith("speed-up over model, eager    guard keeps")
+    assert row.split()[0] == "2" and row.endswith(f"  {result.kept}")
+    assert note.endswith(f"device cpu, threads {torch.get_num_threads()}, rounds 2")
     content = json.loads(json.dumps(result.to_dict()))
     assert content["batch"] == 2 and content["settings"]["rounds"] == 2
+    slower = content["median_seconds"][PRUNED] > content["median_seconds"][EAGER]
+    assert content["guard_keeps"] == ("dense" if slower else "pruned")
     assert len(content["seconds"][PRUNED]) == 2 and content["speed_up"][EAGER]["median"] == 1
     report = result.optimized.report()
     assert content["macs_ratio"] == report.macs_dense / report.macs > 1.2

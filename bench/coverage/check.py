@@ -1,0 +1,233 @@
+"""One model through the compiler, held against the model itself and against pruning by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+import rs_compile
+from bench.coverage.oracle import Layer, find_layers, prune_by_hand
+from bench.coverage.subject import Subject
+from passes.base import CompileError
+from passes.branches import Block, Branch, blocks_of, find_branches
+from passes.grid_pipeline import cuttable
+from passes.pipeline import check_blocks, prepare, protected_tokens, prunable
+from passes.protected import Protected
+from passes.stages import Stage, find_stages
+
+BATCH = 3
+KEEP = 0.7
+TOLERANCE = 1e-4  # of the largest absolute value; models run in float64 where they can
+PRUNED, UNHOOKED, GRID, REFUSED = "prunes", "prunes, no hand-made twin", "rows and columns", "refused"
+WRONG, FAULT, BROKEN = "WRONG", "FAULT", "does not run"
+Row = dict[str, Any]
+
+
+def check(subject: Subject, compiled: bool = False) -> Row:
+    """Everything the table says about a subject.
+
+    Args:
+        subject: the model.
+        compiled: whether it also goes through Inductor.
+
+    Returns:
+        result: one of the names above; detail: the refusal, or what is wrong; blocks, prunable, sites, protected;
+        error: the largest difference from the hand-made twin, relative to the largest value;
+        export, rewrite: seconds of torch.export alone, of capture and passes.
+    """
+    torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)  # without gradients only, and it rounds otherwise
+    row: Row = {}
+    try:
+        model = subject.build().eval()
+        randomise(model)
+        given = subject.inputs(BATCH)
+        dense = call(model, given)()
+    except Exception as error:
+        return {"result": BROKEN, "detail": first_line(error)}
+    try:
+        row |= _check(model, given, dense, compiled)
+    except CompileError as refusal:
+        row |= {"result": REFUSED, "detail": str(refusal)}
+    except Exception as error:
+        row |= {"result": FAULT, "detail": f"{type(error).__name__}: {first_line(error)}"}
+    return row
+
+
+def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
+    args, kwargs = as_call(given)
+    row: Row = {"export": _seconds(lambda: torch.export.export(model, args, kwargs, strict=False))}
+    gm = prepare(model, args, kwargs, lower=True).gm
+    branches = find_branches(gm)
+    blocks = blocks_of(branches)
+    answers = [prunable(gm, block, branches) for block in blocks]
+    able = [i for i, (yes, _) in enumerate(answers) if yes]
+    row |= {"blocks": len(blocks), "prunable": len(able)}
+    if not able:
+        stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
+        cut = next((stage for stage, (yes, _) in stages if yes), None)
+        if cut is not None:
+            return row | _check_grid(model, given, dense, cut)
+        reasons = [reason for _, reason in answers] or [reason for _, (_, reason) in stages]
+        return row | {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
+    same = call(rs_compile.optimize(model, {able[0]: 1.0}, backend="eager"), given)()
+    if wrong := differs(same, dense, 0.0)[1]:
+        return row | {"result": WRONG, "detail": f"keep ratio 1: {wrong}"}
+    sites = sorted({able[0], able[len(able) // 2]})
+    guard = protected_tokens(gm, blocks[sites[0]], None)
+    row |= {"sites": sites, "protected": [guard.prefix, guard.suffix, *guard.extra]}
+    exact, inputs = _float64(model, given)
+    schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP), operation="block")
+    pruned = call(rs_compile.optimize(exact, schedule, backend="eager"), inputs)
+    row["rewrite"] = round(_seconds(pruned) - _seconds(pruned), 2)
+    short = pruned()
+    full = call(exact, inputs)()
+    if wrong := differs(short, full, None)[1]:
+        return row | {"result": WRONG, "detail": f"outputs: {wrong}"}
+    row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard)
+    if compiled:
+        fused = call(rs_compile.optimize(exact, schedule), inputs)()
+        if wrong := differs(fused, short, TOLERANCE)[1]:
+            row |= {"result": WRONG, "detail": f"compiled: {wrong}"}
+        row["compiled"] = True
+    return row
+
+
+def _by_hand(
+    model: nn.Module,
+    given: Any,
+    short: Any,
+    full: Any,
+    schedule: rs_compile.Schedule,
+    blocks: list[Block],
+    guard: Protected,
+) -> Row:
+    """Holds the pruned outputs against pruning by hand, where the blocks are modules."""
+    found = find_layers(model, call(model, given), BATCH)
+    layers = {block.index: layer_of(block, found) for block in blocks}
+    stream = layers[min(schedule.keep)]
+    if stream is None or guard.extra:
+        return {"result": UNHOOKED}
+    own = stream.path.rpartition(".")[0]
+    mine = {i: layer for i, layer in layers.items() if layer is not None and layer.path.rpartition(".")[0] == own}
+    hooked = list(dict.fromkeys(mine.values()))
+    keep = {hooked.index(mine[i]): ratio for i, ratio in schedule.keep.items() if i in mine}
+    if len(hooked) < len(mine) or len(keep) < len(schedule.keep):
+        return {"result": UNHOOKED}  # a module that is more than one block
+    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+    padding = mask == 0 if mask is not None and tuple(mask.shape) == (BATCH, stream.length) else None
+    twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding)
+    error, wrong = differs(short, twin, TOLERANCE)
+    if wrong:
+        return {"result": WRONG, "error": error, "detail": f"against the hand-made twin: {wrong}"}
+    if not differs(twin, full, TOLERANCE)[1]:
+        return {"result": UNHOOKED, "detail": "pruning by hand changes nothing that leaves the model"}
+    return {"result": PRUNED, "error": error}
+
+
+def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
+    """The layer that a block of the compiler is, by its place in the model."""
+    return next((y for y in layers if f"{block.where}.".startswith(f"{y.path}.")), None)
+
+
+def _check_grid(model: nn.Module, given: Any, dense: Any, stage: Stage) -> Row:
+    gone = [max(1, size // 8) for size in stage.grid]
+    schedule = rs_compile.Schedule(grid={stage.index: rs_compile.GridPrune(*gone)})
+    short = call(rs_compile.optimize(model, schedule, backend="eager"), given)()
+    wrong = differs(short, dense, None)[1]
+    return {"sites": [stage.index], "result": WRONG if wrong else GRID, "detail": f"outputs: {wrong}" if wrong else ""}
+
+
+def _why_none(gm: GraphModule, blocks: list[Block], branches: list[Branch]) -> str:
+    try:
+        check_blocks(gm, blocks, branches, [0])
+    except CompileError as refusal:
+        return str(refusal)
+    raise AssertionError("no block was found, and a schedule of one was taken")
+
+
+def as_call(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments."""
+    return ((), dict(given)) if isinstance(given, Mapping) else ((given,), {})
+
+
+def call(model: nn.Module, given: Any) -> Callable[[], Any]:
+    """A function that runs the model."""
+    args, kwargs = as_call(given)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    return run
+
+
+def differs(got: Any, wanted: Any, tolerance: float | None) -> tuple[float, str]:
+    """The largest difference relative to the largest value, and what is wrong, "" where nothing is.
+
+    Args:
+        tolerance: None to compare nesting, shapes and dtypes only.
+    """
+    if type(got) is not type(wanted):
+        return float("inf"), f"{type(got).__name__} instead of {type(wanted).__name__}"
+    (a, spec), (b, other) = pytree.tree_flatten(got), pytree.tree_flatten(wanted)
+    if spec != other:
+        return float("inf"), f"{spec} instead of {other}"
+    worst = 0.0
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not isinstance(y, Tensor):
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return float("inf"), f"output {i} is {tuple(x.shape)} {x.dtype} instead of {tuple(y.shape)} {y.dtype}"
+        if tolerance is None or not y.numel() or torch.equal(x, y):
+            continue
+        x, y = x.double(), y.double()
+        equal = (x == y) | (x.isnan() & y.isnan())
+        scale = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
+        gap = ((x - y).abs() / (scale or 1.0)).masked_fill(equal, 0.0).nan_to_num(nan=torch.inf).max().item()
+        worst = max(worst, gap)
+        if gap > tolerance:
+            return worst, f"output {i} {tuple(y.shape)} differs by {gap:.1e} of its largest value"
+    return worst, ""
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Moves every parameter, so that tokens differ and no branch is nothing (LayerScale starts at 1e-5)."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            width = 0.2 if parameter.dim() < 2 else 0.5 * parameter[0].numel() ** -0.5
+            parameter.add_(width * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def _float64(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
+    """Model and inputs in float64, so that rounding decides nothing; as they are where the model cannot."""
+
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    inputs = {k: double(v) for k, v in given.items()} if isinstance(given, Mapping) else double(given)
+    with contextlib.suppress(RuntimeError):
+        call(model.double(), inputs)()
+        return model, inputs
+    return model.float(), given
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Of the processor, which other work on the machine does not lengthen."""
+    start = time.process_time()
+    work()
+    return round(time.process_time() - start, 2)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

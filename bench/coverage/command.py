@@ -1,0 +1,147 @@
+"""Every architecture family of timm, transformers, torchvision and open_clip: does it prune, and is it right?
+
+One model of each family, with random weights, small. Each goes through capture and matching; at keep ratio 1 it is
+held bit for bit against itself, at 0.7 against pruning by hand, and its outputs against their own structure and shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from tabulate import tabulate
+
+from bench.coverage.check import BROKEN, FAULT, PRUNED, REFUSED, UNHOOKED, WRONG, Row, check
+from bench.coverage.subject import Subject
+from bench.tables.options import chosen, positive
+from bench.tables.results import Results, UsageError, environment
+
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
+_COMPILED_EVERY = 40
+_QUICK = 12
+_TASKS_OF_A_PROCESS = 15  # models leave memory behind
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--library", type=chosen(LIBRARIES), default=list(LIBRARIES), help=f"some of {LIBRARIES}")
+    parser.add_argument("--only", help="families or models, with commas between them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows, saved as they are found; a rerun goes on")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the table of COVERAGE.md")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes (default 1)")
+    parser.add_argument("--quick", action="store_true", help=f"{_QUICK} families of each library")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 1 where a model came out wrong or faulted."""
+    everything = [subject for library in args.library for subject in subjects(library)]
+    wanted = _chosen(everything, args.only, args.quick)
+    results = Results(args.json, environment("coverage", {}))
+    todo = [s for s in wanted if not results.row(_identity(s))]
+    sample = {(s.library, s.name) for s in everything[::_COMPILED_EVERY]}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("coverage", total=len(wanted), completed=len(wanted) - len(todo))
+        for subject, row in _checked(todo, sample, args.jobs):
+            results.fill(_identity(subject), row)
+            progress.console.print(f"{subject.library} {subject.name}: {row['result']}")
+            progress.advance(task)
+    rows = [results.row(_identity(s)) for s in wanted]
+    text = table(rows)
+    print(text)
+    if args.markdown is not None:
+        args.markdown.write_text(f"{text}\n")
+    return int(any(row["result"] in (WRONG, FAULT) for row in rows))
+
+
+def subjects(library: str) -> list[Subject]:
+    """The families of a library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        make: Callable[[], Iterable[Subject]] = import_module(f"bench.coverage.{library}_models").subjects
+    except ImportError as error:
+        raise UsageError(f"--library {library}: {error}; install it, or name others") from None
+    return list(make())
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown: what came out in numbers, then a line for each model."""
+    counts = Counter((row["library"], row["result"]) for row in rows)
+    results = list(dict.fromkeys(sorted((row["result"] for row in rows), key=_order)))
+    libraries = list(dict.fromkeys(row["library"] for row in rows))
+    sums = [
+        [result, *(counts[y, result] for y in libraries), sum(counts[y, result] for y in libraries)]
+        for result in results
+    ]
+    total = ["all", *(sum(counts[y, r] for r in results) for y in libraries), len(rows)]
+    parts = [tabulate([*sums, total], ["", *libraries, "all"], tablefmt="github")]
+    for library in libraries:
+        heads = ["family", "model", "blocks", "prunable", "result", "difference", "time", "why not"]
+        lines = [_line(row) for row in rows if row["library"] == library]
+        parts.append(f"## {library}\n\n" + tabulate(lines, heads, tablefmt="github", disable_numparse=True))
+    return "\n\n".join(parts)
+
+
+def _line(row: Row) -> list[str]:
+    ratio = f"{row['rewrite'] / row['export']:.1f}x" if row.get("rewrite") and row.get("export") else ""
+    why = re.sub(r'File "[^"]*/site-packages/', 'File "', row.get("detail", "").partition("way out:")[0])
+    return [
+        row["family"],
+        row["name"],
+        str(row.get("blocks", "")),
+        str(row.get("prunable", "")),
+        row["result"] + (", compiled" if row.get("compiled") else ""),
+        f"{row['error']:.0e}" if "error" in row else "",
+        ratio,
+        " ".join(why.split()).replace("|", "\\|"),
+    ]
+
+
+def _order(result: str) -> int:
+    names = (PRUNED, UNHOOKED, REFUSED, BROKEN, FAULT, WRONG)
+    return names.index(result) if result in names else 2
+
+
+def _identity(subject: Subject) -> dict[str, str]:
+    return {"library": subject.library, "family": subject.family, "name": subject.name}
+
+
+def _chosen(everything: list[Subject], only: str | None, quick: bool) -> list[Subject]:
+    if only is not None:
+        names = only.split(",")
+        unknown = [n for n in names if not any(n in (s.name, s.family) for s in everything)]
+        if unknown:
+            raise UsageError(f"--only {unknown[0]}: no such family or model; the table without --only names them")
+        return [s for s in everything if s.name in names or s.family in names]
+    if quick:
+        of_library = {library: [s for s in everything if s.library == library] for library in LIBRARIES}
+        return [s for found in of_library.values() for s in found[:: max(1, len(found) // _QUICK)]]
+    return everything
+
+
+def _checked(todo: list[Subject], sample: set[tuple[str, str]], jobs: int) -> Iterator[tuple[Subject, Row]]:
+    tasks = [(i, s.library, s.name, (s.library, s.name) in sample) for i, s in enumerate(todo)]
+    with multiprocessing.get_context("spawn").Pool(jobs, _settle, maxtasksperchild=_TASKS_OF_A_PROCESS) as pool:
+        for i, row in pool.imap_unordered(_check, tasks):
+            yield todo[i], row
+
+
+def _settle() -> None:
+    """A worker of its own core, quiet."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+
+
+def _check(task: tuple[int, str, str, bool]) -> tuple[int, Row]:
+    number, library, name, compiled = task
+    return number, check(next(s for s in subjects(library) if s.name == name), compiled)

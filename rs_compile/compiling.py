@@ -1,0 +1,118 @@
+"""From rewritten graphs to what runs: `torch.compile`, and the choice of a guard."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from passes.base import PassResult
+from passes.pipeline import Compiled, Progress
+from passes.restore import KEPT, TokenOutput
+from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
+from rs_compile.inductor import compile_graph
+from rs_compile.schedule import Schedule
+from rs_compile.signature import in_words
+
+Backend = str | Callable[..., Any]
+TokenOutputs = Literal["restore", "compact"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rewrite and compile; see `optimize`."""
+
+    schedule: Schedule
+    backend: Backend
+    mode: str | None
+    token_outputs: TokenOutputs
+    lower_attention: bool | None
+    progress: Progress | None
+    force_insert: bool
+    explicit_attention: bool
+    guard: Guard | None
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What one input signature was rewritten to, before `torch.compile`.
+
+    Args:
+        compiled: the pruned graph.
+        dense: the graph before anything left it, where a guard compares the two.
+        out_spec: how the model nests its outputs.
+        fixed_batch: whether they are right for the example's number of samples only.
+        unmeasured: why the guard times nothing, "" where it does.
+    """
+
+    compiled: Compiled
+    dense: Compiled | None
+    out_spec: pytree.TreeSpec
+    fixed_batch: bool
+    unmeasured: str = ""
+
+    @property
+    def kept(self) -> list[int]:
+        """Which outputs are short, with their kept positions behind all outputs."""
+        return sorted(self.compiled.gm.meta.get(KEPT, {}))
+
+
+@dataclass
+class Plan:
+    """What one input signature, and with a guard one size, was compiled to."""
+
+    graphs: Graphs
+    compiled: Compiled
+    run: Run
+    signature: str
+    verdict: Verdict | None = None
+
+
+def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
+    """Compiles for inputs like these; where there is a dense graph, times both and keeps the faster.
+
+    Args:
+        leaves: the flat inputs of the call at hand.
+    """
+    sides = {"pruned": graphs.compiled} | ({"dense": graphs.dense} if graphs.dense is not None else {})
+    if options.progress is not None and options.backend != "eager":
+        options.progress("compiling" if len(sides) == 1 else "compiling and timing the dense and the pruned graph")
+    # compiled code hangs on a graph's own code: a copy for each size, or the loser's would stay
+    runs = {side: _run(c.gm if len(sides) == 1 else copied(PassResult(c.gm)).gm, options) for side, c in sides.items()}
+    verdict = None
+    if options.guard is not None:
+        verdict = Verdict("pruned", reason=graphs.unmeasured)
+    if len(sides) == 2:
+        verdict = measure(runs["dense"], runs["pruned"], leaves)
+    kept: Side = verdict.kept if verdict is not None else "pruned"
+    run = runs[kept]
+    if kept == "dense" and graphs.kept:
+        run = all_kept(run, runs["pruned"], leaves, graphs.kept)
+    return Plan(graphs, sides[kept], run, in_words(leaves), verdict)
+
+
+def _run(gm: GraphModule, options: Options) -> Run:
+    if options.backend == "eager":
+        return gm
+    return compile_graph(gm, options.backend, options.mode)
+
+
+def nested(graphs: Graphs, outputs: Any) -> Any:
+    """The flat outputs as the model nests them; short token outputs with their kept positions."""
+    count = graphs.out_spec.num_leaves
+    leaves = list(outputs[:count])
+    for i, positions in zip(graphs.kept, outputs[count:], strict=True):
+        leaves[i] = TokenOutput(leaves[i], positions)
+    return pytree.tree_unflatten(leaves, graphs.out_spec)
+
+
+def copied(prepared: PassResult) -> PassResult:
+    """The same with a graph of its own, on the same parameters: passes write into the graph."""
+    gm = torch.fx.GraphModule(prepared.gm, copy.deepcopy(prepared.gm.graph))
+    gm.meta = dict(prepared.gm.meta)
+    return PassResult(gm, skips=prepared.skips)
