@@ -138,7 +138,7 @@ class OptimizedModel(nn.Module):
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
         check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = bool(autocast_state())
+        ambient = dict(autocast_state())
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
