@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from passes.propagate import call_key, memory_of
 from passes.splice import fake, fake_mode
 
 aten = torch.ops.aten
@@ -98,15 +99,22 @@ def _shared_with(node: Node) -> list[Node]:
         return []
     # composite ops (type_as, einsum, meshgrid, dropout) may return an input without declaring it: ask
     inputs = [a for a in node.all_input_nodes if tensors(a.meta.get("val"))]
-    try:
+    owners = [_storages(a.meta["val"]) for a in inputs]
+    mode, call = fake_mode(node.graph), call_key(node.target, fake(node.args), fake(node.kwargs))
+    # which arguments are one value, and which values share memory, is part of the case
+    one = tuple(node.all_input_nodes.index(a) for a in nodes_in((node.args, node.kwargs)))
+    together = tuple((i, j) for i, a in enumerate(owners) for j in range(i) if a & owners[j])
+    key, memory = ("shares", call, one, together), memory_of(mode)
+    if call is None or key not in memory:
         # asked only: what the replay would guard on, a batch of that size, must not stay
-        mode = fake_mode(node.graph)
         unguarded = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
-        with mode, unguarded, enable_python_dispatcher(), torch.no_grad():
-            made = _storages(node.target(*fake(node.args), **fake(node.kwargs)))
-    except Exception:
-        return inputs  # cannot be replayed: assume the worst
-    return [a for a in inputs if made & _storages(a.meta["val"])]
+        try:
+            with mode, unguarded, enable_python_dispatcher(), torch.no_grad():
+                made = _storages(node.target(*fake(node.args), **fake(node.kwargs)))
+        except Exception:
+            return inputs  # cannot be replayed: assume the worst
+        memory[key] = [i for i, a in enumerate(owners) if made & a]
+    return [inputs[i] for i in memory[key]]
 
 
 def _storages(value: Any) -> set[int]:

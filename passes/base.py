@@ -69,6 +69,7 @@ class PassResult:
 class Pass(abc.ABC):
     """One rewrite. `pass_(gm)` runs `requires` on the input, `call`, clean-up, `ensures` on the result.
 
+    `apply` does the same and leaves the graph's code stale, for who recompiles it after the last of many passes.
     A pass may change the graph module in place: it is the compiler's private copy.
     """
 
@@ -78,13 +79,19 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def call(self, gm: GraphModule) -> PassResult:
-        """Rewrites `gm`; must not run dead-code removal, lint or recompile: `__call__` does."""
+        """Rewrites `gm`; must not run dead-code removal, lint or recompile: they come after it."""
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
     def __call__(self, gm: GraphModule) -> PassResult:
+        result = self.apply(gm)
+        result.gm.recompile()
+        return result
+
+    def apply(self, gm: GraphModule) -> PassResult:
+        """`__call__` without the recompilation of the graph's code."""
         self._run(self.requires, gm, "before")
         result = self.call(gm)
         try:
@@ -96,7 +103,6 @@ class Pass(abc.ABC):
             result.gm.graph.lint()
         except RuntimeError as error:
             raise CompileError(f"pass {self.name} left a malformed graph: {error}") from error
-        result.gm.recompile()
         self._run(self.ensures, result.gm, "after")
         return result
 

@@ -63,7 +63,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
-    """An MLP branch, and the attention branch before it (or beside it), if there is one.
+    """An MLP branch, and the branch before it (or beside it) that mixes tokens, attention or another, if there is one.
 
     In a model without MLPs (a state-space model) `mlp` is the branch that mixes tokens: all that a block has.
     """
@@ -144,14 +144,15 @@ def find_blocks(gm: GraphModule) -> list[Block]:
 
 
 def blocks_of(branches: Sequence[Branch]) -> list[Block]:
-    """Block i is the i-th MLP branch in topological order, with the attention branch it follows.
+    """Block i is the i-th MLP branch in topological order, with the attention (or other mixing) branch it follows.
 
     Where there is no MLP, it is the i-th branch that mixes tokens and through which rules carry them.
     """
     blocks: list[Block] = []
-    free = [b for b in branches if b.kind == "attention"]
+    mlps = [b for b in branches if b.kind == "mlp"]
     mixers = [b for b in branches if b.kind == "mixer" and b.whole]
-    for mlp in [b for b in branches if b.kind == "mlp"] or mixers:
+    free = [b for b in branches if b.kind == "attention" or (mlps and b.kind == "mixer")]
+    for mlp in mlps or mixers:
         before = [a for a in free if a.add is mlp.add or _reaches(a.add, mlp.stream)]
         attention = before[-1] if before else None
         if attention is not None:

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from passes.base import CompileError, Pass, PassResult, Refusal
 from passes.grid_axes import RESTORE, WAY_OUT, follow_grid
 from passes.grid_layout import Follow, Grid, GridAxes
 from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
+from passes.propagate import evaluate
 from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
@@ -160,8 +160,8 @@ class _Cut:
         self._same_cells(node)
         before = node.meta["val"]
         try:
-            with self.mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
-                node.meta["val"] = node.target(*fake(node.args), **fake(node.kwargs))  # type: ignore[operator]
+            op: Any = node.target
+            node.meta["val"] = evaluate(self.mode, op, fake(node.args), fake(node.kwargs))
         except Exception as error:
             raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
         after = node.meta["val"]

@@ -66,8 +66,9 @@ def cut_stages(gm: GraphModule, cuts: Sequence[GridCut], compact_outputs: bool =
             c.lowest,
             compact_outputs,
         )
-        gm = cut(gm).gm
+        gm = cut.apply(gm).gm
         left[c.stage] = (stage.grid[0] - c.rows, stage.grid[1] - c.columns)
+    gm.recompile()
     no_stale_shapes(gm)
     cost = count(gm)
     rows = [

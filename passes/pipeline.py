@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from passes.attention_kernel import KernelChoice, kernels
+from passes.attention_kernel import AUTOCAST, KernelChoice, kernels
 from passes.base import CompileError, PassResult, Refusal, Skip
 from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.canonicalise import Canonicalise
@@ -23,6 +24,7 @@ from passes.insert_merge import InsertMerge, Merger
 from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
+from passes.name_flash import NameFlash
 from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
@@ -124,7 +126,7 @@ def prepare(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     lower: bool,
-    ambient_autocast: bool = False,
+    ambient_autocast: Mapping[str, torch.dtype] | None = None,
     say: Progress = lambda _: None,
 ) -> PassResult:
     """Capture and clean-up: what every model goes through, pruned or not.
@@ -132,21 +134,24 @@ def prepare(
     Args:
         model, args, kwargs: see `capture`.
         lower: whether hand-written attention becomes scaled_dot_product_attention.
-        ambient_autocast: the graph will run under autocast; regions that switch it off must then stay.
+        ambient_autocast: the autocast that the graph will run under, its dtype by device type; regions that
+            switch it off must then stay.
         say: called with a line of text at each stage.
     """
     say("capturing the model")
     gm = capture(model, args, kwargs)
+    gm.meta[AUTOCAST] = dict(ambient_autocast or {})
     say("rewriting the graph")
     skips: list[Skip] = []
     passes = [
-        InlineRegions(ambient_autocast=ambient_autocast),
+        InlineRegions(ambient_autocast=bool(ambient_autocast)),
         Canonicalise(),  # before the matcher, which should not see dropouts and casts that do nothing
         *([LowerAttention()] if lower else []),
     ]
     for pass_ in passes:
-        result = pass_(gm)
+        result = pass_.apply(gm)
         gm, skips = result.gm, skips + list(result.skips)
+    gm.recompile()
     return PassResult(gm, skips=tuple(skips))
 
 
@@ -184,9 +189,9 @@ def prune(
             sizes=None if last is None else sites[last].sizes,
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
-        )(gm)
-        gm = RetargetTokens([now.get(s, s) for s in layers], behind.gap)(result.gm).gm
-        gm = RestoreTokens([now.get(s, s) for s in streams], compact_outputs)(gm).gm
+        ).apply(gm)
+        gm = RetargetTokens([now.get(s, s) for s in layers], behind.gap).apply(result.gm).gm
+        gm = RestoreTokens([now.get(s, s) for s in streams], compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         sites[p.block] = site
@@ -194,10 +199,15 @@ def prune(
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
-        gm = AppendKept()(gm).gm
-    gm = ApplySizes()(gm).gm
+        gm = AppendKept().apply(gm).gm
+    gm = ApplySizes().apply(gm).gm
     if behind.explicit:
-        gm = ExplicitAttention()(gm).gm
+        gm = ExplicitAttention().apply(gm).gm
+    skips: tuple[Skip, ...] = ()
+    if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
+        named = NameFlash().apply(gm)
+        gm, skips = named.gm, named.skips
+    gm.recompile()
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
@@ -217,7 +227,7 @@ def prune(
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
             )
         )
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, size_bias=gm.meta.get(HOW, ""))
+    return Compiled(gm, tuple(rows), dense, cost, skips + cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:

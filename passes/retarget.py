@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
 from passes.gather import stretch_index, take
 from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
+from passes.propagate import evaluate
 from passes.rules import Extent, Kept, Position, Transfer
 from passes.site import SITE, Site
 from passes.sizes import KEY_SIZES, MEAN_SIZES, SDPA, check_biasable, stretch_sizes
@@ -111,8 +111,8 @@ class _Emitter:
     def _evaluate(self, node: Node, twin: Node, transfer: Transfer) -> None:
         """Recomputes the value, and holds it against the layout that the rule promised."""
         try:
-            with self.mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
-                twin.meta["val"] = twin.target(*fake(twin.args), **fake(twin.kwargs))  # type: ignore[operator]
+            op: Any = twin.target
+            twin.meta["val"] = evaluate(self.mode, op, fake(twin.args), fake(twin.kwargs))
         except Exception as error:
             raise Refusal(f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT) from error
         val = twin.meta["val"]

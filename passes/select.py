@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_IN_REGISTERS = 512  # tokens up to which Inductor makes one GPU kernel of both sorts; topk is faster above, and on CPU
+
 
 def protected_mask(
     count: int, prefix: int, suffix: int, extra: tuple[int, ...], positions: Tensor | None, device: torch.device
@@ -48,7 +50,16 @@ def keep_highest(
     if padding is not None:
         score = torch.where(padding, -torch.inf, score)
     score = torch.where(protected, torch.inf, score)
-    at = torch.arange(score.shape[1], device=score.device)
+    count = score.shape[1]
+    at = torch.arange(count, device=score.device)
+    if score.device.type == "cpu" or count > _IN_REGISTERS:
+        return _ordered_keys(score, count - at).topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
     order = score.sort(dim=1, descending=True, stable=True).indices
-    # both sorts over all N, so that a GPU may do them in one kernel
-    return torch.where(at < keep, order, order + score.shape[1]).sort(dim=1).values[:, :keep]
+    return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
+
+
+def _ordered_keys(score: Tensor, rank: Tensor) -> Tensor:
+    """int64 that compare as the scores do, and equal scores as their rank: `topk` keeps no order among equals."""
+    score = torch.where(score == 0, 0.0, score)  # no -0.0
+    bits = score.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) * 2**32 + rank

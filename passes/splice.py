@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from passes.propagate import remember
+
 ORIGIN = "rs_compile"  # node.meta key: which piece of new arithmetic a node belongs to
 REPLACED = "replaced"  # gm.meta key: an op -> the ops that stand in its place
 
@@ -47,7 +49,8 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any
         given = iter(values)
         return fn(*(next(given) if isinstance(a, Node) else a for a in args))
 
-    with fake_mode(graph), torch.enable_grad():
+    mode = fake_mode(graph)
+    with mode, torch.enable_grad():
         traced = make_fx(on_nodes, pre_dispatch=True)(*(n.meta["val"] for n in nodes))
     env: dict[Node, Any] = {}
     given = iter(nodes)
@@ -57,7 +60,8 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any
         elif inner.op == "output":
             return map_aggregate(inner.args[0], lambda a: env[a] if isinstance(a, Node) else a)
         elif inner.op == "call_function":
-            env[inner] = graph.node_copy(inner, lambda n: env[n])
+            env[inner] = copied = graph.node_copy(inner, lambda n: env[n])
+            remember(mode, copied.target, fake(copied.args), fake(copied.kwargs), copied.meta.get("val"))
             env[inner].meta[ORIGIN] = origin
         else:
             raise ValueError(f"{origin}: tracing made a {inner.op} node; write constants as factory calls")

@@ -102,10 +102,11 @@ def analyse(
     axis = TokenAxis(start, batch, {start: layout})
     context = Context(axis.layouts, batch)
     behind: dict[Node, Node] = {}  # value -> the consumer of every token that it depends on
-    node = start.next
-    while node.op != "root":
+    node, left = start.next, None if within is None else len(set(within) - {start})
+    while node.op != "root" and left != 0:
         if node.op != "output" and (within is None or node in within):
             _step(node, axis, context, behind, anchors)
+            left = None if left is None else left - 1
         elif node.op == "output" and any(n in axis.layouts for n in node.all_input_nodes):
             axis.dense[node] = "an output of the model"
         node = node.next

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from passes.base import CompileError
 from passes.layout import expr
+from passes.propagate import describe
 from passes.splice import fake, fake_mode
 
 
@@ -24,8 +24,7 @@ def no_stale_shapes(gm: GraphModule) -> None:
         if node.target._schema.is_mutable or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         try:
-            with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
-                val = node.target(*fake(node.args), **fake(node.kwargs))
+            val = describe(mode, node.target, fake(node.args), fake(node.kwargs))
         except Exception as error:
             raise CompileError(f"{node.name} ({node.target}) does not run: {error}") from error
         said = node.meta["val"]

@@ -15,6 +15,7 @@ from passes.base import PassResult
 from passes.pipeline import Compiled, Progress
 from passes.restore import KEPT, TokenOutput
 from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
+from rs_compile.inductor import compile_graph
 from rs_compile.schedule import Schedule
 from rs_compile.signature import in_words
 
@@ -98,7 +99,7 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
 def _run(gm: GraphModule, options: Options) -> Run:
     if options.backend == "eager":
         return gm
-    return torch.compile(gm, backend=options.backend, mode=options.mode)
+    return compile_graph(gm, options.backend, options.mode)
 
 
 def nested(graphs: Graphs, outputs: Any) -> Any:

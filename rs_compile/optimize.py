@@ -138,7 +138,7 @@ class OptimizedModel(nn.Module):
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
         check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = bool(autocast_state())
+        ambient = dict(autocast_state())
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
@@ -293,7 +293,9 @@ def plans(
     for handle in handles:
         if handle._lowers not in prepared:
             prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
-        handle.__dict__["_last"] = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
+        found = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
+        handle._keep(handle._state(), leaves, spec, found)
+        handle.__dict__["_last"] = found
         yield handle.report()
 
 

@@ -1,0 +1,133 @@
+"""What an op gives on fake tensors, remembered: a network repeats few ops on few shapes.
+
+Running an op on fake tensors takes a millisecond, most of it symbolic arithmetic. What comes out depends on the op,
+its plain arguments and the metadata of its tensors alone, so each of these is run once for a capture. Two results
+never are one object: tracing tells values apart by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+Key: TypeAlias = tuple[Any, ...]
+Op: TypeAlias = Callable[..., Any]
+
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+_DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor without the tensor. Offsets in memory are left out: no shape depends on them."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, value: FakeTensor) -> Described:
+        return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device, value.requires_grad)
+
+    def fresh(self, mode: FakeTensorMode) -> FakeTensor:
+        """A fake tensor like this, of its own memory."""
+        with torch.no_grad():
+            meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+            return FakeTensor(mode, meta.requires_grad_(self.requires_grad), self.device)
+
+
+def evaluate(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
+    """Runs an op on fake values, or makes a fresh value of what it gave on the like before.
+
+    Args:
+        mode: that the values belong to; the batch stays the symbol that it is there.
+        target, args, kwargs: the call, fake values in place of nodes.
+
+    Raises:
+        Exception: whatever the op raises.
+    """
+    found = _recalled(mode, target, args, kwargs)
+    if isinstance(found, list):
+        return [one.fresh(mode) if isinstance(one, Described) else one for one in found]
+    return found.fresh(mode) if isinstance(found, Described) else found
+
+
+def describe(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
+    """The same for who wants `shape`, `dtype` and `device` only, and no tensor."""
+    return _recalled(mode, target, args, kwargs)
+
+
+def remember(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Notes what an op gave when it was traced on fake values of this mode."""
+    _keep(memory_of(mode), call_key(target, args, kwargs), out)
+
+
+def call_key(target: Op, args: Any, kwargs: Any) -> Key | None:
+    """All that the result of an op depends on, or None where that is more than metadata, or not known."""
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return None
+    if target._schema.is_mutable or _DATA_DEPENDENT & set(target.tags):
+        return None
+    parts: list[Any] = [target]
+    return tuple(parts) if _write((args, kwargs), parts) else None
+
+
+def memory_of(mode: FakeTensorMode) -> dict[Key, Any]:
+    """What is remembered of a capture; it lives as long as the capture's values."""
+    memory: dict[Key, Any] = mode.__dict__.setdefault("rs_compile_memory", {})
+    return memory
+
+
+def _recalled(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
+    key, memory = call_key(target, args, kwargs), memory_of(mode)
+    if key is not None and key in memory:
+        return memory[key]
+    with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
+        out = target(*args, **kwargs)
+    _keep(memory, key, out)
+    return out
+
+
+def _keep(memory: dict[Key, Any], key: Key | None, out: Any) -> None:
+    values = out if isinstance(out, (list, tuple)) else [out]
+    if key is not None and all(_plain_tensor(v) for v in values):
+        memory[key] = [Described.of(v) for v in values] if isinstance(out, (list, tuple)) else Described.of(out)
+
+
+def _plain_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, FakeTensor) and value.layout is torch.strided and not value.is_conj() and not value.is_neg()
+    )
+
+
+def _write(value: Any, parts: list[Any]) -> bool:
+    """Appends what a result can depend on of a value, flat; False where that is not known."""
+    if isinstance(value, torch.Tensor):
+        if not _plain_tensor(value):
+            return False
+        parts += ["tensor", value.dtype, value.device, value.requires_grad, value.dim()]
+        parts += [_size(size) for size in (*value.shape, *value.stride())]
+        return True
+    if isinstance(value, torch.SymInt):
+        parts += ["size", value.node.expr]
+        return True
+    if isinstance(value, (list, tuple)):
+        parts += [type(value), len(value)]
+        return all(_write(item, parts) for item in value)
+    if isinstance(value, dict):
+        parts += ["by name", *value]
+        return all(_write(item, parts) for item in value.values())
+    parts += [type(value), value]  # 1, 1.0 and True are equal
+    return isinstance(value, _PLAIN)
+
+
+def _size(size: int | torch.SymInt) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
