@@ -171,7 +171,7 @@ def prune(
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
-    streams: dict[Node, Node] = {b.add: b.add for b in branches}
+    streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     now: dict[Node, Node] = {}
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
@@ -190,9 +190,8 @@ def prune(
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
         ).apply(gm)
-        anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors, behind.gap).apply(result.gm).gm
-        gm = RestoreTokens(anchors, compact_outputs).apply(gm).gm
+        gm = RetargetTokens([now.get(s, s) for s in layers], behind.gap).apply(result.gm).gm
+        gm = RestoreTokens([now.get(s, s) for s in streams], compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         sites[p.block] = site
@@ -281,8 +280,8 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple
         tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
         if tokens is None or not tokens.prunable:
             return False, "no token of this stream comes from the input"
-        anchors = [b.add for b in branches]
-        check_restorable(analyse(gm, block.output, layout, batch, anchors), anchors)
+        axis = analyse(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
+        check_restorable(axis, [b.add for b in branches])
     except Refusal as refusal:
         return False, str(refusal).replace("\n", "; ")
     return True, ""

@@ -80,9 +80,13 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
         if not (once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1):
             continue
         parent = paths[module].rpartition(".")[0]
-        ends = [m for m, _, r in calls[:i] if r is result and paths[m].startswith(f"{paths[module]}.")]
+        ends = [
+            m
+            for m, g, r in calls[:i]
+            if r is result and tuple(g.shape) == shape and paths[m].startswith(f"{paths[module]}.")
+        ]
         tokens = 1 - shape[:2].index(batch)
-        layer = Layer(paths[module], module, ends[-1] if ends else None, tokens, shape[tokens])
+        layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
         groups.setdefault((parent, type(module)), []).append(layer)
     named = {key: layers for key, layers in groups.items() if len(layers) > 1}
     inner = {

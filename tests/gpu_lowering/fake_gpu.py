@@ -22,6 +22,7 @@ import torch._inductor.config as inductor_config
 from torch import nn
 from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.utils import get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -139,6 +140,8 @@ def fake_gpu(capability: Capability) -> Iterator[None]:
     )
     folder = joint_graph.UniformValueConstantFolder
     with contextlib.ExitStack() as stack:
+        _forget()
+        stack.callback(_forget)
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
             if name in vars(device_interface.CudaInterface):
@@ -151,6 +154,14 @@ def fake_gpu(capability: Capability) -> Iterator[None]:
             lazily = module.lazy_init
             stack.enter_context(patch.object(module, "lazy_init", lambda _=None, lazily=lazily: lazily(CPU)))
         yield
+
+
+def _forget() -> None:
+    """Drops what torch remembers of the GPU that it asked last, or of there being none."""
+    DeviceProperties.create.cache_clear()
+    for module in (torch.utils._triton, torch._inductor.utils):
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
 
 
 def _on_cpu(deduce: Callable[..., Any]) -> Callable[..., Any]:
