@@ -144,7 +144,7 @@ def prune_by_hand(
 
             hooks = [layer.module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)]
             if layer.norm is None:
-                hooks.append(layer.module.register_forward_hook(end))
+                hooks.append(layer.module.register_forward_hook(end, prepend=True))  # before the model's own
             else:
                 hooks.append(layer.norm.register_forward_pre_hook(sum_))
             for hook in hooks:
