@@ -22,12 +22,15 @@ from passes.token_axis import analyse, stream_layout
 NEVER = -9000.0  # added to a logit it leaves exp(...) = 0 in every dtype; masks of -10000 are in use
 
 
-def insert_padding(gm: GraphModule, block: Block) -> Node | None:
+def insert_padding(gm: GraphModule, block: Block, prefix: int = 0, suffix: int = 0) -> Node | None:
     """Which tokens of a block's stream are padding, [B, N] bool, at the graph's insertion point.
 
     None where the block's attention leaves nobody out: it has no mask, or one that no input of the model is in.
+
+    Args:
+        prefix, suffix: so many tokens at either end are protected, and may be told from the others.
     """
-    found = _masking(gm, block)
+    found = _masking(gm, block, prefix, suffix)
     if found is None:
         return None
     value, hidden = found
@@ -54,11 +57,14 @@ def hidden_by_weights(weights: Tensor, samples: int) -> Tensor:
     return weights.reshape(samples, -1, weights.shape[-1]).amax(1) == 0
 
 
-def _masking(gm: GraphModule, block: Block) -> tuple[Node, Callable[[Tensor, int], Tensor]] | None:
+def _masking(
+    gm: GraphModule, block: Block, prefix: int, suffix: int
+) -> tuple[Node, Callable[[Tensor, int], Tensor]] | None:
     """The value that says who is left out as a key, [..., N], and how it says so."""
-    if block.attention is None:
+    op = block.attention_op()
+    if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):
         return None
-    layout, batch = stream_layout(block.entry)
+    layout, batch = stream_layout(block.entry, prefix, suffix)
     axis = analyse(gm, block.entry, layout, batch, within=block.attention.nodes)
     tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
 
@@ -66,7 +72,6 @@ def _masking(gm: GraphModule, block: Block) -> tuple[Node, Callable[[Tensor, int
         over = tokens_in(found[dim]) if found is not None else None
         return tokens is not None and over is not None and over.same_sequence(tokens)
 
-    op = block.attention_op()
     if op is not None:
         given = arguments(op)
         mask = given.get("attn_mask")
