@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tabulate import tabulate
 
 from bench.tables.layer_plot import check_out, save
-from bench.tables.methods import COMPILED, METHODS
+from bench.tables.methods import COMPILED, METHODS, OURS
 from bench.tables.options import chosen, positive, usable
 from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS
@@ -99,9 +99,8 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         low, high = row["speedup_quartiles"]
         saves = row["macs_ratio"] > 1
-        asked = (
-            ASKED.get((row["batch"], row["model"])) if row["method"] == "ours" and row["dtype"] == "float32" else None
-        )
+        ours = row["method"] == OURS and row["keep"] == KEEPS[0] and row["dtype"] == "float32"
+        asked = ASKED.get((row["batch"], row["model"])) if ours else None
         lines.append(
             [
                 row["model"],

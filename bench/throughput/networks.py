@@ -27,7 +27,7 @@ class Network:
         make: builds it, small where its argument says so, in eval mode.
         inputs: of so many samples, for the small one or not; floating ones are of the sweep's dtype.
         blocks: after which tokens leave.
-        importance: of the attention-score baseline: Eq. 2 with a class token, Eq. 3 without.
+        importance: of the attention-score baseline: Eq. 2 with a class token that is no input, Eq. 3 without.
         written_out: the largest batch for which attention is written out; None for any. The map of 2352 tokens
             is 266 MB a sample in float32, several times over.
     """
@@ -95,6 +95,6 @@ NETWORKS = {
         Network("UMT-B", _umt, _clips, blocks=(0, 1, 2), importance="mean-attention", written_out=4),
         _timm("DINOv3-S", "vit_small_patch16_dinov3"),
         _timm("BEiT-B", "beit_base_patch16_224"),
-        Network("BERT-base", _transformers("BertModel", "BertConfig"), _words),
+        Network("BERT-base", _transformers("BertModel", "BertConfig"), _words, importance="mean-attention"),
     )
 }
