@@ -31,17 +31,18 @@ _INTRODUCTION = """\
 # Coverage
 
 One model of every architecture family in {versions}, with random weights, few layers and small images.
-`python -m bench coverage --markdown COVERAGE.md` makes this file; `tests/test_coverage.py` holds some of it against the code.
+`python -m bench coverage --markdown COVERAGE.md` makes this file; `tests/test_coverage.py` checks some of its rows.
 
-- **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure, shapes and
-  dtypes, and is what pruning by hand gives (`bench/coverage/oracle.py`: tokens stay in place, masked and frozen);
-  *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
-- **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked, or what leaves
-  the model does not depend on pruned tokens.
+- **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure,
+  shapes and dtypes, and is what pruning by hand gives (`bench/coverage/oracle.py`: tokens stay in place, masked and
+  frozen); *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
+- **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked, or what
+  leaves the model does not depend on pruned tokens.
 - **{grid}**: a CNN; its output has its shape after a cut.
 - **{refused}**: no token can leave, with the op, its line and why; `rs_compile.explain` says the way out as well.
 
-*compiled*: also through Inductor, and equal. *time*: capture and passes over torch.export alone, processor time, graphs of few layers.
+*compiled*: also through Inductor, and equal. *time*: capture and passes over torch.export alone, processor time, on
+graphs of few layers.
 """
 _PACKAGES = {"open_clip": "open_clip_torch"}
 _COMPILED_EVERY = 40
