@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from passes.attention_kernel import AUTOCAST, KernelChoice, kernels
-from passes.base import CompileError, PassResult, Refusal, Skip
+from passes.base import CompileError, PassResult, Refusal, Skip, finish
 from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.canonicalise import Canonicalise
 from passes.capture import capture
@@ -30,7 +30,7 @@ from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
-from passes.splice import stand_ins
+from passes.splice import REPLACED, stand_ins
 from passes.stages import StageReport, find_stages
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
@@ -151,7 +151,7 @@ def prepare(
     for pass_ in passes:
         result = pass_.apply(gm)
         gm, skips = result.gm, skips + list(result.skips)
-    gm.recompile()
+    finish(gm)
     return PassResult(gm, skips=tuple(skips))
 
 
@@ -171,7 +171,7 @@ def prune(
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
-    streams: dict[Node, Node] = {b.add: b.add for b in branches}
+    streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     now: dict[Node, Node] = {}
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
@@ -190,9 +190,8 @@ def prune(
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
         ).apply(gm)
-        anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors, behind.gap).apply(result.gm).gm
-        gm = RestoreTokens(anchors, compact_outputs).apply(gm).gm
+        gm = RetargetTokens([now.get(s, s) for s in layers], behind.gap).apply(result.gm).gm
+        gm = RestoreTokens([now.get(s, s) for s in streams], compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         sites[p.block] = site
@@ -208,7 +207,7 @@ def prune(
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
         gm, skips = named.gm, named.skips
-    gm.recompile()
+    finish(gm)
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
@@ -228,6 +227,7 @@ def prune(
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
             )
         )
+    gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone
     return Compiled(gm, tuple(rows), dense, cost, skips + cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 
@@ -281,8 +281,8 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple
         tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
         if tokens is None or not tokens.prunable:
             return False, "no token of this stream comes from the input"
-        anchors = [b.add for b in branches]
-        check_restorable(analyse(gm, block.output, layout, batch, anchors), anchors)
+        axis = analyse(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
+        check_restorable(axis, [b.add for b in branches])
     except Refusal as refusal:
         return False, str(refusal).replace("\n", "; ")
     return True, ""

@@ -27,7 +27,9 @@ def protected_mask(
     return mask
 
 
-def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = False) -> Tensor:
+def keep_highest(
+    score: Tensor, protected: Tensor, keep: int, lowest: bool = False, padding: Tensor | None = None
+) -> Tensor:
     """Positions of the `keep` highest scores, ascending; ties go to the earlier token.
 
     A NaN or infinite score counts as the highest: what the dense model would have spread must not vanish.
@@ -37,6 +39,7 @@ def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = Fal
         protected: [N] or [B, N] bool; at most `keep` of them.
         keep: how many stay.
         lowest: keep the lowest scores instead (a baseline).
+        padding: [B, N] bool, tokens that go before all others; protected ones stay.
 
     Returns:
         [B, keep] int64.
@@ -44,6 +47,8 @@ def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = Fal
     most = torch.finfo(torch.float32).max
     score = -score.float() if lowest else score.float()
     score = torch.nan_to_num(score, nan=most, posinf=most, neginf=most if lowest else -most)
+    if padding is not None:
+        score = torch.where(padding, -torch.inf, score)
     score = torch.where(protected, torch.inf, score)
     count = score.shape[1]
     at = torch.arange(count, device=score.device)

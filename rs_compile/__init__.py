@@ -1,5 +1,10 @@
 """Makes pretrained PyTorch vision models faster without training: `rs_compile.optimize(model, schedule)`."""
 
+import sys as _sys
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING, Any
+
 import passes as _passes
 
 if getattr(_passes, "PROJECT", None) != "rs_compile":
@@ -8,18 +13,19 @@ if getattr(_passes, "PROJECT", None) != "rs_compile":
         "remove or rename it, or put rs_compile's site-packages before it on sys.path"
     )
 
-from passes.base import CompileError, Refusal
-from passes.capture import CaptureError
-from passes.cost import register_cost
-from passes.restore import TokenOutput
-from passes.rules import register_token_rule
-from rs_compile.errors import ScheduleError
-from rs_compile.grid_prune import GridPrune
-from rs_compile.optimize import OptimizedModel, explain, optimize, plan
-from rs_compile.report import Explanation, Report
-from rs_compile.schedule import Schedule
-from rs_compile.signature import InputError
-from rs_compile.visualize import ScoreMaps, score_maps
+if TYPE_CHECKING:
+    from passes.base import CompileError, Refusal
+    from passes.capture import CaptureError
+    from passes.cost import register_cost
+    from passes.restore import TokenOutput
+    from passes.rules import register_token_rule
+    from rs_compile.errors import ScheduleError
+    from rs_compile.grid_prune import GridPrune
+    from rs_compile.optimize import OptimizedModel, explain, optimize, plan
+    from rs_compile.report import Explanation, Report
+    from rs_compile.schedule import Schedule
+    from rs_compile.signature import InputError
+    from rs_compile.visualize import ScoreMaps, score_maps
 
 __all__ = [
     "CaptureError",
@@ -41,3 +47,40 @@ __all__ = [
     "register_token_rule",
     "score_maps",
 ]
+
+# where each name lives; imported when it is first asked for, because sympy and torch.export take half a second
+_HOMES = {
+    "passes.base": ("CompileError", "Refusal"),
+    "passes.capture": ("CaptureError",),
+    "passes.cost": ("register_cost",),
+    "passes.restore": ("TokenOutput",),
+    "passes.rules": ("register_token_rule",),
+    "rs_compile.errors": ("ScheduleError",),
+    "rs_compile.grid_prune": ("GridPrune",),
+    "rs_compile.optimize": ("OptimizedModel", "explain", "optimize", "plan"),
+    "rs_compile.report": ("Explanation", "Report"),
+    "rs_compile.schedule": ("Schedule",),
+    "rs_compile.signature": ("InputError",),
+    "rs_compile.visualize": ("ScoreMaps", "score_maps"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+class _Package(_ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(_import_module(_HOME[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `import rs_compile.optimize` would put the module in the place of the function
+        if not (name in _HOME and isinstance(value, _ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+_sys.modules[__name__].__class__ = _Package

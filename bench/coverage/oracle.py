@@ -77,12 +77,18 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
     for i, (module, given, result) in enumerate(calls):
         shape = tuple(result.shape)
         once = sum(m is module for m, _, _ in calls) == 1
-        if not (once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1):
+        if result is given or not (
+            once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1
+        ):
             continue
         parent = paths[module].rpartition(".")[0]
-        ends = [m for m, _, r in calls[:i] if r is result and paths[m].startswith(f"{paths[module]}.")]
+        ends = [
+            m
+            for m, g, r in calls[:i]
+            if r is result and tuple(g.shape) == shape and paths[m].startswith(f"{paths[module]}.")
+        ]
         tokens = 1 - shape[:2].index(batch)
-        layer = Layer(paths[module], module, ends[-1] if ends else None, tokens, shape[tokens])
+        layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
         groups.setdefault((parent, type(module)), []).append(layer)
     named = {key: layers for key, layers in groups.items() if len(layers) > 1}
     inner = {
@@ -138,7 +144,7 @@ def prune_by_hand(
 
             hooks = [layer.module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)]
             if layer.norm is None:
-                hooks.append(layer.module.register_forward_hook(end))
+                hooks.append(layer.module.register_forward_hook(end, prepend=True))  # before the model's own
             else:
                 hooks.append(layer.norm.register_forward_pre_hook(sum_))
             for hook in hooks:
