@@ -57,10 +57,11 @@ class OptimizedModel(nn.Module):
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (state_key(self._model), input_key(leaves), spec)
-        plan = self._find(key, leaves)
+        plan = self._find((state_key(self._model), input_key(leaves), spec), leaves)
         if plan is None or not plan.ran:
             with self._lock:
+                # again: a capture in another thread exchanges the model's parameters while it runs
+                key = (state_key(self._model), input_key(leaves), spec)
                 plan = self._find(key, leaves) or self._plan(key, leaves, lambda: self._prepare(leaves, args, kwargs))
                 outputs = plan.run(*leaves)
                 plan.ran = True
