@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -104,8 +106,10 @@ def _shared_with(node: Node) -> list[Node]:
     together = tuple((i, j) for i, a in enumerate(owners) for j in range(i) if a & owners[j])
     key, memory = ("shares", call, one, together), memory_of(mode)
     if call is None or key not in memory:
+        # asked only: what the replay would guard on, a batch of that size, must not stay
+        unguarded = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
         try:
-            with mode, torch.no_grad():
+            with mode, unguarded, enable_python_dispatcher(), torch.no_grad():
                 made = _storages(node.target(*fake(node.args), **fake(node.kwargs)))
         except Exception:
             return inputs  # cannot be replayed: assume the worst

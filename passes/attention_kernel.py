@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,14 @@ from passes.contraction import arguments, is_alias
 
 ATEN = torch.ops.aten
 SDPA = ATEN.scaled_dot_product_attention.default
+FLASH = ATEN._scaled_dot_product_flash_attention.default  # CUDA's
+ALIGN = 8  # channels of a head that CUDA's flash kernels take at once
 HALF = (torch.float16, torch.bfloat16)
+AUTOCAST = "autocast"  # gm.meta key: the autocast that the graph will run under, dtype by device type
+_THREE = ("query", "key", "value")
 LOWERED = {
     ATEN._scaled_dot_product_flash_attention_for_cpu.default: "flash",
-    ATEN._scaled_dot_product_flash_attention.default: "flash",
+    FLASH: "flash",
     ATEN._scaled_dot_product_efficient_attention.default: "efficient",
     ATEN._scaled_dot_product_cudnn_attention.default: "cudnn",
     ATEN._scaled_dot_product_fused_attention_overrideable.default: "fused",
@@ -59,9 +64,9 @@ def kernel_for(
     """
     # a fresh mode: a guard on the captured graph's own batch symbol would specialise it
     mode = FakeTensorMode()
-    query, key, value = (concrete(t, mode) for t in (query, key, value))
+    query, key, value = (concrete(t, mode).requires_grad_(needs_grad) for t in (query, key, value))
     mask = None if attn_mask is None else concrete(attn_mask, mode)
-    obstacle = _flash_obstacle(query, key, value, mask, dropout_p, needs_grad, enable_gqa)
+    obstacle = _flash_obstacle(query, key, value, mask, dropout_p, is_causal, enable_gqa)
     device = query.device.type
     if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         name, op = lowered_kernel(
@@ -70,7 +75,7 @@ def kernel_for(
         if name == "flash":
             return KernelChoice(name, f"lowers to {op}")
         return KernelChoice(name, obstacle or "flash is switched off or not in this build of torch")
-    name = predicted_kernel(query, key, value, mask, dropout_p, needs_grad=needs_grad, enable_gqa=enable_gqa)
+    name = predicted_kernel(query, key, value, mask, dropout_p, is_causal, enable_gqa=enable_gqa)
     return KernelChoice(name, obstacle or f"expected on {device}; no such device here to lower for")
 
 
@@ -80,12 +85,12 @@ def predicted_kernel(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
-    needs_grad: bool = False,
     enable_gqa: bool = False,
 ) -> str:
     """The kernel by torch's published conditions (sdp_utils), without lowering anything."""
-    if not _flash_obstacle(query, key, value, attn_mask, dropout_p, needs_grad, enable_gqa):
+    if not _flash_obstacle(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         return "flash"
     if query.device.type == "cuda" and _efficient(query, key, value):
         return "efficient"
@@ -135,25 +140,59 @@ def kernels(gm: GraphModule, *, needs_grad: bool = False) -> list[tuple[Node, Ke
     """
     found = []
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target is not SDPA:
-            continue
-        given = arguments(node)
-        mask = given["attn_mask"]
-        if mask is not None:
-            val = concrete(mask.meta["val"], FakeTensorMode()).detach()
-            mask = val.requires_grad_(val.is_floating_point() and _wants_grad(mask, needs_grad))
-        choice = kernel_for(
-            given["query"].meta["val"],
-            given["key"].meta["val"],
-            given["value"].meta["val"],
-            mask,
-            given["dropout_p"],
-            given["is_causal"],
-            needs_grad=needs_grad,
-            enable_gqa=given["enable_gqa"],
-        )
-        found.append((node, choice))
+        if node.op == "call_function" and node.target is FLASH:
+            found.append((node, KernelChoice("flash", f"named in the graph: {FLASH}")))
+        elif node.op == "call_function" and node.target is SDPA:
+            found.append((node, _choice(gm, node, needs_grad)))
     return found
+
+
+def flash_obstacle(gm: GraphModule, node: Node) -> str:
+    """What keeps an attention from being CUDA's flash op by name, forward and backward; '' if nothing does.
+
+    Args:
+        gm: a captured graph, fake values in meta["val"].
+        node: a scaled_dot_product_attention in it.
+    """
+    given, mode = arguments(node), FakeTensorMode()
+    query, key, value = (concrete(given[name].meta["val"], mode) for name in _THREE)
+    device = query.device.type
+    if device != "cuda":
+        return f"{device} has no such op"
+    if device in gm.meta.get(AUTOCAST, {}):
+        return "autocast is on, which casts the inputs of scaled_dot_product_attention and of no kernel's own op"
+    mask = None if given["attn_mask"] is None else concrete(given["attn_mask"].meta["val"], mode)
+    query, key, value = (t.detach().requires_grad_() for t in (query, key, value))
+    return _flash_obstacle(query, key, value, mask, given["dropout_p"], given["is_causal"], given["enable_gqa"])
+
+
+def _choice(gm: GraphModule, node: Node, needs_grad: bool) -> KernelChoice:
+    """The kernel of an attention that chooses it when it runs."""
+    given, mode = arguments(node), FakeTensorMode()
+    mask = given["attn_mask"]
+    if mask is not None:
+        val = concrete(mask.meta["val"], mode).detach()
+        mask = val.requires_grad_(val.is_floating_point() and _wants_grad(mask, needs_grad))
+    query, key, value = (concrete(given[name].meta["val"], mode).detach() for name in _THREE)
+    cast = gm.meta.get(AUTOCAST, {}).get(query.device.type)
+    query, key, value, mask = (_cast(t, cast) for t in (query, key, value, mask))
+    return kernel_for(
+        query,
+        key,
+        value,
+        mask,
+        given["dropout_p"],
+        given["is_causal"],
+        needs_grad=needs_grad,
+        enable_gqa=given["enable_gqa"],
+    )
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Any:
+    """What autocast to `dtype` hands on, None for no autocast."""
+    if tensor is None or dtype is None or tensor.dtype not in (torch.float32, *HALF):
+        return tensor
+    return tensor.to(dtype)
 
 
 def concrete(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -199,7 +238,7 @@ def _flash_obstacle(
     value: Tensor,
     attn_mask: Tensor | None,
     dropout_p: float,
-    needs_grad: bool,
+    is_causal: bool,
     enable_gqa: bool,
 ) -> str:
     """The first thing that keeps the flash kernel off, '' if nothing does."""
@@ -224,8 +263,14 @@ def _flash_obstacle(
         return "an explicit mask"
     if query.shape[-1] > 256:
         return f"{query.shape[-1]} channels a head, more than 256"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if is_causal and query.shape[-2] != key.shape[-2]:
+        return f"causal, with {query.shape[-2]} queries and {key.shape[-2]} keys"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "flash is switched off"
+    if torch.cuda.is_available():
+        given = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        if not torch.backends.cuda.can_use_flash_attention(given):
+            return "torch has no flash kernel for it on this GPU"
     return ""
 
 

@@ -26,6 +26,7 @@ LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.
 CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 CASTS = {aten.to.dtype, aten._to_copy.default}
+AFFINE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 LIKE = {  # read the shape of a value, not what is in it
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
@@ -62,7 +63,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
-    """An MLP branch, and the attention branch before it (or beside it), if there is one.
+    """An MLP branch, and the branch before it (or beside it) that mixes tokens, attention or another, if there is one.
 
     In a model without MLPs (a state-space model) `mlp` is the branch that mixes tokens: all that a block has.
     """
@@ -123,8 +124,9 @@ def find_branches(gm: GraphModule) -> list[Branch]:
         if stream is None:
             continue
         inner = _inner_sums(node)
-        for term in _computed(terms, stream, above):
-            nodes = _between(gm, stream, term, above, order)
+        spans = {t: _between(gm, stream, t, above, order) for t in _computed(terms, stream, above)}
+        for term in _joined(node, spans, above, order):
+            nodes = spans[term] if term in spans else _between(gm, stream, term, above, order)
             inside = [b for b in found if b.add in nodes]
             if any(b.whole for b in inside):
                 continue  # a long skip around whole blocks
@@ -142,14 +144,15 @@ def find_blocks(gm: GraphModule) -> list[Block]:
 
 
 def blocks_of(branches: Sequence[Branch]) -> list[Block]:
-    """Block i is the i-th MLP branch in topological order, with the attention branch it follows.
+    """Block i is the i-th MLP branch in topological order, with the attention (or other mixing) branch it follows.
 
     Where there is no MLP, it is the i-th branch that mixes tokens and through which rules carry them.
     """
     blocks: list[Block] = []
-    free = [b for b in branches if b.kind == "attention"]
+    mlps = [b for b in branches if b.kind == "mlp"]
     mixers = [b for b in branches if b.kind == "mixer" and b.whole]
-    for mlp in [b for b in branches if b.kind == "mlp"] or mixers:
+    free = [b for b in branches if b.kind == "attention" or (mlps and b.kind == "mixer")]
+    for mlp in mlps or mixers:
         before = [a for a in free if a.add is mlp.add or _reaches(a.add, mlp.stream)]
         attention = before[-1] if before else None
         if attention is not None:
@@ -189,6 +192,39 @@ def _terms(node: Node) -> list[Node]:
         assert isinstance(a, Node)
         terms += _terms(a) if _is_inner(a, node) else [_uncast(a)]
     return terms
+
+
+def _joined(
+    node: Node, spans: dict[Node, frozenset[Node]], above: dict[Node, int], order: dict[Node, int]
+) -> list[Node]:
+    """The terms that are branches of their own; of those that share their work (a low-rank adapter beside the
+    layer that it adapts), their sum.
+
+    Args:
+        node: the residual sum.
+        spans: each of its computed terms with what lies on the way to it from the stream.
+    """
+    joined: list[Node] = []
+    for a in node.args:
+        assert isinstance(a, Node)
+        if not _is_inner(a, node):
+            joined += [t for t in [_uncast(a)] if t in spans]
+            continue
+        parts = _terms(a)
+        shared = frozenset.intersection(*(spans.get(t, frozenset()) for t in parts))
+        joined += [a] if _works(shared, above, order) else _joined(a, spans, above, order)
+    return joined
+
+
+def _works(nodes: frozenset[Node], above: dict[Node, int], order: dict[Node, int]) -> bool:
+    """Whether more than a norm and one linear layer is among these ops: something not linear behind a linear layer."""
+    linears = sum(1 << order[n] for n in nodes if n.target in LINEAR)
+    return any(above[n] & linears for n in nodes if n.target in ATTENTION | SOFTMAX or _bends(n))
+
+
+def _bends(node: Node) -> bool:
+    """An activation: acts on each entry, and not linearly."""
+    return _pointwise(node) and node.target not in (*AFFINE, *CASTS, aten.dropout.default)
 
 
 def _uncast(node: Node) -> Node:

@@ -89,6 +89,8 @@ VIEWS: dict[Any, Rule] = {
     aten.view_as.default: _unchanged,
     aten.flatten.using_ints: _unchanged,
 }
+# The op lays out the same values in the same order: undone by a later one that gives the first shape back.
+RESHAPES = {aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int}
 # Checks without a result. What they state was true of the example, and the shapes are in the signature.
 CHECKS = {
     aten._assert_tensor_metadata.default,
@@ -123,6 +125,19 @@ class Canonicalise(Pass):
                 return PassResult(gm, rewrites, tuple(skips))
 
 
+def _undone(node: Node) -> Node | None:
+    """What a node is idle to, if it is: its input, or where it ends a row of reshapes that leads back, their start."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return None
+    start: Any = source
+    while node.target in RESHAPES and isinstance(start, Node) and start.target in RESHAPES:
+        start = start.args[0]
+        if isinstance(start, Node) and same_kind(node.meta["val"], start.meta["val"]):
+            return start
+    return source
+
+
 @dataclass
 class _Sweep:
     graph: Graph
@@ -135,7 +150,7 @@ class _Sweep:
         differentiable = may_require_grad(self.graph, self.memory)
         removed = 0
         for node in list(self.graph.nodes):
-            source = node.args[0] if node.args else None
+            source = _undone(node)
             if node.target in CHECKS and not node.users:
                 self.graph.erase_node(node)
             elif isinstance(source, Node) and self._idle(node, source, differentiable):
@@ -148,6 +163,8 @@ class _Sweep:
         return removed
 
     def _idle(self, node: Node, source: Node, differentiable: set[Node]) -> bool:
+        if source is not node.args[0]:
+            return self._not_told_apart(node, source)
         if returns_input(node):
             return True
         if node.target in COPIES and COPIES[node.target](node):

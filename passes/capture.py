@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, export
+from torch.export import Dim, ShapesCollection, export
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -61,12 +60,11 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _export(model: nn.Module, leaves: Sequence[Any], runs: Sequence[bool], spec: pytree.TreeSpec) -> GraphModule:
-    shapes = [
-        ({0: Dim.AUTO} if over else {}) if isinstance(leaf, torch.Tensor) else None
-        for leaf, over in zip(leaves, runs, strict=True)
-    ]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    dynamic = _by_name(model, *pytree.tree_unflatten(shapes, spec))
+    dynamic = ShapesCollection()
+    for leaf, over in zip(leaves, runs, strict=True):
+        if over:
+            dynamic[leaf] = {0: Dim.AUTO}
     try:
         with torch.enable_grad():
             program = export(model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
@@ -83,16 +81,6 @@ def _fixed_batch(exported: GraphModule, runs: Sequence[bool]) -> bool:
         over and isinstance(val, torch.Tensor) and expr(val.shape[0]).is_Integer
         for val, over in zip(values, runs, strict=True)
     )
-
-
-def _by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Dynamic shapes as export wants them: a mapping by parameter name, `*args` as one tuple."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    named = dict(bound.arguments)
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in named:
-            named |= named.pop(name)
-    return named
 
 
 def _flat(exported: GraphModule) -> GraphModule:

@@ -38,7 +38,7 @@ _RUN_ONCE = {
 # products inside one op, which PyTorch's own flop counter does not know either
 _HEAVY = {"bilinear", "gru", "lstm", "rnn_relu", "rnn_tanh", "_native_multi_head_attention"}
 _HEAVY |= {"_transformer_encoder_layer_fwd", "_scaled_dot_product_fused_attention_overrideable"}
-_FREE_NAMESPACES = {"aten", "prim", "prims", "inductor"}
+_FREE_NAMESPACES = {"aten", "prim", "prims", "inductor", "export"}  # export: reads a part of a quantised weight
 
 
 @dataclass(frozen=True)

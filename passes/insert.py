@@ -15,6 +15,7 @@ from passes.branches import Block
 from passes.gather import original_positions, take
 from passes.importance import Scoring
 from passes.layout import Tokens, tokens_in
+from passes.padding import insert_padding
 from passes.protected import Protected
 from passes.select import keep_highest, protected_mask
 from passes.site import SITE, Site, put_back
@@ -56,7 +57,7 @@ class InsertSelection(Pass):
         users = list(stream.users)
         with graph.inserting_before(stream.next):
             scores = self.scoring.insert(gm, self.block, stream, layout, self.protected.prefix)
-            index = self._select(graph, scores, tokens)
+            index = self._select(graph, scores, self._padding(gm), tokens)
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
             short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
             full = put_back(graph, layout, stream, short, index, None)
@@ -72,12 +73,15 @@ class InsertSelection(Pass):
         gm.meta[SITE] = site
         return PassResult(gm, rewrites=1)
 
-    def _select(self, graph: torch.fx.Graph, scores: Node, tokens: Tokens) -> Node:
+    def _padding(self, gm: GraphModule) -> Node | None:
+        return insert_padding(gm, self.block, self.protected.prefix, self.protected.suffix)
+
+    def _select(self, graph: torch.fx.Graph, scores: Node, padding: Node | None, tokens: Tokens) -> Node:
         p = self.protected
 
-        def select(s: torch.Tensor, *earlier: torch.Tensor) -> torch.Tensor:
+        def select(s: torch.Tensor, padding: torch.Tensor | None, *earlier: torch.Tensor) -> torch.Tensor:
             positions = original_positions(*earlier) if earlier else None
             mask = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, positions, s.device)
-            return keep_highest(s, mask, self.keep, self.lowest)
+            return keep_highest(s, mask, self.keep, self.lowest, padding)
 
-        return splice(graph, "select", select, scores, *(self.earlier if p.extra else ()))
+        return splice(graph, "select", select, scores, padding, *(self.earlier if p.extra else ()))

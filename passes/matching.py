@@ -17,11 +17,13 @@ Order = Literal["sequence", "even-odd", "strength"]
 
 class Matched(NamedTuple):
     """r sources and the destinations they merge into, [B, r]; positions of the tokens left, [B, N - r], in their new
-    order; and for each of the N tokens the place in that order that now stands for it, [B, N]."""
+    order; the place of each source's destination in that order, [B, r]; and for each of the N tokens the place that now
+    stands for it, [B, N]."""
 
     sources: Tensor
     destinations: Tensor
     left: Tensor
+    into: Tensor
     place: Tensor
 
 
@@ -56,7 +58,7 @@ def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int,
     sources = 2 * ranked[:, :r]
     destinations = 2 * to.gather(1, ranked[:, :r]) + 1
     evens = 2 * ranked[:, r:]
-    if order != "strength":
+    if order == "even-odd":  # in the sequence's order all are sorted below
         evens = evens.sort(dim=1).values
     odds = torch.arange(1, count, 2, device=features.device).expand(batch, -1)
     left = torch.cat([evens, odds], 1)
@@ -64,8 +66,8 @@ def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int,
     left = left.sort(dim=1).values if order == "sequence" else _ends_first(left, count, prefix, suffix)
     place = torch.empty_like(protected, dtype=torch.int64)
     place = place.scatter(1, left, torch.arange(count - r, device=left.device).expand(batch, -1))
-    place = place.scatter(1, sources, place.gather(1, destinations))
-    return Matched(sources, destinations, left, place)
+    into = place.gather(1, destinations)
+    return Matched(sources, destinations, left, into, place.scatter(1, sources, into))
 
 
 def _ends_first(left: Tensor, count: int, prefix: int, suffix: int) -> Tensor:
@@ -92,8 +94,7 @@ def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) ->
     Returns:
         [B, N - r, C] and [B, N - r].
     """
-    sources, left = matched.sources, matched.left
-    into = matched.place.gather(1, sources)
+    sources, left, into = matched.sources, matched.left, matched.into
     share = sizes.gather(1, sources)
     if weights is not None:
         share = share * weights.gather(1, sources)

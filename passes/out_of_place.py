@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
@@ -95,7 +96,8 @@ def _replace(node: Node, target: Node, memory: Memory, order: dict[Node, int]) -
         if not same_kind(fake(args[1]), old):
             return "copy_ broadcasts, or changes device or memory layout"
         args, kwargs = args[1:2], {}
-    with graph.inserting_before(node), fake_mode(graph), torch.no_grad():
+    # the python dispatcher keeps the batch symbolic
+    with graph.inserting_before(node), fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
         made = [add(twin, *args, **kwargs)]
         if isinstance(old, torch.Tensor) and made[0].meta["val"].dtype != old.dtype:
             # in place, the result keeps the target's dtype

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from passes.attention_kernel import KernelChoice, kernels
+from passes.attention_kernel import AUTOCAST, KernelChoice, kernels
 from passes.base import CompileError, PassResult, Refusal, Skip, finish
 from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.canonicalise import Canonicalise
@@ -23,6 +24,7 @@ from passes.insert_merge import InsertMerge, Merger
 from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
+from passes.name_flash import NameFlash
 from passes.protected import Protected, find_protected
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
@@ -124,7 +126,7 @@ def prepare(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     lower: bool,
-    ambient_autocast: bool = False,
+    ambient_autocast: Mapping[str, torch.dtype] | None = None,
     say: Progress = lambda _: None,
 ) -> PassResult:
     """Capture and clean-up: what every model goes through, pruned or not.
@@ -132,15 +134,17 @@ def prepare(
     Args:
         model, args, kwargs: see `capture`.
         lower: whether hand-written attention becomes scaled_dot_product_attention.
-        ambient_autocast: the graph will run under autocast; regions that switch it off must then stay.
+        ambient_autocast: the autocast that the graph will run under, its dtype by device type; regions that
+            switch it off must then stay.
         say: called with a line of text at each stage.
     """
     say("capturing the model")
     gm = capture(model, args, kwargs)
+    gm.meta[AUTOCAST] = dict(ambient_autocast or {})
     say("rewriting the graph")
     skips: list[Skip] = []
     passes = [
-        InlineRegions(ambient_autocast=ambient_autocast),
+        InlineRegions(ambient_autocast=bool(ambient_autocast)),
         Canonicalise(),  # before the matcher, which should not see dropouts and casts that do nothing
         *([LowerAttention()] if lower else []),
     ]
@@ -167,7 +171,7 @@ def prune(
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
-    streams: dict[Node, Node] = {b.add: b.add for b in branches}
+    streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     now: dict[Node, Node] = {}
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
@@ -186,9 +190,8 @@ def prune(
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
         ).apply(gm)
-        anchors = [now.get(s, s) for s in streams]
-        gm = RetargetTokens(anchors, behind.gap).apply(result.gm).gm
-        gm = RestoreTokens(anchors, compact_outputs).apply(gm).gm
+        gm = RetargetTokens([now.get(s, s) for s in layers], behind.gap).apply(result.gm).gm
+        gm = RestoreTokens([now.get(s, s) for s in streams], compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         sites[p.block] = site
@@ -200,6 +203,10 @@ def prune(
     gm = ApplySizes().apply(gm).gm
     if behind.explicit:
         gm = ExplicitAttention().apply(gm).gm
+    skips: tuple[Skip, ...] = ()
+    if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
+        named = NameFlash().apply(gm)
+        gm, skips = named.gm, named.skips
     finish(gm)
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
@@ -221,7 +228,7 @@ def prune(
             )
         )
     gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone
-    return Compiled(gm, tuple(rows), dense, cost, cost.uncounted, size_bias=gm.meta.get(HOW, ""))
+    return Compiled(gm, tuple(rows), dense, cost, skips + cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
@@ -274,8 +281,8 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple
         tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
         if tokens is None or not tokens.prunable:
             return False, "no token of this stream comes from the input"
-        anchors = [b.add for b in branches]
-        check_restorable(analyse(gm, block.output, layout, batch, anchors), anchors)
+        axis = analyse(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
+        check_restorable(axis, [b.add for b in branches])
     except Refusal as refusal:
         return False, str(refusal).replace("\n", "; ")
     return True, ""

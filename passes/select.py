@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_IN_REGISTERS = 512  # tokens up to which Inductor makes one GPU kernel of both sorts; topk is faster above, and on CPU
+
 
 def protected_mask(
     count: int, prefix: int, suffix: int, extra: tuple[int, ...], positions: Tensor | None, device: torch.device
@@ -25,7 +27,9 @@ def protected_mask(
     return mask
 
 
-def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = False) -> Tensor:
+def keep_highest(
+    score: Tensor, protected: Tensor, keep: int, lowest: bool = False, padding: Tensor | None = None
+) -> Tensor:
     """Positions of the `keep` highest scores, ascending; ties go to the earlier token.
 
     A NaN or infinite score counts as the highest: what the dense model would have spread must not vanish.
@@ -35,6 +39,7 @@ def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = Fal
         protected: [N] or [B, N] bool; at most `keep` of them.
         keep: how many stay.
         lowest: keep the lowest scores instead (a baseline).
+        padding: [B, N] bool, tokens that go before all others; protected ones stay.
 
     Returns:
         [B, keep] int64.
@@ -42,8 +47,19 @@ def keep_highest(score: Tensor, protected: Tensor, keep: int, lowest: bool = Fal
     most = torch.finfo(torch.float32).max
     score = -score.float() if lowest else score.float()
     score = torch.nan_to_num(score, nan=most, posinf=most, neginf=most if lowest else -most)
+    if padding is not None:
+        score = torch.where(padding, -torch.inf, score)
     score = torch.where(protected, torch.inf, score)
-    at = torch.arange(score.shape[1], device=score.device)
+    count = score.shape[1]
+    at = torch.arange(count, device=score.device)
+    if score.device.type == "cpu" or count > _IN_REGISTERS:
+        return _ordered_keys(score, count - at).topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
     order = score.sort(dim=1, descending=True, stable=True).indices
-    # both sorts over all N, so that a GPU may do them in one kernel
-    return torch.where(at < keep, order, order + score.shape[1]).sort(dim=1).values[:, :keep]
+    return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
+
+
+def _ordered_keys(score: Tensor, rank: Tensor) -> Tensor:
+    """int64 that compare as the scores do, and equal scores as their rank: `topk` keeps no order among equals."""
+    score = torch.where(score == 0, 0.0, score)  # no -0.0
+    bits = score.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) * 2**32 + rank

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes.attention_kernel import ALIGN
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.contraction import arguments
 from passes.layout import Batch, Layout, Piece, Prunable, Tokens
@@ -26,7 +27,6 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 KEY_SIZES = "sizes of keys"  # node.meta key: [B, Nk]
 MEAN_SIZES = "sizes in a mean"  # node.meta key: ([B, N], dimension of samples, dimension of tokens)
 HOW = "size bias"  # gm.meta key: "mask", "channel" or "mask and channel"
-_ALIGN = 8  # channels of a head that the flash kernels take at once
 
 
 def stretch_sizes(sizes: Tensor, site: Tokens, pieces: Sequence[Piece]) -> Tensor:
@@ -58,8 +58,8 @@ def with_bias(logits: Tensor, sizes: Tensor) -> Tensor:
 def attend_by_mask(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Tensor, scale: float | None, gqa: bool
 ) -> Tensor:
-    """Attention [B, H, N, d] with size bias as an additive mask."""
-    bias = log_bias(sizes).to(query.dtype)
+    """Attention [B, H, N, d] with size bias as an additive mask: in float32 where the kernel takes that, as on CPU."""
+    bias = log_bias(sizes).to(torch.float32 if query.device.type == "cpu" else query.dtype)
     if mask is not None:
         bias = torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else mask + bias
     return F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=gqa)
@@ -78,7 +78,7 @@ def attend_by_channel(
     bias = (sizes.log() / scale)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
     high = bias.bfloat16().float()  # whatever the dtype here: autocast may round to bfloat16 later
     parts = [high.to(key.dtype), (bias - high).to(key.dtype)]
-    pad = -(width + len(parts)) % _ALIGN
+    pad = -(width + len(parts)) % ALIGN
     query = F.pad(torch.cat([query, query.new_ones(*query.shape[:-1], len(parts))], -1), (0, pad))
     key = F.pad(torch.cat([key, *parts], -1), (0, pad))
     value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))

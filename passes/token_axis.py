@@ -91,8 +91,9 @@ def analyse(
         start: the value to follow.
         layout: its layout.
         batch: the factor of samples in it.
-        anchors: nodes of the network proper (sums of residual branches): one of them behind a consumer
-            that needs every token means that the network depends on it, not only its end.
+        anchors: nodes of the network proper (sums of residual branches that are layers): one of them behind a
+            consumer that needs every token means that the network depends on it, not only its end. Convolution
+            branches of a dense head are none.
         within: follow only these nodes; an op without a rule is then recorded, never refused.
 
     Raises:

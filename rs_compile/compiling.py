@@ -15,6 +15,7 @@ from passes.base import PassResult
 from passes.pipeline import Progress
 from passes.restore import KEPT, TokenOutput
 from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
+from rs_compile.inductor import compile_graph
 from rs_compile.report import Report
 from rs_compile.schedule import Schedule
 
@@ -77,7 +78,6 @@ class Plan:
     made: Rewritten
     run: Run
     verdict: Verdict | None = None
-    ran: bool = False
 
 
 def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
@@ -106,7 +106,7 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
 def _run(gm: GraphModule, options: Options) -> Run:
     if options.backend == "eager":
         return gm
-    return torch.compile(gm, backend=options.backend, mode=options.mode)
+    return compile_graph(gm, options.backend, options.mode)
 
 
 def nested(graphs: Graphs, outputs: Any) -> Any:

@@ -24,8 +24,19 @@ from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
-from rs_compile.signature import autocast_state, batch_sizes, check_inputs, input_key, signature, state_key
+from rs_compile.signature import (
+    State,
+    StateReader,
+    autocast_state,
+    batch_sizes,
+    check_inputs,
+    flatten,
+    in_words,
+    leaf_key,
+)
 
+# one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
+_CAPTURING = threading.RLock()
 _BY_SIZE = "by size"  # in the place of a plan: this signature has one for each number of samples
 
 
@@ -46,7 +57,7 @@ class OptimizedModel(nn.Module):
         self.__dict__["_plans"] = {}
         self.__dict__["_graphs"] = {}  # of signatures whose sizes have plans of their own
         self.__dict__["_last"] = None
-        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_state"] = StateReader(model)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,15 +67,16 @@ class OptimizedModel(nn.Module):
             InputError: no input is a tensor.
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        plan = self._find((state_key(self._model), input_key(leaves), spec), leaves)
-        if plan is None or not plan.ran:
-            with self._lock:
-                # again: a capture in another thread exchanges the model's parameters while it runs
-                key = (state_key(self._model), input_key(leaves), spec)
-                plan = self._find(key, leaves) or self._plan(key, leaves, lambda: self._prepare(leaves, args, kwargs))
+        leaves, spec = flatten(args, kwargs)
+        plan = self._find(leaves, spec)
+        if plan is None:
+            with _CAPTURING:
+                # the model's state may have been read while another thread was capturing
+                plan, before = self._find(leaves, spec), self._state()
+                if plan is None:
+                    plan = self._plan(leaves, spec, lambda: self._prepare(leaves, args, kwargs))
                 outputs = plan.run(*leaves)
-                plan.ran = True
+                self._keep(before, leaves, spec, plan)
         else:
             outputs = plan.run(*leaves)
         self.__dict__["_last"] = plan
@@ -118,7 +130,7 @@ class OptimizedModel(nn.Module):
     def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
         check_inputs(self._model, leaves)
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        ambient = bool(autocast_state())
+        ambient = dict(autocast_state())
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
@@ -147,7 +159,7 @@ class OptimizedModel(nn.Module):
         )
         report = Report(
             type(self._model).__name__,
-            signature(leaves),
+            in_words(leaves),
             rows,
             c.dense.macs,
             c.cost.macs,
@@ -159,21 +171,32 @@ class OptimizedModel(nn.Module):
         )
         return Rewritten(c.gm, report)
 
-    def _find(self, key: Any, leaves: Sequence[Any]) -> Plan | None:
+    def _find(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Plan | None:
+        key = (self._state(), leaf_key(leaves), spec)
         plan = self._plans.get(key)
         return self._plans.get((*key, batch_sizes(leaves))) if plan is _BY_SIZE else plan
 
-    def _plan(self, key: Any, leaves: Sequence[Any], prepared: Callable[[], PassResult]) -> Plan:
+    def _plan(self, leaves: Sequence[Any], spec: pytree.TreeSpec, prepared: Callable[[], PassResult]) -> Plan:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""
+        key = (self._state(), leaf_key(leaves), spec)
         graphs: Graphs = self._graphs.get(key) or self._rewrite(leaves, prepared())
-        plan = make_plan(graphs, self._options, leaves)
-        if graphs.dense is not None and not graphs.fixed_batch:
-            self._graphs[key] = graphs
-        if graphs.dense is not None or graphs.fixed_batch:
+        return make_plan(graphs, self._options, leaves)
+
+    def _keep(self, before: State, leaves: Sequence[Any], spec: pytree.TreeSpec, plan: Plan) -> None:
+        """Files a plan. What its capture left on the model (hooks, a count of calls) is no change of the model."""
+        state = self._state()
+        key: tuple[Any, ...] = (state, leaf_key(leaves), spec)
+        for name in ("_plans", "_graphs"):
+            # what is for parameters that the model has no more would keep these alive
+            table = {k: v for k, v in self.__dict__[name].items() if k[0].identities == state.identities}
+            self.__dict__[name] = table | {(state, *k[1:]): v for k, v in table.items() if k[0] == before}
+        guarded, fixed = plan.graphs.dense is not None, plan.graphs.fixed_batch
+        if guarded and not fixed:
+            self._graphs[key] = plan.graphs
+        if guarded or fixed:
             self._plans[key] = _BY_SIZE
             key = (*key, batch_sizes(leaves))
         self._plans[key] = plan
-        return plan
 
 
 def optimize(
@@ -277,13 +300,14 @@ def plans(
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = flatten(args, kwargs)
     prepared: dict[bool, PassResult] = {}
     for handle in handles:
         if handle._lowers not in prepared:
             prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
-        key = (state_key(handle._model), input_key(leaves), spec)
-        handle.__dict__["_last"] = handle._plan(key, leaves, partial(copied, prepared[handle._lowers]))
+        found = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
+        handle._keep(handle._state(), leaves, spec, found)
+        handle.__dict__["_last"] = found
         yield handle.report()
 
 
@@ -304,7 +328,7 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    check_inputs(model, pytree.tree_leaves((args, kwargs)))
+    check_inputs(model, flatten(args, kwargs)[0])
     with torch._C._DisableAutocast():
         prepared = prepare(model, args, kwargs, lower=True)
     rows = []

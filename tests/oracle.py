@@ -37,7 +37,9 @@ def keep_count(tokens: int, keep_ratio: float) -> int:
 
 
 def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """D(a, b) over channels: [B, n, C] x [B, n, C] -> [B, n]."""
+    """D(a, b) over channels: [B, n, C] x [B, n, C] -> [B, n]; half precision is scored in float32."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
     if metric == "l2":
         return ((a - b) ** 2).sum(-1).sqrt()
     if metric == "l1":
@@ -168,8 +170,8 @@ def hf_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
     stream = run_blocks(
         model.embeddings(images),
         model.layers,
-        lambda layer, x: layer.attention(layer.layernorm_before(x))[0],
-        lambda layer, x: layer.mlp(layer.layernorm_after(x)),
+        lambda layer, x: layer.dropout(layer.attention(layer.layernorm_before(x))[0]),
+        lambda layer, x: layer.dropout(layer.mlp(layer.layernorm_after(x))),
         pruning,
     )
     return result(

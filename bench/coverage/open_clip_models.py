@@ -47,8 +47,10 @@ def subjects() -> Iterator[Subject]:
             continue
         yield Subject("open_clip", name, name, partial(_model, name), partial(_both, name))
         if name in _ALONE:
-            yield Subject("open_clip", f"{name} image", name, partial(_image_tower, name), partial(_images, name))
-            yield Subject("open_clip", f"{name} text", name, partial(_text_tower, name), _text)
+            yield Subject(
+                "open_clip", f"{name} image", f"{name} image", partial(_image_tower, name), partial(_images, name)
+            )
+            yield Subject("open_clip", f"{name} text", f"{name} text", partial(_text_tower, name), _text)
 
 
 def _model(name: str) -> nn.Module:

@@ -77,12 +77,18 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
     for i, (module, given, result) in enumerate(calls):
         shape = tuple(result.shape)
         once = sum(m is module for m, _, _ in calls) == 1
-        if not (once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1):
+        if result is given or not (
+            once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1
+        ):
             continue
         parent = paths[module].rpartition(".")[0]
-        ends = [m for m, _, r in calls[:i] if r is result and paths[m].startswith(f"{paths[module]}.")]
+        ends = [
+            m
+            for m, g, r in calls[:i]
+            if r is result and tuple(g.shape) == shape and paths[m].startswith(f"{paths[module]}.")
+        ]
         tokens = 1 - shape[:2].index(batch)
-        layer = Layer(paths[module], module, ends[-1] if ends else None, tokens, shape[tokens])
+        layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
         groups.setdefault((parent, type(module)), []).append(layer)
     named = {key: layers for key, layers in groups.items() if len(layers) > 1}
     inner = {
@@ -118,8 +124,10 @@ def prune_by_hand(
                 given = first_tensor(args or tuple(kwargs.values()))
                 assert given is not None
                 entries[i] = given
+                state.inside = True
 
             def leave(stream: Tensor, i: int = i) -> Tensor:
+                state.inside = False
                 stream = state.frozen(stream)
                 if i in keep:
                     shift = (stream - entries[i]).double().norm(dim=-1)
@@ -136,7 +144,7 @@ def prune_by_hand(
 
             hooks = [layer.module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)]
             if layer.norm is None:
-                hooks.append(layer.module.register_forward_hook(end))
+                hooks.append(layer.module.register_forward_hook(end, prepend=True))  # before the model's own
             else:
                 hooks.append(layer.norm.register_forward_pre_hook(sum_))
             for hook in hooks:
@@ -153,6 +161,7 @@ class _State:
         self.dim, self.length, self.protected = dim, length, protected
         self.alive: Tensor | None = None  # [B, N]
         self.values: Tensor | None = None  # the stream's shape
+        self.inside = False  # a layer
 
     def _mask(self) -> Tensor:
         assert self.alive is not None
@@ -208,9 +217,10 @@ class _LeaveOut(TorchDispatchMode):
                 mask = alive.repeat_interleave(x.shape[0] // len(alive), dim=0)
                 mask = mask.view(len(mask), *[1] * (x.dim() - 2), -1)
                 args = (x.masked_fill(~mask, -torch.inf), *args[1:])
-        elif func is aten.bmm.default and (alive := self._state.over(args[0].shape[-1])) is not None:
-            x = args[0]  # weights that something was added to after the softmax (talking heads)
-            if x.shape[0] % len(alive) == 0:
+        elif func is aten.bmm.default and self._state.inside:
+            x = args[0]  # attention weights that something was added to after the softmax (talking heads)
+            alive = self._state.over(x.shape[-1])
+            if alive is not None and x.shape[0] % len(alive) == 0:
                 mask = alive.repeat_interleave(x.shape[0] // len(alive), dim=0).unsqueeze(1)
                 args = (x.masked_fill(~mask, 0.0), *args[1:])
         elif func in (aten.mean.dim, aten.amax.default) and args[0].dim() == 3 and len(args[1]) == 1:

@@ -38,8 +38,13 @@ def families() -> list[str]:
 def subjects() -> Iterator[Subject]:
     """One subject for each family, in the order of their names."""
     for family in families():
-        kind = model_class(family)
-        yield Subject("transformers", family, kind.__name__, partial(build, family), partial(inputs, family))
+        yield Subject("transformers", family, class_name(family), partial(build, family), partial(inputs, family))
+
+
+def class_name(family: str) -> str:
+    """The name of `model_class`, without importing the model where a registry knows it."""
+    name = CLASSES.get(family) or registry.MODEL_MAPPING_NAMES.get(family)
+    return name if isinstance(name, str) else model_class(family).__name__
 
 
 def model_class(family: str) -> type[PreTrainedModel]:

@@ -98,6 +98,7 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
     aten.where,
     aten.masked_fill,
     aten.nan_to_num,
+    aten.hardswish,
 )
 def pointwise(node: Node, ctx: Context) -> Transfer:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""

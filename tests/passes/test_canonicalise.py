@@ -100,6 +100,7 @@ IDLE = {
     "expand": lambda m, x: (x * 2).expand(-1, 4) + 1,
     "reshape": lambda m, x: (x * 2).reshape(-1, 4) + 1,
     "view": lambda m, x: (x * 2).view(x.shape[0], 4) + 1,
+    "reshape there and back": lambda m, x: (x * 2).reshape(-1, 2, 2).flatten(1) + 1,
     "chain": lambda m, x: F.dropout((x * 2).clone()[:, :].contiguous().view(-1, 4), 0.1, False) + 1,
 }
 
@@ -140,6 +141,7 @@ BUSY = {
     "slice with a step": (lambda m, x: (x * 2)[:, ::2] + 1, "slice.Tensor"),
     "expand": (lambda m, x: (x[:, None] * 2).expand(-1, 2, -1) + 1, "expand.default"),
     "reshape": (lambda m, x: (x * 2).reshape(-1, 2, 2) + 1, "reshape.default"),
+    "reshape of a reshape": (lambda m, x: (x * 2).reshape(-1, 2, 2).reshape(-1, 2) + 1, "reshape.default"),
     "detach": (lambda m, x: (x * 2).detach() + x, "detach.default"),
     "detach of a parameter": (lambda m, x: x + m.w.detach(), "detach.default"),
     "returned clone of an input": (lambda m, x: x.clone(), "clone.default"),

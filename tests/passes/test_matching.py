@@ -130,7 +130,7 @@ def sizes_of(*values: float) -> Tensor:
 
 def test_a_weighted_mean_by_hand() -> None:
     x = torch.tensor([[[1.0, 10.0], [4.0, 40.0], [7.0, 70.0]]])
-    matched = Matched(torch.tensor([[0, 2]]), torch.tensor([[1, 1]]), torch.tensor([[1]]), torch.tensor([[0, 0, 0]]))
+    matched = Matched(*(torch.tensor([t]) for t in ([0, 2], [1, 1], [1], [0, 0], [0, 0, 0])))
     short, sizes = merge(x, sizes_of(2, 1, 3), matched, None)
     assert sizes.tolist() == [[6.0]]
     torch.testing.assert_close(short, torch.tensor([[[27.0 / 6, 270.0 / 6]]]))
@@ -139,9 +139,7 @@ def test_a_weighted_mean_by_hand() -> None:
 def test_vid_tldr_weighs_sources_only() -> None:
     """x_b <- (n_b x_b + sum s_a n_a x_a) / (n_b + sum s_a n_a)."""
     x = torch.tensor([[[1.0], [4.0], [7.0], [9.0]]])
-    matched = Matched(
-        torch.tensor([[0, 2]]), torch.tensor([[1, 1]]), torch.tensor([[1, 3]]), torch.tensor([[0, 0, 0, 1]])
-    )
+    matched = Matched(*(torch.tensor([t]) for t in ([0, 2], [1, 1], [1, 3], [0, 0], [0, 0, 0, 1])))
     short, sizes = merge(x, sizes_of(2, 3, 1, 5), matched, torch.tensor([[0.5, 0.9, 0.0, 0.1]]))
     assert sizes.tolist() == [[4.0, 5.0]]
     torch.testing.assert_close(short, torch.tensor([[[(3 * 4.0 + 0.5 * 2 * 1.0) / 4], [9.0]]]))
@@ -216,6 +214,7 @@ def test_what_holds_for_any_tokens(problem: Any, data: st.DataObject) -> None:
             assert stay == sorted(stay)
         place = matched.place[b].tolist()
         assert all(stay[place[t]] == t for t in stay)
+        assert matched.into[b].tolist() == [place[s] for s in sources]
         assert all(stay[place[s]] == d for s, d in zip(sources, matched.destinations[b].tolist(), strict=True))
     assert left.sum(1).tolist() == sizes.sum(1).tolist()  # whole numbers: exact
     torch.testing.assert_close(

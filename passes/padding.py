@@ -1,0 +1,90 @@
+"""Padding: tokens that nobody attends to, because a mask made of the model's inputs leaves them out as keys.
+
+They go first, and never in the place of a real token. What a mask says is known only when the model runs: padded tokens
+are found per sample, in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.branches import SOFTMAX, Block, ancestors, positions
+from passes.contraction import arguments
+from passes.layout import Batch, Layout, tokens_in
+from passes.rules.registry import argument, shape_of, wrap
+from passes.splice import splice
+from passes.token_axis import analyse, stream_layout
+
+NEVER = -9000.0  # added to a logit it leaves exp(...) = 0 in every dtype; masks of -10000 are in use
+
+
+def insert_padding(gm: GraphModule, block: Block, prefix: int = 0, suffix: int = 0) -> Node | None:
+    """Which tokens of a block's stream are padding, [B, N] bool, at the graph's insertion point.
+
+    None where the block's attention leaves nobody out: it has no mask, or one that no input of the model is in.
+
+    Args:
+        prefix, suffix: so many tokens at either end are protected, and may be told from the others.
+    """
+    found = _masking(gm, block, prefix, suffix)
+    if found is None:
+        return None
+    value, hidden = found
+    layout, _ = stream_layout(block.entry)
+    samples = next(d for d, dim in enumerate(layout) if any(isinstance(f, Batch) for f in dim))
+    node: Node = splice(gm.graph, "padding", lambda m, x: hidden(m, x.shape[samples]), value, block.entry)
+    return node
+
+
+def hidden_by_mask(mask: Tensor, samples: int) -> Tensor:
+    """[B, N] or [1, N], true for keys that a mask [(B | 1), ..., N] of attention shows to no query.
+
+    Args:
+        mask: boolean, true where a key is seen, or added to the logits.
+        samples: B; it may be folded with heads.
+    """
+    # a size of one broadcasts
+    rows = mask.reshape(1 if isinstance(mask.shape[0], int) and mask.shape[0] == 1 else samples, -1, mask.shape[-1])
+    return ~rows.any(1) if mask.dtype == torch.bool else rows.amax(1) <= NEVER
+
+
+def hidden_by_weights(weights: Tensor, samples: int) -> Tensor:
+    """[B, N], true for keys that attention weights [B, ..., N] give to no query."""
+    return weights.reshape(samples, -1, weights.shape[-1]).amax(1) == 0
+
+
+def _masking(
+    gm: GraphModule, block: Block, prefix: int, suffix: int
+) -> tuple[Node, Callable[[Tensor, int], Tensor]] | None:
+    """The value that says who is left out as a key, [..., N], and how it says so."""
+    op = block.attention_op()
+    if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):
+        return None
+    layout, batch = stream_layout(block.entry, prefix, suffix)
+    axis = analyse(gm, block.entry, layout, batch, within=block.attention.nodes)
+    tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+
+    def over_stream(found: Layout | None, dim: int) -> bool:
+        over = tokens_in(found[dim]) if found is not None else None
+        return tokens is not None and over is not None and over.same_sequence(tokens)
+
+    if op is not None:
+        given = arguments(op)
+        mask = given.get("attn_mask")
+        if not isinstance(mask, Node) or not over_stream(axis.layouts.get(given["key"]), -2):
+            return None
+        order, above = positions(gm), ancestors(gm)
+        from_tokens = bool(above[mask] >> order[block.entry] & 1) or mask is block.entry
+        if not above[mask] & 1 or from_tokens or not isinstance(shape_of(mask)[-1], int) or shape_of(mask)[-1] == 1:
+            return None
+        return mask, hidden_by_mask
+    weights = (n for n in gm.graph.nodes if n in block.attention.nodes and n.target in SOFTMAX)
+    for node in weights:
+        last = wrap(argument(node, 1, "dim"), len(shape_of(node))) == len(shape_of(node)) - 1
+        if last and over_stream(axis.layouts.get(node), -1):
+            return node, hidden_by_weights
+    return None

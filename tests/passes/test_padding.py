@@ -1,0 +1,97 @@
+"""Padding: what a mask of the model's inputs shows to no query leaves first, and never in place of a real token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import B, N, sample
+from test_branches import MLP
+from torch import Tensor, nn
+
+from passes.padding import hidden_by_mask, hidden_by_weights
+from passes.pipeline import Prune, prepare, prune
+from passes.select import keep_highest
+
+WORDS = torch.arange(N) < torch.tensor([[N], [2], [5]])  # [B, N]: sentences of 6, 2 and 5 tokens
+Attend = Callable[[Tensor, Tensor], Tensor]
+
+
+def additive(x: Tensor, words: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, (1.0 - words[:, None].float()) * -10000.0)
+
+
+def boolean(x: Tensor, words: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, words[:, None].expand(-1, N, -1))
+
+
+def causal(x: Tensor, words: Tensor) -> Tensor:
+    earlier = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+    return F.scaled_dot_product_attention(x, x, x, words[:, None] & earlier)
+
+
+def by_hand(x: Tensor, words: Tensor) -> Tensor:
+    """Not lowered: weights are halved."""
+    return ((x @ x.mT).masked_fill(~words[:, None], -torch.inf).softmax(-1) * 0.5) @ x
+
+
+class Encoder(nn.Module):
+    """Two layers of attention and MLP over x [B, N, C], with a mask [B, N] of real tokens."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+        self.layers = nn.ModuleList([MLP(), MLP()])
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        for mlp in self.layers:
+            x = x + self.attend(F.layer_norm(x, x.shape[-1:]), words)
+            x = x + mlp(x)
+        return x
+
+
+def kept(attend: Attend, count: int, words: Tensor = WORDS) -> Tensor:
+    """The positions [B, K] left after the first layer."""
+    torch.manual_seed(0)
+    gm = prepare(Encoder(attend).eval(), (sample(), words), {}, lower=True).gm
+    compiled = prune(gm, [Prune(0, lambda n: count)], compact_outputs=True)
+    with torch.no_grad():
+        index: Tensor = compiled.gm(sample(), words)[-1]
+    return index
+
+
+@pytest.mark.parametrize("attend", [additive, boolean, causal, by_hand])
+def test_real_tokens_outlive_padding(attend: Attend):
+    index = kept(attend, 3)
+    real = WORDS.gather(1, index).sum(1)
+    assert real.tolist() == [3, 2, 3]  # the second sentence has but two
+
+
+@pytest.mark.parametrize("attend", [additive, boolean, causal])
+def test_a_sentence_keeps_the_same_words_whatever_its_neighbours_are(attend: Attend):
+    others_full = torch.ones_like(WORDS)
+    assert torch.equal(kept(attend, 3)[0], kept(attend, 3, others_full)[0])
+
+
+def test_hidden_by_a_mask():
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.tensor([[0.0, -5.0, lowest], [lowest, 0.0, lowest]])  # [Nq, Nk]: the last is seen by no query
+    assert hidden_by_mask(mask.expand(B, 1, 2, 3), B).tolist() == [[False, False, True]] * B
+    assert hidden_by_mask(mask > -1, 1).tolist() == [[False, False, True]]
+    assert hidden_by_mask(mask[None], B).tolist() == [[False, False, True]]  # one for all samples
+
+
+def test_hidden_by_weights():
+    weights = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).expand(B, 2, 2, 3)
+    assert hidden_by_weights(weights, B).tolist() == [[False, False, True]] * B
+
+
+def test_padding_loses_to_any_score_and_yields_to_protection():
+    score = torch.tensor([[-torch.inf, 5.0, torch.nan, 7.0]])
+    padding = torch.tensor([[False, True, True, True]])
+    none, last = torch.zeros(4, dtype=torch.bool), torch.arange(4) == 3
+    assert keep_highest(score, none, 1, padding=padding).tolist() == [[0]]
+    assert keep_highest(score, none, 2, lowest=True, padding=padding).tolist() == [[0, 1]]
+    assert keep_highest(score, last, 2, padding=padding).tolist() == [[0, 3]]

@@ -1,0 +1,107 @@
+"""What a plan depends on: every change of a model that its forward may read is seen, and reading is not a change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rs_compile.signature import StateReader, flatten
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)
+        self.register_buffer("table", torch.zeros(3))
+        self.scale, self.names, self.sizes = 0.5, ["a"], {"h": (2, 3)}
+        self.config = SimpleNamespace(flags={"tanh": True}, depth=2)
+        self.config_again = self.config
+
+
+def replace_parameter(m: Any) -> None:
+    m.first.weight = nn.Parameter(m.first.weight.detach().clone())
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "train": lambda m: m.train(),
+    "train of one layer": lambda m: m.last.train(),
+    "another parameter": replace_parameter,
+    "another dtype": lambda m: m.bfloat16(),
+    "dtype of a buffer": lambda m: m._buffers.update(table=m.table.double()),
+    "frozen": lambda m: m.first.weight.requires_grad_(False),
+    "a number": lambda m: setattr(m, "scale", 0.25),
+    "a new attribute": lambda m: setattr(m, "flag", True),
+    "an attribute removed": lambda m: delattr(m, "scale"),
+    "a list in place": lambda m: m.names.append("b"),
+    "a dict in place": lambda m: m.sizes.update(h=(2, 4)),
+    "a flag of a config": lambda m: m.config.flags.update(tanh=False),
+    "another config": lambda m: setattr(m, "config_again", SimpleNamespace(depth=3)),
+    "another layer": lambda m: setattr(m, "act", nn.ReLU()),
+    "a layer more": lambda m: m.add_module("extra", nn.GELU()),
+    "a bias less": lambda m: setattr(m.last, "bias", None),
+    "a hook": lambda m: m.last.register_forward_hook(lambda *_: None),
+    "a hook before": lambda m: m.last.register_forward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_change_is_seen(change: Callable[[Any], Any]) -> None:
+    model = Model().eval()
+    reader = StateReader(model)
+    before = reader()
+    assert reader() == before and hash(reader()) == hash(before)
+    change(model)
+    after = reader()
+    assert after != before
+    assert after == reader() == StateReader(model)(), "a fresh reader says the same"
+
+
+def test_values_are_no_change() -> None:
+    """Training, loading and moving a value back and forth."""
+    model = Model().eval()
+    reader = StateReader(model)
+    before = reader()
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+        model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
+    model.first.weight.grad = torch.ones(4, 4)
+    model.scale, model.scale = 0.7, 0.5
+    model.train()
+    hook = model.first.register_forward_hook(lambda *_: None)
+    assert reader() != before
+    model.eval()
+    hook.remove()
+    assert reader() == before
+
+
+def test_autocast_is_read_every_time() -> None:
+    reader = StateReader(Model())
+    outside = reader()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = reader()
+    assert outside == reader() != inside
+
+
+def test_the_identities_are_those_of_parameters_and_buffers() -> None:
+    model = Model()
+    reader = StateReader(model)
+    assert sorted(reader().identities) == sorted(map(id, (*model.parameters(), *model.buffers())))
+
+
+def test_flatten_knows_mappings_inside_containers() -> None:
+    class Inputs(dict):  # type: ignore[type-arg]
+        pass
+
+    a, b = torch.ones(1), torch.zeros(2)
+    leaves, spec = flatten(([Inputs(x=a, y=[b, 3])],), {"z": Inputs(x=b)})
+    assert [type(leaf) for leaf in leaves] == [torch.Tensor, torch.Tensor, int, torch.Tensor]
+    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert type(args[0][0]) is type(kwargs["z"]) is Inputs
+    assert args[0][0]["y"][0] is b
+    assert flatten(([Inputs(x=a, y=[b, 3])],), {"z": Inputs(x=b)})[1] == spec
+    assert flatten(([Inputs(x=a, w=[b, 3])],), {"z": Inputs(x=b)})[1] != spec
