@@ -124,7 +124,10 @@ def _by_hand(
     keep = {hooked.index(mine[i]): ratio for i, ratio in schedule.keep.items() if i in mine}
     if len(hooked) < len(mine) or len(keep) < len(schedule.keep):
         return {"result": UNHOOKED}  # a module that is more than one block
-    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+    masks = (
+        (given.get(name) for name in ("attention_mask", "pixel_attention_mask")) if isinstance(given, Mapping) else ()
+    )
+    mask = next((m for m in masks if m is not None), None)
     padding = mask == 0 if mask is not None and tuple(mask.shape) == (BATCH, stream.length) else None
     twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding)
     error, wrong = differs(short, twin, TOLERANCE)
