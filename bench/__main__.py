@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from bench import costs, finetune, table7
+from bench import compile_time, costs, finetune, table7
 from bench.coverage import command as coverage
 from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table6, table8
 from bench.tables.pictures import figure4, figure6, figure7
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "figure7": figure7,
     "fidelity": fidelity,
     "finetune": finetune,
+    "compile-time": compile_time,
     "throughput": throughput,
     "costs": costs,
     "coverage": coverage,

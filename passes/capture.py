@@ -17,7 +17,7 @@ from passes.base import CompileError
 from passes.layout import expr
 
 _TORCH = os.path.dirname(torch.__file__)
-FIXED_BATCH = "fixed_batch"  # gm.meta key: the graph is right for the example's number of samples only
+FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
 
 
 class CaptureError(CompileError):
@@ -36,7 +36,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
     output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
-    the number of samples, so does the graph, and `gm.meta[FIXED_BATCH]` is true.
+    the number of samples, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
 
     Args:
         model: any module; it is not changed.
@@ -55,7 +55,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     exported = _export(model, doubled, runs, spec)
     if _fixed_batch(exported, runs):
         exported = _export(model, leaves, [False] * len(leaves), spec)
-        exported.meta[FIXED_BATCH] = True
+        exported.meta[FIXED_BATCH] = next(leaf.shape[0] for leaf, over in zip(leaves, runs, strict=True) if over)
     return _flat(exported).train(model.training)
 
 
@@ -89,7 +89,7 @@ def _flat(exported: GraphModule) -> GraphModule:
     exported.graph.set_codegen(torch.fx.graph.CodeGen())
     gm = GraphModule(exported, exported.graph, type(exported).__name__)
     gm.meta["out_spec"] = info.out_spec
-    gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, False)
+    gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, 0)
     return gm
 
 

@@ -193,7 +193,9 @@ class _Emitter:
 
     def _size(self, dim: Dim) -> Any:
         """The compact size of a dimension, as an argument: an int, or a node where it depends on the batch."""
-        rest = self._extent(tuple(f for f in dim if not isinstance(f, Batch)))
+        whole, rest = self._extent(dim), self._extent(tuple(f for f in dim if not isinstance(f, Batch)))
+        if whole.is_Integer:
+            return int(whole)
         if rest.free_symbols:
             raise Refusal("a size depends on a second batch", self.site.stream, WAY_OUT)
         if not any(isinstance(f, Batch) for f in dim):

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Refusal, op_name
+from passes.capture import FIXED_BATCH
 from passes.layout import (
     Batch,
     Fixed,
@@ -62,18 +63,24 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
         Refusal: the stream has no separate sample and token dimension.
     """
     shape = stream.meta["val"].shape
-    symbolic = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
-    if len(shape) != 3 or len(symbolic) != 1 or symbolic[0] == 2 or not expr(shape[symbolic[0]]).is_Symbol:
+    owner = stream.graph.owning_module
+    samples = owner.meta.get(FIXED_BATCH, 0) if owner is not None else 0
+    over = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    if not over and samples and shape[:1] == (samples,):
+        over = [0]  # no rule lets entries of the first dimension meet, so they are samples, or as good as samples
+    if len(shape) != 3 or len(over) != 1 or over[0] == 2 or not expr(shape[over[0]]).is_Atom:
+        fixed = f", and the model's code fixes its {samples} samples" if samples else ""
         raise Refusal(
-            f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]",
+            f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]{fixed}",
             stream,
-            "tokens kept on a grid, folded into the batch or with a fixed batch size cannot be pruned",
+            "tokens kept on a grid, folded into the batch, or of several samples in one sequence cannot be pruned"
+            + ("; with one sample a call they might" if samples > 1 else ""),
         )
-    batch = Batch(expr(shape[symbolic[0]]))
-    count = int(shape[1 - symbolic[0]])
+    batch = Batch(expr(shape[over[0]]))
+    count = int(shape[1 - over[0]])
     pieces = Tokens.of([Fixed(prefix), Prunable(count - prefix - suffix), Fixed(suffix)])
     tokens, channels = merged((pieces,)), merged((Free(expr(shape[2])),))
-    return ((batch,), tokens, channels) if symbolic[0] == 0 else (tokens, (batch,), channels), batch
+    return ((batch,), tokens, channels) if over[0] == 0 else (tokens, (batch,), channels), batch
 
 
 def analyse(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.layout import Dim, Layout, tokens_in
+from passes.layout import Batch, Dim, Layout, tokens_in
 from passes.rules.pointwise import align, broadcast, no_weights
 from passes.rules.registry import (
     Context,
@@ -36,6 +36,8 @@ def linear(node: Node, ctx: Context) -> Transfer:
 def _contracted(a: Dim, b: Dim) -> Dim:
     """The dimension that a product sums over, having checked that it may."""
     over_a, over_b = tokens_in(a), tokens_in(b)
+    if any(isinstance(f, Batch) for f in a + b):
+        raise Untransferable("sums over the samples of the batch")
     if over_a is None and over_b is None:
         return ()
     if not any(t is not None and t.weights for t in (over_a, over_b)):
@@ -109,6 +111,8 @@ def einsum(node: Node, ctx: Context) -> Transfer:
             if letter not in dims or (over and not known):
                 dims[letter] = no_weights(dim)
     for letter in set("".join(terms)) - set(right):
+        if any(isinstance(f, Batch) for f in dims[letter]):
+            raise Untransferable("sums over the samples of the batch")
         if tokens_in(dims[letter]) and letter not in weighted:
             raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
     aligned: dict[Node, Layout] = {}
@@ -128,6 +132,8 @@ def attention(node: Node, ctx: Context) -> Transfer:
     lq, lk, lv = ctx.sides(query), ctx.sides(key), ctx.sides(value)
     for layout in (lq, lk, lv):
         need_free(layout, [-1], "the channels of attention")
+    if any(isinstance(f, Batch) for f in lk[-2] + lv[-2]):
+        raise Untransferable("attends over the samples of the batch")
     over, of_value = tokens_in(lk[-2]), tokens_in(lv[-2])
     if (over is None) != (of_value is None) or (over and of_value and not over.same_sequence(of_value)):
         raise Untransferable("keys and values belong to different sequences")

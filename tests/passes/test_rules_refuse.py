@@ -18,7 +18,15 @@ NORMALISED = "sums over tokens with weights that no softmax over tokens has norm
 COUNTS = "a reduction over tokens that depends on how many there are"
 NO_RULE = "no rule says what this op does to a shorter sequence of tokens"
 PICKS = "picks from tokens that are folded with another dimension"
+SAMPLES = "sums over the samples of the batch"
 REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
+    "product over samples": (lambda x: x.permute(1, 2, 0) @ x.transpose(0, 1), SAMPLES, 0),
+    "einsum over samples": (lambda x: torch.einsum("bnc,bnd->ncd", x, x), SAMPLES, 0),
+    "attention over samples": (
+        lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3),
+        "attends over the samples of the batch",
+        0,
+    ),
     "pointwise: other sequences": (
         lambda x: x[:, 1:] + x[:, :-1],
         "takes tokens 0 to 5 of 6, some of which may be pruned",

@@ -201,7 +201,7 @@ def test_stream_without_a_token_dimension(network: Network, shape: str) -> None:
     wanted = f"the residual stream is {shape}, not [batch, tokens, channels]"
     assert refusal.value.reason.replace(symbol, "B") == wanted
     assert refusal.value.way_out == (
-        "tokens kept on a grid, folded into the batch or with a fixed batch size cannot be pruned"
+        "tokens kept on a grid, folded into the batch, or of several samples in one sequence cannot be pruned"
     )
 
 
@@ -314,3 +314,41 @@ def test_analysis_changes_nothing() -> None:
         layout, batch = stream_layout(branch.add)
         analyse(gm, branch.add, layout, batch)
     assert str(gm.graph) == before
+
+
+class OneByOne(nn.Module):
+    """Positions are added to each sample by itself, in a loop, which fixes their number; `joined`: one sequence."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([one + i for i, one in enumerate(x.unbind())])
+        x = x.reshape(1, -1, 8) if self.joined else x
+        x = x + F.scaled_dot_product_attention(x, x, x)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@torch.no_grad()
+def test_a_fixed_number_of_samples() -> None:
+    torch.manual_seed(0)
+    model, x = OneByOne(joined=False).eval(), sample()
+    dense = model(x)
+    found = prune(prepared(model, x), [Prune(0, lambda n: 4)], compact_outputs=True).gm(x)
+    torch.testing.assert_close(found[0], dense.gather(1, found[1][..., None].expand(-1, -1, 8)))
+
+
+def test_several_samples_in_one_sequence() -> None:
+    gm = prepared(OneByOne(joined=True).eval(), sample())
+    with pytest.raises(Refusal) as refusal:
+        stream_layout(find_branches(gm)[0].add)
+    assert refusal.value.reason == (
+        "the residual stream is ['1', '18', '8'], not [batch, tokens, channels], "
+        "and the model's code fixes its 3 samples"
+    )
+    assert refusal.value.way_out == (
+        "tokens kept on a grid, folded into the batch, or of several samples in one sequence cannot be pruned; "
+        "with one sample a call they might"
+    )
