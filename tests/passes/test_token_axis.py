@@ -317,7 +317,7 @@ def test_analysis_changes_nothing() -> None:
 
 
 class OneByOne(nn.Module):
-    """Positions are added to each sample by itself, in a loop, which fixes their number; `joined` makes one sequence."""
+    """Something is added to each sample by itself, which fixes their number; `joined` makes one sequence of all."""
 
     def __init__(self, joined: bool) -> None:
         super().__init__()
@@ -345,7 +345,8 @@ def test_several_samples_in_one_sequence() -> None:
     with pytest.raises(Refusal) as refusal:
         stream_layout(find_branches(gm)[0].add)
     assert refusal.value.reason == (
-        "the residual stream is ['1', '18', '8'], not [batch, tokens, channels], and the model's code fixes its 3 samples"
+        "the residual stream is ['1', '18', '8'], not [batch, tokens, channels], "
+        "and the model's code fixes its 3 samples"
     )
     assert refusal.value.way_out == (
         "tokens kept on a grid, folded into the batch, or of several samples in one sequence cannot be pruned; "
