@@ -25,7 +25,7 @@ from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
-from passes.protected import Protected, find_protected
+from passes.protected import Protected, find_protected, with_picked
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
@@ -261,7 +261,7 @@ def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | Non
     """The tokens that must stay: those found, and those given."""
     layout, _ = stream_layout(block.output)
     dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
-    found = find_protected(gm, block.output, dim)
+    found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
     if not given:
         return found
     length = _tokens(block.output) or 0

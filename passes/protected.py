@@ -1,6 +1,7 @@
 """Tokens that must stay: class, register and distillation tokens, found from how the sequence was built.
 
-A position whose token is not made from the image (it is a parameter) is protected.
+A position whose token is not made from the image (it is a parameter) is protected, and so is one at an end that
+the end of the network picks by its place.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.base import Refusal
 from passes.branches import ancestors, positions, stream_of
+from passes.layout import tokens_in
 from passes.rules.pointwise import tensors
 from passes.rules.registry import argument, shape_of, wrap
 from passes.rules.views import permuted
+from passes.token_axis import TokenAxis, analyse, stream_layout
 
 aten = torch.ops.aten
 _PER_TOKEN = {
@@ -50,6 +54,42 @@ def find_protected(gm: GraphModule, stream: Node, dim: int) -> Protected:
         dim: its token dimension.
     """
     return Protected.of([origin is None for origin in origins(gm, stream, dim)])
+
+
+def with_picked(gm: GraphModule, stream: Node, found: Protected) -> Protected:
+    """The protected tokens, and those next to them that the end of the network picks by their place.
+
+    A class token that is a word of the sentence is not learned, but nothing behind the encoder reads another one.
+
+    Args:
+        stream: a value of the residual stream.
+        found: see `find_protected`.
+    """
+    prefix, suffix = found.prefix, found.suffix
+    while True:
+        layout, batch = stream_layout(stream, prefix, suffix)
+        count = next((t.dense for dim in layout if (t := tokens_in(dim))), 0)
+        try:
+            axis = analyse(gm, stream, layout, batch)
+        except Refusal:  # said where tokens are to leave
+            return found
+        picked = {place for node in axis.dense if (place := _picked(node, axis)) is not None}
+        more = (prefix + (prefix in picked), suffix + (count - 1 - suffix in picked))
+        if more == (prefix, suffix):
+            return Protected(prefix, suffix, tuple(i for i in found.extra if prefix <= i < count - suffix))
+        if 2 * sum(more) > count:  # a loop over tokens
+            return found
+        prefix, suffix = more
+
+
+def _picked(node: Node, axis: TokenAxis) -> int | None:
+    """The token that an op picks out of the whole sequence, by its place."""
+    if node.target is not aten.select.int:
+        return None
+    layout = axis.layouts[node.all_input_nodes[0]]
+    over = layout[wrap(argument(node, 1, "dim"), len(layout))]
+    whole = [t for dim in axis.layouts[axis.start] if (t := tokens_in(dim))]
+    return wrap(argument(node, 2, "index"), whole[0].dense) if [*over] == whole else None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ BY_NAME: dict[str, Inputs] = {  # by a model's main input
 _IMAGE = BY_NAME["pixel_values"]
 
 BY_FAMILY: dict[str, Inputs] = {
+    "clip": lambda batch: {**text(batch), **_IMAGE(batch)},
+    "vjepa2": lambda batch: {"pixel_values_videos": noise(batch, 4, 3, 64, 64), "skip_predictor": True},
     **dict.fromkeys(("videomae", "vivit", "timesformer"), video),
     **dict.fromkeys(
         (

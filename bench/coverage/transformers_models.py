@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from bench.coverage.subject import Subject
 from bench.coverage.transformers_inputs import BY_FAMILY, BY_NAME
-from bench.coverage.transformers_options import CLASSES, LEFT_OUT, MORE, OPTIONS, SMALL, TOWERS
+from bench.coverage.transformers_options import ALL_LAYERS, CLASSES, LEFT_OUT, MORE, OPTIONS, SMALL, TOWERS
 
 _REGISTRIES = (
     "IMAGE",
@@ -39,6 +39,9 @@ def subjects() -> Iterator[Subject]:
     """One subject for each family, in the order of their names."""
     for family in families():
         yield Subject("transformers", family, class_name(family), partial(build, family), partial(inputs, family))
+    for family in ALL_LAYERS:
+        name = f"{class_name(family)}, output_hidden_states"
+        yield Subject("transformers", family, name, partial(build, family), partial(inputs, family, all_layers=True))
 
 
 def class_name(family: str) -> str:
@@ -82,7 +85,7 @@ def configure(family: str) -> Any:
     return kind(**{**known, **OPTIONS.get(family, {})})
 
 
-def inputs(family: str, batch: int) -> Mapping[str, Any]:
+def inputs(family: str, batch: int, all_layers: bool = False) -> Mapping[str, Any]:
     """Inputs for `batch` samples, the same every time."""
     make = BY_FAMILY.get(family) or BY_NAME[model_class(family).main_input_name]
-    return make(batch)
+    return {**make(batch), "output_hidden_states": True} if all_layers else make(batch)

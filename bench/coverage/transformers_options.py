@@ -58,7 +58,7 @@ _NO_ENCODER = (
     "sam3_detr_encoder", "sam3_lite_text_detr_encoder", "dinat", "kosmos_2_text_model", "kosmos_2_5_text_model",
     "pocket_tts_audio_tokenizer_decoder", "pp_chart2table_vision", "gemma4_unified_audio", "gemma4_unified_vision",
     "idefics_vision", "blt_local_encoder", "deepseek_ocr2_vision", "unlimited_ocr_vision", "parakeet_ctc", "lasr_ctc",
-    "granite_speech5_ctc", "clip", "siglip", "siglip2", "metaclip_2", "tipsv2", "pe_audio", "pe_audio_video",
+    "granite_speech5_ctc", "siglip", "siglip2", "metaclip_2", "tipsv2", "pe_audio", "pe_audio_video",
     "pocket_tts_audio_tokenizer", "pix2struct_text_model", "sam3_vision_model", "imagegpt",
 )  # fmt: skip
 # towers without a batch dimension, as those of the Qwen-VL and GLM-V families that are listed
@@ -126,6 +126,9 @@ _VIT: dict[str, Any] = {
 _TAPS: dict[str, Any] = {"out_indices": [1, 2, 3, 4], "reshape_hidden_states": False}
 _EOS: dict[str, Any] = {"eos_token_id": 110}
 
+# families that are tried once more, with outputs of every layer
+ALL_LAYERS = ("vit", "bert", "wav2vec2")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -151,6 +154,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {
         "num_frames": 4, "tubelet_size": [1, 16, 16], "num_spatial_layers": 3, "num_temporal_layers": 2,
     },
+    "clip": {"vision_config": _VIT, "text_config": _VIT | _EOS | {"vocab_size": 120, "max_position_embeddings": 64}},
     "xclip_vision_model": {"num_frames": 2, "mit_num_attention_heads": 4, "mit_hidden_size": 48},
     "yolos": {"image_size": [64, 64], "num_detection_tokens": 5},
     "dpt": {

@@ -11,8 +11,8 @@ from graphs import aten, graph_of, leaves, only, prepared, sample, table
 from test_branches import Block
 from torch import Tensor, nn
 
-from passes.branches import find_blocks
-from passes.protected import Protected, find_protected
+from passes.branches import find_blocks, find_branches
+from passes.protected import Protected, find_protected, with_picked
 
 CLASS, TWO = table(1, 1, 8), table(1, 2, 8, seed=2)
 
@@ -105,3 +105,34 @@ def test_through_the_blocks_up_to_where_a_token_joins() -> None:
     blocks = find_blocks(gm)
     assert [find_protected(gm, b.output, 1) for b in blocks] == [Protected(0, 0), Protected(1, 0)]
     assert find_protected(gm, only(gm, aten.cat.default), 1) == Protected(1, 0)
+
+
+class Words(nn.Module):
+    """Two layers over words, and what the head reads of them."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + F.scaled_dot_product_attention(x, x, x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("head", "wanted"),
+    [
+        (lambda x: x[:, 0], Protected(1, 0)),
+        (lambda x: x[:, -1].tanh(), Protected(0, 1)),
+        (lambda x: x.transpose(0, 1)[0] + x[:, 1], Protected(2, 0)),
+        (lambda x: x[:, 2], Protected(0, 0)),  # in the middle it is put back
+        (lambda x: x, Protected(0, 0)),
+        (lambda x: x.mean(1), Protected(0, 0)),
+        (lambda x: x[:, 0] + x[:, 1] + x[:, 2] + x[:, 3], Protected(0, 0)),  # most of them
+    ],
+)
+def test_words_that_the_head_picks(head: Callable[[Tensor], Tensor], wanted: Protected) -> None:
+    gm = graph_of(Words(head))
+    stream = next(iter(find_branches(gm))).add
+    assert with_picked(gm, stream, find_protected(gm, stream, 1)) == wanted

@@ -317,7 +317,7 @@ def test_analysis_changes_nothing() -> None:
 
 
 class OneByOne(nn.Module):
-    """Positions are added to each sample by itself, in a loop, which fixes their number; `joined`: one sequence."""
+    """Something is added to each sample by itself, which fixes their number; `joined` makes one sequence of all."""
 
     def __init__(self, joined: bool) -> None:
         super().__init__()
