@@ -33,7 +33,8 @@ def check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
     """
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
-        raise InputError(f"{type(model).__name__} was called with {given}; pass tensors, [batch, ...]")
+        name = type(model).__name__
+        raise InputError(f"{name} was called with {given}; pass tensors, [batch, ...], or a dict of them")
 
 
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
