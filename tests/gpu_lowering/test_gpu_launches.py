@@ -110,9 +110,10 @@ def test_merging_with_size_bias_stays_on_flash() -> None:
 
 @pytest.mark.slow
 def test_merging_above_512_tokens() -> None:
+    """At the first site the sort of all tokens is then a call, with a kernel on either side of it."""
     generated = generate(transformer(577, MERGED), batch=64)
     check_all_on_the_gpu(generated, DEPTH)
-    assert len(generated.launches) - len(dense(197).launches) <= len(SITES) * (10 + 4) + 1
+    assert len(generated.launches) - len(dense(197).launches) <= len(SITES) * (10 + 4) + 2
 
 
 @pytest.mark.slow
