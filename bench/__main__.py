@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from bench import finetune, table7
+from bench import compile_time, costs, finetune, table7
 from bench.coverage import command as coverage
 from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table6, table8
 from bench.tables.pictures import figure4, figure6, figure7
+from bench.throughput import command as throughput
 from passes.base import CompileError
 
 
@@ -45,6 +46,9 @@ COMMANDS: dict[str, Command] = {
     "figure7": figure7,
     "fidelity": fidelity,
     "finetune": finetune,
+    "compile-time": compile_time,
+    "throughput": throughput,
+    "costs": costs,
     "coverage": coverage,
 }
 

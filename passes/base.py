@@ -69,7 +69,7 @@ class PassResult:
 class Pass(abc.ABC):
     """One rewrite. `pass_(gm)` runs `requires` on the input, `call`, clean-up, `ensures` on the result.
 
-    `apply` does the same and leaves the graph's code stale, for who recompiles it after the last of many passes.
+    `apply` does the same and leaves the graph's code stale, for who calls `finish` after the last of many passes.
     A pass may change the graph module in place: it is the compiler's private copy.
     """
 
@@ -112,6 +112,14 @@ class Pass(abc.ABC):
                 check(gm)
             except CompileError as error:
                 raise CompileError(f"{when} pass {self.name}: {error}") from error
+
+
+def finish(gm: GraphModule) -> None:
+    """Brings a graph's code up to date after passes were applied, and lets go of the nodes that they removed."""
+    live, names = set(gm.graph.nodes), gm.graph._graph_namespace._obj_to_name
+    for gone in [n for n in names if isinstance(n, Node) and n not in live]:
+        del names[gone]  # its value would stay with it
+    gm.recompile()
 
 
 def op_name(node: Node) -> str:

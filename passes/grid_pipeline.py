@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from passes.base import CompileError, Refusal
+from passes.base import CompileError, Refusal, finish
 from passes.cost import count
 from passes.grid_axes import follow_grid
 from passes.grid_cut import Against, CutGrid, Mode
@@ -68,7 +68,7 @@ def cut_stages(gm: GraphModule, cuts: Sequence[GridCut], compact_outputs: bool =
         )
         gm = cut.apply(gm).gm
         left[c.stage] = (stage.grid[0] - c.rows, stage.grid[1] - c.columns)
-    gm.recompile()
+    finish(gm)
     no_stale_shapes(gm)
     cost = count(gm)
     rows = [

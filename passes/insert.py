@@ -57,7 +57,7 @@ class InsertSelection(Pass):
         users = list(stream.users)
         with graph.inserting_before(stream.next):
             scores = self.scoring.insert(gm, self.block, stream, layout, self.protected.prefix)
-            index = self._select(graph, scores, insert_padding(gm, self.block), tokens)
+            index = self._select(graph, scores, self._padding(gm), tokens)
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
             short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
             full = put_back(graph, layout, stream, short, index, None)
@@ -72,6 +72,9 @@ class InsertSelection(Pass):
         site = Site(stream, full, short, index, layout, batch, left, None, sizes, self.size_bias, self.weighted_mean)
         gm.meta[SITE] = site
         return PassResult(gm, rewrites=1)
+
+    def _padding(self, gm: GraphModule) -> Node | None:
+        return insert_padding(gm, self.block, self.protected.prefix, self.protected.suffix)
 
     def _select(self, graph: torch.fx.Graph, scores: Node, padding: Node | None, tokens: Tokens) -> Node:
         p = self.protected

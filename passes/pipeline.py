@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from passes.attention_kernel import AUTOCAST, KernelChoice, kernels
-from passes.base import CompileError, PassResult, Refusal, Skip
+from passes.base import CompileError, PassResult, Refusal, Skip, finish
 from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.canonicalise import Canonicalise
 from passes.capture import capture
@@ -30,7 +30,7 @@ from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
-from passes.splice import stand_ins
+from passes.splice import REPLACED, stand_ins
 from passes.stages import StageReport, find_stages
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
@@ -151,7 +151,7 @@ def prepare(
     for pass_ in passes:
         result = pass_.apply(gm)
         gm, skips = result.gm, skips + list(result.skips)
-    gm.recompile()
+    finish(gm)
     return PassResult(gm, skips=tuple(skips))
 
 
@@ -207,7 +207,7 @@ def prune(
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
         gm, skips = named.gm, named.skips
-    gm.recompile()
+    finish(gm)
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
@@ -227,6 +227,7 @@ def prune(
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
             )
         )
+    gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone
     return Compiled(gm, tuple(rows), dense, cost, skips + cost.uncounted, size_bias=gm.meta.get(HOW, ""))
 
 

@@ -93,7 +93,8 @@ def _recalled(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
     with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
         out = target(*args, **kwargs)
     _keep(memory, key, out)
-    return out
+    # not what came out: it holds on to all that its gradient would need
+    return memory.get(key, out) if key is not None else out
 
 
 def _keep(memory: dict[Key, Any], key: Key | None, out: Any) -> None:

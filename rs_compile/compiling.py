@@ -12,12 +12,12 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.base import PassResult
-from passes.pipeline import Compiled, Progress
+from passes.pipeline import Progress
 from passes.restore import KEPT, TokenOutput
 from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
 from rs_compile.inductor import compile_graph
+from rs_compile.report import Report
 from rs_compile.schedule import Schedule
-from rs_compile.signature import in_words
 
 Backend = str | Callable[..., Any]
 TokenOutputs = Literal["restore", "compact"]
@@ -39,19 +39,27 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Rewritten:
+    """A graph and what is to be said about it; nothing of the graphs that it was made from."""
+
+    gm: GraphModule
+    report: Report
+
+
+@dataclass(frozen=True)
 class Graphs:
     """What one input signature was rewritten to, before `torch.compile`.
 
     Args:
-        compiled: the pruned graph.
+        pruned: the rewritten graph.
         dense: the graph before anything left it, where a guard compares the two.
         out_spec: how the model nests its outputs.
         fixed_batch: whether they are right for the example's number of samples only.
         unmeasured: why the guard times nothing, "" where it does.
     """
 
-    compiled: Compiled
-    dense: Compiled | None
+    pruned: Rewritten
+    dense: Rewritten | None
     out_spec: pytree.TreeSpec
     fixed_batch: bool
     unmeasured: str = ""
@@ -59,7 +67,7 @@ class Graphs:
     @property
     def kept(self) -> list[int]:
         """Which outputs are short, with their kept positions behind all outputs."""
-        return sorted(self.compiled.gm.meta.get(KEPT, {}))
+        return sorted(self.pruned.gm.meta.get(KEPT, {}))
 
 
 @dataclass
@@ -67,9 +75,8 @@ class Plan:
     """What one input signature, and with a guard one size, was compiled to."""
 
     graphs: Graphs
-    compiled: Compiled
+    made: Rewritten
     run: Run
-    signature: str
     verdict: Verdict | None = None
 
 
@@ -79,11 +86,11 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
     Args:
         leaves: the flat inputs of the call at hand.
     """
-    sides = {"pruned": graphs.compiled} | ({"dense": graphs.dense} if graphs.dense is not None else {})
+    sides = {"pruned": graphs.pruned} | ({"dense": graphs.dense} if graphs.dense is not None else {})
     if options.progress is not None and options.backend != "eager":
         options.progress("compiling" if len(sides) == 1 else "compiling and timing the dense and the pruned graph")
     # compiled code hangs on a graph's own code: a copy for each size, or the loser's would stay
-    runs = {side: _run(c.gm if len(sides) == 1 else copied(PassResult(c.gm)).gm, options) for side, c in sides.items()}
+    runs = {side: _run(r.gm if len(sides) == 1 else copied(PassResult(r.gm)).gm, options) for side, r in sides.items()}
     verdict = None
     if options.guard is not None:
         verdict = Verdict("pruned", reason=graphs.unmeasured)
@@ -93,7 +100,7 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
     run = runs[kept]
     if kept == "dense" and graphs.kept:
         run = all_kept(run, runs["pruned"], leaves, graphs.kept)
-    return Plan(graphs, sides[kept], run, in_words(leaves), verdict)
+    return Plan(graphs, sides[kept], run, verdict)
 
 
 def _run(gm: GraphModule, options: Options) -> Run:

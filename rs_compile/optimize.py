@@ -17,14 +17,23 @@ from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult
 from passes.capture import FIXED_BATCH
 from passes.grid_pipeline import cuttable
-from passes.pipeline import Progress, block_kernels, prepare, prunable
+from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
 from passes.stages import find_stages
-from rs_compile.compiling import Backend, Graphs, Options, Plan, TokenOutputs, copied, make_plan, nested
+from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
 from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
-from rs_compile.signature import State, StateReader, autocast_state, batch_sizes, check_inputs, flatten, leaf_key
+from rs_compile.signature import (
+    State,
+    StateReader,
+    autocast_state,
+    batch_sizes,
+    check_inputs,
+    flatten,
+    in_words,
+    leaf_key,
+)
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
 _CAPTURING = threading.RLock()
@@ -82,30 +91,13 @@ class OptimizedModel(nn.Module):
         plan: Plan | None = self._last
         if plan is None:
             raise CompileError("nothing is compiled before the first call; call the model once, then report()")
-        c = plan.compiled
-        rows = tuple(
-            BlockRow(r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *_kernel(r.kernel))
-            for r in c.blocks
-        )
-        return Report(
-            type(self._model).__name__,
-            plan.signature,
-            rows,
-            c.dense.macs,
-            c.cost.macs,
-            c.dense.flops,
-            c.cost.flops,
-            c.skips,
-            tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
-            "" if c is plan.graphs.dense else merging_text(self._options.schedule, c.size_bias),
-            plan.verdict,
-        )
+        return replace(plan.made.report, guard=plan.verdict)
 
     def graph_module(self) -> torch.fx.GraphModule:
         """The rewritten graph for the input signature that was called last, before `torch.compile`."""
         if self._last is None:
             raise CompileError("nothing is compiled before the first call; call the model once")
-        gm: torch.fx.GraphModule = self._last.compiled.gm
+        gm: torch.fx.GraphModule = self._last.made.gm
         return gm
 
     def train(self, mode: bool = True) -> OptimizedModel:
@@ -142,7 +134,7 @@ class OptimizedModel(nn.Module):
         with torch._C._DisableAutocast():
             return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
 
-    def _rewrite(self, prepared: PassResult) -> Graphs:
+    def _rewrite(self, leaves: Sequence[Any], prepared: PassResult) -> Graphs:
         options: Options = self._options
         schedule, gm = options.schedule, prepared.gm
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
@@ -151,13 +143,33 @@ class OptimizedModel(nn.Module):
             if options.guard is not None:
                 unmeasured = hindrance(self._model, gm, schedule.prunes)
             if options.guard is not None and not unmeasured:
-                dense = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
-                dense = replace(dense, skips=prepared.skips + dense.skips)
+                rest = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
+                dense = self._reported(leaves, prepared, rest, "")
             compiled = rewrite(
                 gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
             )
-        compiled = replace(compiled, skips=prepared.skips + compiled.skips)
-        return Graphs(compiled, dense, out_spec, fixed, unmeasured)
+        pruned = self._reported(leaves, prepared, compiled, merging_text(schedule, compiled.size_bias))
+        return Graphs(pruned, dense, out_spec, fixed, unmeasured)
+
+    def _reported(self, leaves: Sequence[Any], prepared: PassResult, c: Compiled, merging: str) -> Rewritten:
+        """What is kept of a rewrite: its graph, and the report in place of the graphs on the way."""
+        rows = tuple(
+            BlockRow(r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *_kernel(r.kernel))
+            for r in c.blocks
+        )
+        report = Report(
+            type(self._model).__name__,
+            in_words(leaves),
+            rows,
+            c.dense.macs,
+            c.cost.macs,
+            c.dense.flops,
+            c.cost.flops,
+            prepared.skips + c.skips,
+            tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
+            merging,
+        )
+        return Rewritten(c.gm, report)
 
     def _find(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Plan | None:
         key = (self._state(), leaf_key(leaves), spec)
@@ -167,7 +179,7 @@ class OptimizedModel(nn.Module):
     def _plan(self, leaves: Sequence[Any], spec: pytree.TreeSpec, prepared: Callable[[], PassResult]) -> Plan:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""
         key = (self._state(), leaf_key(leaves), spec)
-        graphs: Graphs = self._graphs.get(key) or self._rewrite(prepared())
+        graphs: Graphs = self._graphs.get(key) or self._rewrite(leaves, prepared())
         return make_plan(graphs, self._options, leaves)
 
     def _keep(self, before: State, leaves: Sequence[Any], spec: pytree.TreeSpec, plan: Plan) -> None:

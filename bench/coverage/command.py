@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,12 +21,30 @@ from rich.console import Console
 from rich.progress import Progress
 from tabulate import tabulate
 
-from bench.coverage.check import BROKEN, FAULT, PRUNED, REFUSED, UNHOOKED, WRONG, Row, check
+from bench.coverage.check import BROKEN, FAULT, GRID, PRUNED, REFUSED, UNHOOKED, WRONG, Row, check
 from bench.coverage.subject import Subject
 from bench.tables.options import chosen, positive
 from bench.tables.results import Results, UsageError, environment
 
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
+_INTRODUCTION = """\
+# Coverage
+
+One model of every architecture family in {versions}, with random weights, few layers and small images.
+`python -m bench coverage --markdown COVERAGE.md` makes this file; `tests/test_coverage.py` checks some of its rows.
+
+- **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure,
+  shapes and dtypes, and is what pruning by hand gives (`bench/coverage/oracle.py`: tokens stay in place, masked and
+  frozen); *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
+- **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked, or what
+  leaves the model does not depend on pruned tokens.
+- **{grid}**: a CNN; its output has its shape after a cut.
+- **{refused}**: no token can leave, with the op, its line and why; `rs_compile.explain` says the way out as well.
+
+*compiled*: also through Inductor, and equal. *time*: capture and passes over torch.export alone, processor time, on
+graphs of few layers.
+"""
+_PACKAGES = {"open_clip": "open_clip_torch"}
 _COMPILED_EVERY = 40
 _QUICK = 12
 _TASKS_OF_A_PROCESS = 15  # models leave memory behind
@@ -35,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--library", type=chosen(LIBRARIES), default=list(LIBRARIES), help=f"some of {LIBRARIES}")
     parser.add_argument("--only", help="families or models, with commas between them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows, saved as they are found; a rerun goes on")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the table of COVERAGE.md")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the table, as COVERAGE.md is")
     parser.add_argument("--jobs", type=positive, default=1, help="processes (default 1)")
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK} families of each library")
 
@@ -57,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     text = table(rows)
     print(text)
     if args.markdown is not None:
-        args.markdown.write_text(f"{text}\n")
+        versions = ", ".join(f"{name} {version(_PACKAGES.get(name, name))}" for name in args.library)
+        names = {"pruned": PRUNED, "unhooked": UNHOOKED, "grid": GRID, "refused": REFUSED}
+        args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, **names)}\n{text}\n")
     return int(any(row["result"] in (WRONG, FAULT) for row in rows))
 
 

@@ -77,7 +77,9 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
     for i, (module, given, result) in enumerate(calls):
         shape = tuple(result.shape)
         once = sum(m is module for m, _, _ in calls) == 1
-        if not (once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1):
+        if result is given or not (
+            once and len(shape) == 3 and tuple(given.shape) == shape and shape[:2].count(batch) == 1
+        ):
             continue
         parent = paths[module].rpartition(".")[0]
         ends = [

@@ -14,7 +14,7 @@ from rs_compile import Schedule, optimize
 from rs_compile.optimize import Backend
 from rs_compile.timing import compiled
 
-BASE, SDPA, COMPILED = "base", "base-sdpa", "base-compiled"
+BASE, SDPA, COMPILED, COMPILED_WRITTEN = "base", "base-sdpa", "base-compiled", "base-compiled-written"
 ATTENTION, RANDOM, LOWEST, OURS = "attention", "random", "lowest", "ours"
 VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM = "vid-tldr", "vid-tldr-shift", "tome", "stream"
 DENSE, PRUNED = (BASE, SDPA, COMPILED), (ATTENTION, RANDOM, LOWEST, OURS)
@@ -22,6 +22,7 @@ METHODS = {
     BASE: "base, eager attention",
     SDPA: "base, SDPA",
     COMPILED: "base, torch.compile",
+    COMPILED_WRITTEN: "base, torch.compile, eager attention",
     ATTENTION: "attention score",
     RANDOM: "random",
     LOWEST: "lowest shift kept",
@@ -74,19 +75,22 @@ class Method:
 def with_attention(model: nn.Module, fused: bool) -> nn.Module:
     """A copy on the same parameters whose attention calls SDPA (`fused`) or writes softmax(QK^T)V out.
 
-    The switch is the attribute `fused_attn` that timm's attention layers and `bench.models.umt`'s have.
+    The switch is the attribute `fused_attn` that timm's attention layers and `bench.models.umt`'s have, and a method
+    of transformers' models.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     for module in twin.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", fused)  # noqa: B010  (of whatever class)
+    if isinstance(switch := getattr(twin, "set_attn_implementation", None), Callable):
+        switch("sdpa" if fused else "eager")
     return twin
 
 
 def dense(name: str) -> Method:
-    """The model itself, as published ("base"), with SDPA, or compiled with SDPA."""
-    return Method(name, fused=name != BASE, compiled=name == COMPILED)
+    """The model itself, as published ("base"), with SDPA, or compiled with either."""
+    return Method(name, fused=name not in (BASE, COMPILED_WRITTEN), compiled=name in (COMPILED, COMPILED_WRITTEN))
 
 
 def pruned(

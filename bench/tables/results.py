@@ -12,7 +12,6 @@ from typing import Any
 import timm
 import torch
 
-from bench.speed import processor
 from passes.base import CompileError
 
 Row = dict[str, Any]
@@ -25,6 +24,14 @@ class UsageError(CompileError):
 def first_process() -> bool:
     """Whether this process prints and saves; the others are those that torchrun started beside it."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def environment(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:

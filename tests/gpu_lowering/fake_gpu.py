@@ -20,8 +20,9 @@ import torch._functorch.config as aot_config
 import torch._inductor.compile_fx as compile_fx
 import torch._inductor.config as inductor_config
 from torch import nn
-from torch._inductor.fx_passes import joint_graph, post_grad
+from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.utils import get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -139,6 +140,8 @@ def fake_gpu(capability: Capability) -> Iterator[None]:
     )
     folder = joint_graph.UniformValueConstantFolder
     with contextlib.ExitStack() as stack:
+        _forget()
+        stack.callback(_forget)
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
             if name in vars(device_interface.CudaInterface):
@@ -146,11 +149,17 @@ def fake_gpu(capability: Capability) -> Iterator[None]:
         stack.enter_context(patch.object(driver, "_active", target))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
         stack.enter_context(patch.object(folder, "_deduce_value", _on_cpu(folder._deduce_value)))
-        for module in (joint_graph, post_grad):
-            # patterns are traced on real tensors
-            lazily = module.lazy_init
-            stack.enter_context(patch.object(module, "lazy_init", lambda _=None, lazily=lazily: lazily(CPU)))
+        # patterns are traced on real tensors; a later compile on CPU finds them made
+        stack.enter_context(patch.object(joint_graph, "lazy_init", lambda _, make=joint_graph.lazy_init: make(CPU)))
         yield
+
+
+def _forget() -> None:
+    """Drops what torch remembers of the GPU that it asked last, or of there being none."""
+    DeviceProperties.create.cache_clear()
+    for module in (torch.utils._triton, torch._inductor.utils):
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
 
 
 def _on_cpu(deduce: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,14 +46,14 @@ def test_the_same_tokens_stay_as_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("heads", [6, 16])
+@pytest.mark.parametrize("heads", [6, 32])
 @torch.no_grad()
 def test_the_profile_shows_flash(schedule: Schedule, heads: int) -> None:
     torch.compiler.reset()
     dense, x = model(heads=heads).half(), images().half()
     fast = optimize(dense, schedule)
     fast(x)
-    assert [row.attention_kernel for row in fast.report().rows] == ["flash"] * 4
+    assert [row.attention_kernel for row in fast.report().blocks] == ["flash"] * 4
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         fast(x)
         torch.cuda.synchronize()
@@ -84,7 +84,7 @@ def test_under_autocast(dtype: torch.dtype) -> None:
     fast: Any = optimize(dense, SCHEDULES[0])
     with torch.autocast("cuda", dtype):
         got, wanted = fast(x), optimize(dense, SCHEDULES[0], backend="eager")(x)
-    assert fast.report().rows[0].attention_kernel != "math"
+    assert fast.report().blocks[0].attention_kernel != "math"
     # a token at the edge may leave or stay by a rounding
     assert torch.nn.functional.cosine_similarity(got.float(), wanted.float()).min() > 0.99
 

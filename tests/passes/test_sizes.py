@@ -111,6 +111,7 @@ def errors(dtype: torch.dtype, autocast: bool = False) -> dict[str, float]:
                 "two": attend_by_channel(q, k, v, sizes.float(), None, False),
                 "one": one_channel(q, k, v, sizes.float()),
                 "mask": attend_by_mask(q, k, v, None, sizes.float(), None, False),
+                "rounded": F.scaled_dot_product_attention(q, k, v, sizes.log()[:, None, None].to(q.dtype)),
             }
         for name, got in forms.items():
             found.setdefault(name, []).append((got.double() - wanted).abs().mean())
@@ -127,6 +128,12 @@ def test_in_half_precision_two_channels_lose_no_more_than_plain_attention(dtype:
     assert found["two"] < 2 * rounding, (found, rounding)
     if dtype == torch.bfloat16:
         assert found["two"] < 0.75 * found["one"], found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_on_cpu_is_not_rounded(dtype: torch.dtype) -> None:
+    found = errors(dtype)
+    assert found["mask"] < 0.75 * found["rounded"], found
 
 
 def test_under_autocast_the_bias_is_split_too() -> None:

@@ -1,0 +1,131 @@
+"""The coverage table: what it says of a few families is so, and its check can tell right from wrong."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import timm
+import torch
+from torch import nn
+
+import rs_compile
+from bench.coverage import check as checking
+from bench.coverage.check import FAULT, PRUNED, REFUSED, WRONG, Row, call, check
+from bench.coverage.command import subjects, table
+from bench.coverage.oracle import find_layers, prune_by_hand
+from bench.coverage.subject import Subject
+
+TABLE = Path(__file__).parents[1] / "COVERAGE.md"
+HEADS = ["family", "model", "blocks", "prunable", "result", "difference", "time", "why not"]
+FAST = [
+    ("timm", "deit_tiny_patch16_224"),
+    ("timm", "convit_tiny"),
+    ("timm", "vit_srelpos_small_patch16_224"),
+    ("timm", "xcit_nano_12_p8_224"),
+    ("timm", "resnet10t"),
+    ("transformers", "BertModel"),
+    ("transformers", "Wav2Vec2Model"),
+    ("torchvision", "vit_b_16"),
+    ("open_clip", "ViT-B-32"),
+]
+
+
+@cache
+def rows() -> dict[tuple[str, str], dict[str, str]]:
+    """The table's rows by library and model."""
+    found, library = {}, ""
+    for line in TABLE.read_text().splitlines():
+        if line.startswith("## "):
+            library = line.removeprefix("## ")
+        cells = [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
+        if library and len(cells) == len(HEADS) and cells != HEADS and not cells[0].startswith("---"):
+            found[library, cells[1]] = dict(zip(HEADS, cells, strict=True))
+    return found
+
+
+@pytest.mark.parametrize(("library", "name"), FAST)
+def test_the_table_is_true(library: str, name: str) -> None:
+    said = rows()[library, name]
+    row = check(next(s for s in subjects(library) if s.name == name))
+    assert row["result"] == said["result"].removesuffix(", compiled"), row
+    assert (str(row.get("blocks", "")), str(row.get("prunable", ""))) == (said["blocks"], said["prunable"])
+    if row["result"] == REFUSED:
+        assert "in the model:" in row["detail"] and "way out:" in row["detail"]
+
+
+def test_nothing_in_the_table_is_wrong() -> None:
+    results = [row["result"].removesuffix(", compiled") for row in rows().values()]
+    assert len(results) > 339 and results.count(PRUNED) >= 134
+    assert WRONG not in results and FAULT not in results
+    assert all(row["why not"] for row in rows().values() if row["result"] == REFUSED)
+
+
+def test_the_table_is_what_the_command_prints() -> None:
+    row = {"library": "timm", "family": "f", "name": "m", "blocks": 3, "prunable": 2, "result": PRUNED, "error": 1e-9}
+    refused = {"library": "timm", "family": "g", "name": "n", "result": REFUSED, "detail": "op: a | b\n  way out: c"}
+    text = table([row, refused])
+    assert [cell.strip() for cell in text.splitlines()[-2].split("|")[1:-1]] == [
+        "f",
+        "m",
+        "3",
+        "2",
+        PRUNED,
+        "1e-09",
+        "",
+        "",
+    ]
+    assert text.splitlines()[-1].count("op: a \\| b") == 1 and "way out" not in text
+
+
+@pytest.mark.parametrize("prefix", [1, 0])
+def test_masking_by_hand_is_gathering_by_hand(prefix: int) -> None:
+    """The table's oracle, which leaves tokens in place, against the one of the tests, which takes them out."""
+    pool: dict[str, Any] = {} if prefix else {"class_token": False, "global_pool": "avg"}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5, **pool).eval().double()
+    oracle.randomise(model)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    layers = find_layers(model, call(model, images), 3)
+    assert [y.path for y in layers] == ["blocks.0", "blocks.1", "blocks.2"] and layers[0].length == 16 + prefix
+    keep = {0: 0.7, 1: 0.5}
+    mine = prune_by_hand(model, call(model, images), layers, keep, (prefix, 0))
+    with torch.no_grad():
+        other = oracle.timm_vit(model, images, oracle.Pruning(keep, "block", protected=prefix)).outputs["output"]
+    torch.testing.assert_close(mine, other)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _tiny(build: Any = None) -> Subject:
+    def vit() -> nn.Module:
+        return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+
+    return Subject("timm", "vit", "tiny", build or vit, lambda batch: torch.randn(batch, 3, 64, 64))
+
+
+def test_another_score_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(_tiny())["result"] == PRUNED
+
+    real = rs_compile.Schedule
+
+    def other(**options: Any) -> rs_compile.Schedule:
+        return real(**{**options, "operation": "mlp"})
+
+    monkeypatch.setattr(checking.rs_compile, "Schedule", other)
+    row = check(_tiny())
+    assert row["result"] == WRONG and "hand-made twin" in row["detail"]
+
+
+def test_another_shape_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking.rs_compile, "optimize", lambda model, *a, **k: lambda *x, **y: model(*x, **y)[:, :-1])
+    assert check(_tiny())["result"] == WRONG
+
+
+def test_a_fault_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any, **__: Any) -> Row:
+        raise ValueError("boom")
+
+    monkeypatch.setattr(checking, "_by_hand", fault)
+    assert check(_tiny()) | {"result": FAULT, "detail": "ValueError: boom"} == check(_tiny())
