@@ -7,18 +7,22 @@ are found per sample, in the graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.branches import SOFTMAX, Block, ancestors, positions
+from passes.branches import LIKE, SOFTMAX, Block, ancestors
 from passes.contraction import arguments
 from passes.layout import Batch, Layout, tokens_in
-from passes.rules.registry import argument, shape_of, wrap
+from passes.rules.pointwise import pointwise
+from passes.rules.registry import argument, rule_for, shape_of, wrap
 from passes.splice import splice
-from passes.token_axis import analyse, stream_layout
+from passes.token_axis import TokenAxis, analyse, stream_layout
 
+aten = torch.ops.aten
+Masking: TypeAlias = tuple[Node, Callable[[Tensor, int], Tensor]]
 NEVER = -9000.0  # added to a logit it leaves exp(...) = 0 in every dtype; masks of -10000 are in use
 
 
@@ -52,14 +56,17 @@ def hidden_by_mask(mask: Tensor, samples: int) -> Tensor:
     return ~rows.any(1) if mask.dtype == torch.bool else rows.amax(1) <= NEVER
 
 
+def hidden_by_fill(filled: Tensor, samples: int) -> Tensor:
+    """[B, N] or [1, N], true for keys whose logits a mask [(B | 1), ..., N] fills for every query."""
+    return hidden_by_mask(~filled.bool(), samples)
+
+
 def hidden_by_weights(weights: Tensor, samples: int) -> Tensor:
     """[B, N], true for keys that attention weights [B, ..., N] give to no query."""
     return weights.reshape(samples, -1, weights.shape[-1]).amax(1) == 0
 
 
-def _masking(
-    gm: GraphModule, block: Block, prefix: int, suffix: int
-) -> tuple[Node, Callable[[Tensor, int], Tensor]] | None:
+def _masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking | None:
     """The value that says who is left out as a key, [..., N], and how it says so."""
     op = block.attention_op()
     if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):
@@ -72,19 +79,49 @@ def _masking(
         over = tokens_in(found[dim]) if found is not None else None
         return tokens is not None and over is not None and over.same_sequence(tokens)
 
+    above, below = ancestors(gm), _below(block.entry)
+
+    def outside(value: object) -> TypeGuard[Node]:
+        """Made of the model's inputs, not of the tokens, with an entry per key."""
+        if not isinstance(value, Node) or not above[value] & 1 or value in below:
+            return False
+        return shape_of(value)[-1:] not in ((), (1,))
+
     if op is not None:
         given = arguments(op)
-        mask = given.get("attn_mask")
-        if not isinstance(mask, Node) or not over_stream(axis.layouts.get(given["key"]), -2):
-            return None
-        order, above = positions(gm), ancestors(gm)
-        from_tokens = bool(above[mask] >> order[block.entry] & 1) or mask is block.entry
-        if not above[mask] & 1 or from_tokens or not isinstance(shape_of(mask)[-1], int) or shape_of(mask)[-1] == 1:
-            return None
-        return mask, hidden_by_mask
+        mask = given["attn_mask"]
+        return (mask, hidden_by_mask) if outside(mask) and over_stream(axis.layouts.get(given["key"]), -2) else None
     weights = (n for n in gm.graph.nodes if n in block.attention.nodes and n.target in SOFTMAX)
     for node in weights:
         last = wrap(argument(node, 1, "dim"), len(shape_of(node))) == len(shape_of(node)) - 1
         if last and over_stream(axis.layouts.get(node), -1):
-            return node, hidden_by_weights
+            # the weights themselves say less: a query that is padding may attend to everything
+            return _written_out(node, outside, axis) or (node, hidden_by_weights)
+    return None
+
+
+def _below(entry: Node) -> set[Node]:
+    """What is computed from the data of a value; its sizes are not data."""
+    found, node = {entry}, entry.next
+    while node.op != "root":
+        data = isinstance(node.meta.get("val"), torch.Tensor | list | tuple) and node.target not in LIKE
+        if data and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+        node = node.next
+    return found
+
+
+def _written_out(softmax: Node, outside: Callable[[object], TypeGuard[Node]], axis: TokenAxis) -> Masking | None:
+    """The mask that the logits of a softmax went through."""
+    node = softmax.all_input_nodes[0]
+    while node in axis.layouts:
+        op: Any = getattr(node.target, "overloadpacket", None)
+        mask = next(filter(outside, node.all_input_nodes), None)
+        if mask is not None:
+            fills = op is aten.masked_fill or (op is aten.where and node.args[1] not in axis.layouts)
+            shows = op is aten.add or op is aten.where
+            return (mask, hidden_by_fill) if fills else (mask, hidden_by_mask) if shows else None
+        if rule_for(node.target) is not pointwise:
+            return None
+        node = node.all_input_nodes[0]
     return None

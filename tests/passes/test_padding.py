@@ -32,6 +32,13 @@ def causal(x: Tensor, words: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, words[:, None] & earlier)
 
 
+def sized_by_tokens(x: Tensor, words: Tensor) -> Tensor:
+    """The mask takes its size from the tokens, and nothing else; a query that is padding sees everything."""
+    mask = words[:, None].expand(x.shape[0], x.shape[1], -1) & words[:, :, None]
+    logits = (x @ x.mT).masked_fill(~mask, torch.finfo(x.dtype).min)
+    return (logits.softmax(-1) * 0.5) @ x
+
+
 def by_hand(x: Tensor, words: Tensor) -> Tensor:
     """Not lowered: weights are halved."""
     return ((x @ x.mT).masked_fill(~words[:, None], -torch.inf).softmax(-1) * 0.5) @ x
@@ -62,7 +69,7 @@ def kept(attend: Attend, count: int, words: Tensor = WORDS) -> Tensor:
     return index
 
 
-@pytest.mark.parametrize("attend", [additive, boolean, causal, by_hand])
+@pytest.mark.parametrize("attend", [additive, boolean, causal, by_hand, sized_by_tokens])
 def test_real_tokens_outlive_padding(attend: Attend):
     index = kept(attend, 3)
     real = WORDS.gather(1, index).sum(1)
