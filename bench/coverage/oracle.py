@@ -85,7 +85,10 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
         ends = [
             m
             for m, g, r in calls[:i]
-            if r is result and tuple(g.shape) == shape and paths[m].startswith(f"{paths[module]}.")
+            if r is result
+            and tuple(g.shape) == shape
+            and paths[m].startswith(f"{paths[module]}.")
+            and sum(other is m for other, _, _ in calls) == 1  # no identity that the layer calls elsewhere too
         ]
         tokens = 1 - shape[:2].index(batch)
         layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
