@@ -34,7 +34,7 @@ def insert_padding(gm: GraphModule, block: Block, prefix: int = 0, suffix: int =
     Args:
         prefix, suffix: so many tokens at either end are protected, and may be told from the others.
     """
-    found = _masking(gm, block, prefix, suffix)
+    found = masking(gm, block, prefix, suffix)
     if found is None:
         return None
     value, hidden = found
@@ -66,7 +66,7 @@ def hidden_by_weights(weights: Tensor, samples: int) -> Tensor:
     return weights.reshape(samples, -1, weights.shape[-1]).amax(1) == 0
 
 
-def _masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking | None:
+def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking | None:
     """The value that says who is left out as a key, [..., N], and how it says so."""
     op = block.attention_op()
     if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):

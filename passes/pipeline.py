@@ -25,6 +25,7 @@ from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
+from passes.padding import masking
 from passes.protected import Protected, find_protected, with_picked
 from passes.restore import AppendKept, RestoreTokens, check_restorable
 from passes.retarget import Gap, RetargetTokens
@@ -315,6 +316,12 @@ def _step(gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected) -> 
         raise CompileError(
             f"block {p.block} is to merge {gone} of {length} tokens away, and at most {able} can: "
             "one of two, protected ones never; merge fewer there and the rest in later blocks"
+        )
+    if gone and masking(gm, block, guard.prefix, guard.suffix) is not None:
+        raise Refusal(
+            "a mask of the inputs may hide tokens as padding, and padding must not merge into a real token",
+            block.attention_op() or block.output,
+            "prune: Schedule(keep=...) lets padding leave first; or call the model without its mask",
         )
     return InsertMerge(block, gone, guard, p.merger, p.scoring) if gone else None
 

@@ -71,7 +71,7 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
     row: Row = {"blocks": len(blocks), "prunable": len(able)}
     if not able:
         stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
-        cut = next((stage for stage, (yes, _) in stages if yes), None)
+        cut = next((stage for stage, (yes, _) in stages if yes and min(stage.grid) > 1), None)
         if cut is not None:
             return row | _check_grid(model, given, dense, cut)
         reasons = [reason for _, reason in answers] or [reason for _, (_, reason) in stages]

@@ -11,8 +11,9 @@ from graphs import B, N, sample
 from test_branches import MLP
 from torch import Tensor, nn
 
+from passes.base import Refusal
 from passes.padding import hidden_by_mask, hidden_by_weights
-from passes.pipeline import Prune, prepare, prune
+from passes.pipeline import Merge, Prune, prepare, prune
 from passes.select import keep_highest
 
 WORDS = torch.arange(N) < torch.tensor([[N], [2], [5]])  # [B, N]: sentences of 6, 2 and 5 tokens
@@ -80,6 +81,14 @@ def test_real_tokens_outlive_padding(attend: Attend):
 def test_a_sentence_keeps_the_same_words_whatever_its_neighbours_are(attend: Attend):
     others_full = torch.ones_like(WORDS)
     assert torch.equal(kept(attend, 3)[0], kept(attend, 3, others_full)[0])
+
+
+@pytest.mark.parametrize("attend", [additive, boolean, causal, by_hand])
+def test_padding_must_not_merge_into_a_real_token(attend: Attend):
+    gm = prepare(Encoder(attend).eval(), (sample(), WORDS), {}, lower=True).gm
+    with pytest.raises(Refusal, match="padding must not merge") as refusal:
+        prune(gm, [Merge(0, lambda n: 2)])
+    assert refusal.value.way_out.startswith("prune")
 
 
 def test_hidden_by_a_mask():
