@@ -91,6 +91,7 @@ def generate(gm: GraphModule, batch: int, capability: Capability = HOPPER, **opt
     settings = {
         **inductor_options(gm, "reduce-overhead"),
         "force_disable_caches": True,
+        "compile_threads": 1,  # others would compile kernels that nothing runs
         "shape_padding": False,  # it times matrix products
         "graph_partition": False,  # else what no CUDA graph can hold is cut out in silence
         **options,
