@@ -226,6 +226,12 @@ class _LeaveOut(TorchDispatchMode):
             if alive is not None and x.shape[0] % len(alive) == 0:
                 mask = alive.repeat_interleave(x.shape[0] // len(alive), dim=0).unsqueeze(1)
                 args = (x.masked_fill(~mask, 0.0), *args[1:])
+        elif func is aten.mean.dim and args[0].dim() == 4 and args[0].shape[2] == 1 and len(args[1]) == 2:
+            x = args[0]  # [B, C, 1, N]: adaptive pooling of [B, C, N] to one entry
+            alive = self._state.over(x.shape[3])
+            if alive is not None and x.shape[0] == len(alive):
+                mask = alive[:, None, None]
+                return x.masked_fill(~mask, 0.0).sum(args[1], keepdim=args[2]) / alive[0].sum()
         elif func in (aten.mean.dim, aten.amax.default) and args[0].dim() == 3 and len(args[1]) == 1:
             x, (dim,) = args[0], args[1]
             alive = self._state.over(x.shape[dim]) if dim % 3 == self._state.dim else None
