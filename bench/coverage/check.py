@@ -210,7 +210,7 @@ def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            width = 0.2 if parameter.dim() < 2 else 0.5 * parameter[0].numel() ** -0.5
+            width = 0.2 if parameter.dim() < 2 else 0.5 * max(1, parameter[0].numel()) ** -0.5
             parameter.add_(width * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
