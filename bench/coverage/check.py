@@ -124,11 +124,7 @@ def _by_hand(
     keep = {hooked.index(mine[i]): ratio for i, ratio in schedule.keep.items() if i in mine}
     if len(hooked) < len(mine) or len(keep) < len(schedule.keep):
         return {"result": UNHOOKED}  # a module that is more than one block
-    masks = (
-        (given.get(name) for name in ("attention_mask", "pixel_attention_mask")) if isinstance(given, Mapping) else ()
-    )
-    mask = next((m for m in masks if m is not None), None)
-    padding = mask == 0 if mask is not None and tuple(mask.shape) == (BATCH, stream.length) else None
+    padding = _padding(given, stream.length)
     twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding)
     error, wrong = differs(short, twin, TOLERANCE)
     if wrong:
@@ -136,6 +132,14 @@ def _by_hand(
     if not differs(twin, full, TOLERANCE)[1]:
         return {"result": UNHOOKED, "detail": "pruning by hand changes nothing that leaves the model"}
     return {"result": PRUNED, "error": error}
+
+
+def _padding(given: Any, length: int) -> torch.Tensor | None:
+    """[B, N], true for tokens that are none, by what such models are given: a mask, or patches of zeros."""
+    inputs = given if isinstance(given, Mapping) else {}
+    masks = [inputs[name] != 0 for name in ("attention_mask", "pixel_attention_mask") if name in inputs]
+    masks += [inputs["flattened_patches"].any(-1)] if "flattened_patches" in inputs else []
+    return next((~mask for mask in masks if tuple(mask.shape) == (BATCH, length)), None)
 
 
 def layer_of(block: Block, layers: list[Layer]) -> Layer | None:

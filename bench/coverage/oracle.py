@@ -85,8 +85,8 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
         ends = [
             m
             for m, g, r in calls[:i]
-            if r is result
-            and tuple(g.shape) == shape
+            if r.data_ptr() == result.data_ptr()
+            and tuple(g.shape) == tuple(r.shape) == shape
             and paths[m].startswith(f"{paths[module]}.")
             and sum(other is m for other, _, _ in calls) == 1  # no identity that the layer calls elsewhere too
         ]
