@@ -13,7 +13,7 @@ from torch.export import Dim, ShapesCollection, export
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from passes.base import CompileError
+from passes.base import CompileError, op_name, source_line
 from passes.layout import expr
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -71,7 +71,21 @@ def _export(model: nn.Module, leaves: Sequence[Any], runs: Sequence[bool], spec:
             exported: GraphModule = program.module(check_guards=False)
     except Exception as error:
         raise CaptureError(_shortened(model, error)) from error
+    _no_vmap(model, exported)
     return exported
+
+
+def _no_vmap(model: nn.Module, exported: GraphModule) -> None:
+    """Refuses what torch.func.vmap left in the graph: values without memory of their own."""
+    for node in exported.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and torch._C._functorch.is_batchedtensor(val):
+            line = source_line(node)
+            raise CaptureError(
+                f"torch.export cannot capture {type(model).__name__}: {op_name(node)} runs inside torch.func.vmap\n"
+                + (f"  in the model: {line}\n" if line else "")
+                + "  way out: write that line without vmap, or give the part of the model that it is not in"
+            )
 
 
 def _fixed_batch(exported: GraphModule, runs: Sequence[bool]) -> bool:

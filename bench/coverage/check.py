@@ -124,7 +124,7 @@ def _by_hand(
     keep = {hooked.index(mine[i]): ratio for i, ratio in schedule.keep.items() if i in mine}
     if len(hooked) < len(mine) or len(keep) < len(schedule.keep):
         return {"result": UNHOOKED}  # a module that is more than one block
-    padding = _padding(given, stream.length)
+    padding = _padding(given, stream.length, guard)
     twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding)
     error, wrong = differs(short, twin, TOLERANCE)
     if wrong:
@@ -134,12 +134,14 @@ def _by_hand(
     return {"result": PRUNED, "error": error}
 
 
-def _padding(given: Any, length: int) -> torch.Tensor | None:
+def _padding(given: Any, length: int, guard: Protected) -> Tensor | None:
     """[B, N], true for tokens that are none, by what such models are given: a mask, or patches of zeros."""
     inputs = given if isinstance(given, Mapping) else {}
-    masks = [inputs[name] != 0 for name in ("attention_mask", "pixel_attention_mask") if name in inputs]
-    masks += [inputs["flattened_patches"].any(-1)] if "flattened_patches" in inputs else []
-    return next((~mask for mask in masks if tuple(mask.shape) == (BATCH, length)), None)
+    masks = [inputs[name] == 0 for name in ("attention_mask", "pixel_attention_mask") if name in inputs]
+    masks += [~inputs["flattened_patches"].any(-1)] if "flattened_patches" in inputs else []
+    # tokens of the model's own are no padding
+    masks += [nn.functional.pad(m, ends) for m in masks[:1] for ends in ((guard.prefix, 0), (0, guard.suffix))]
+    return next((m for m in masks if tuple(m.shape) == (BATCH, length)), None)
 
 
 def layer_of(block: Block, layers: list[Layer]) -> Layer | None:

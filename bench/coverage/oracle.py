@@ -88,6 +88,7 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
             if r.data_ptr() == result.data_ptr()
             and tuple(g.shape) == tuple(r.shape) == shape
             and paths[m].startswith(f"{paths[module]}.")
+            and not any(m.children())  # a norm, not a part of the layer
             and sum(other is m for other, _, _ in calls) == 1  # no identity that the layer calls elsewhere too
         ]
         tokens = 1 - shape[:2].index(batch)
@@ -127,10 +128,10 @@ def prune_by_hand(
                 given = first_tensor(args or tuple(kwargs.values()))
                 assert given is not None
                 entries[i] = given
-                state.inside = True
+                state.weighing = False
 
             def leave(stream: Tensor, i: int = i) -> Tensor:
-                state.inside = False
+                state.weighing = False
                 stream = state.frozen(stream)
                 if i in keep:
                     shift = (stream - entries[i]).double().norm(dim=-1)
@@ -164,7 +165,7 @@ class _State:
         self.dim, self.length, self.protected = dim, length, protected
         self.alive: Tensor | None = None  # [B, N]
         self.values: Tensor | None = None  # the stream's shape
-        self.inside = False  # a layer
+        self.weighing = False  # inside a layer, behind its softmax
 
     def _mask(self) -> Tensor:
         assert self.alive is not None
@@ -220,7 +221,8 @@ class _LeaveOut(TorchDispatchMode):
                 mask = alive.repeat_interleave(x.shape[0] // len(alive), dim=0)
                 mask = mask.view(len(mask), *[1] * (x.dim() - 2), -1)
                 args = (x.masked_fill(~mask, -torch.inf), *args[1:])
-        elif func is aten.bmm.default and self._state.inside:
+                self._state.weighing = True
+        elif func is aten.bmm.default and self._state.weighing:
             x = args[0]  # attention weights that something was added to after the softmax (talking heads)
             alive = self._state.over(x.shape[-1])
             if alive is not None and x.shape[0] % len(alive) == 0:

@@ -73,6 +73,7 @@ _IMAGE = BY_NAME["pixel_values"]
 
 BY_FAMILY: dict[str, Inputs] = {
     "clip": lambda batch: {**text(batch), **_IMAGE(batch)},
+    "vit_mae": lambda batch: {**_IMAGE(batch), "noise": noise(batch, 64)},  # decides which patches it sees
     "vjepa2": lambda batch: {"pixel_values_videos": noise(batch, 4, 3, 64, 64), "skip_predictor": True},
     **dict.fromkeys(("videomae", "vivit", "timesformer"), video),
     **dict.fromkeys(

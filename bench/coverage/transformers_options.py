@@ -48,6 +48,7 @@ MORE = (
 # language models, decoders and models of several inputs that a registry or a tower's name brought in; types without
 # a model of their own; what needs a package that is not here
 _NO_ENCODER = (
+    "mra",  # without its CUDA kernel its attention is nothing but zeros
     "audioflamingo3", "aya_vision", "cohere2_vision", "emu3", "emu3_text_model", "gemma3n_vision", "granite4_vision",
     "granite4_vision_text", "higgs_audio_v2", "higgs_audio_v2_tokenizer", "hyperclovax_vision_v2", "llama4",
     "llava_onevision", "mllama", "mllama_text_model", "molmo2_text", "modernvbert", "ultravbert", "qwen2_audio",
