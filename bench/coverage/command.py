@@ -109,7 +109,8 @@ def table(rows: list[Row]) -> str:
     for library in libraries:
         heads = ["family", "model", "blocks", "prunable", "result", "difference", "time", "why not"]
         lines = [_line(row) for row in rows if row["library"] == library]
-        parts.append(f"## {library}\n\n" + tabulate(lines, heads, tablefmt="github", disable_numparse=True))
+        text = tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+        parts.append(f"## {library}\n\n" + re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", text)))
     return "\n\n".join(parts)
 
 
