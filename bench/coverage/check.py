@@ -116,7 +116,8 @@ def _by_hand(
     found = find_layers(model, call(model, given), BATCH)
     layers = {block.index: layer_of(block, found) for block in blocks}
     stream = layers[min(schedule.keep)]
-    if stream is None or guard.extra:
+    alone = any(blocks[i].attention is None for i in schedule.keep)  # an MLP, and not all of a layer
+    if stream is None or guard.extra or alone:
         return {"result": UNHOOKED}
     own = stream.path.rpartition(".")[0]
     mine = {i: layer for i, layer in layers.items() if layer is not None and layer.path.rpartition(".")[0] == own}
