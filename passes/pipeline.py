@@ -172,13 +172,20 @@ def prune(
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
+    # before the first site: behind it every mask is gathered by what the inputs hold
+    padded = {
+        p.block
+        for p in steps
+        if isinstance(p, Merge)
+        and masking(gm, blocks[p.block], guarded[p.block].prefix, guarded[p.block].suffix) is not None
+    }
     streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     now: dict[Node, Node] = {}
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
         block = _moved(blocks[p.block], now)
-        step = _step(gm, p, block, guarded[p.block])
+        step = _step(gm, p, block, guarded[p.block], p.block in padded)
         if step is None:
             continue
         # not by the start of the residual sums: a norm behind each sum starts new ones
@@ -297,7 +304,9 @@ def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int,
     return blocks, branches, {i: choice[op] for i, op in ops.items() if op in choice}
 
 
-def _step(gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected) -> InsertSelection | InsertMerge | None:
+def _step(
+    gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected, padded: bool
+) -> InsertSelection | InsertMerge | None:
     """The pass that does a step, or None where there is nothing to do."""
     length = _tokens(block.output)
     if length is None:
@@ -317,7 +326,7 @@ def _step(gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected) -> 
             f"block {p.block} is to merge {gone} of {length} tokens away, and at most {able} can: "
             "one of two, protected ones never; merge fewer there and the rest in later blocks"
         )
-    if gone and masking(gm, block, guard.prefix, guard.suffix) is not None:
+    if gone and padded:
         raise Refusal(
             "a mask of the inputs may hide tokens as padding, and padding must not merge into a real token",
             block.attention_op() or block.output,

@@ -58,8 +58,10 @@ def with_bias(logits: Tensor, sizes: Tensor) -> Tensor:
 def attend_by_mask(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Tensor, scale: float | None, gqa: bool
 ) -> Tensor:
-    """Attention [B, H, N, d] with size bias as an additive mask: in float32 where the kernel takes that, as on CPU."""
-    bias = log_bias(sizes).to(torch.float32 if query.device.type == "cpu" else query.dtype)
+    """Attention [B, H, N, d] with size bias as an additive mask: in float32 or wider on CPU."""
+    bias = log_bias(sizes).to(
+        torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
+    )
     if mask is not None:
         bias = torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else mask + bias
     return F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=gqa)
