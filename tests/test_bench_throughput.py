@@ -95,6 +95,7 @@ def test_wrong_options(options: tuple[str, ...], words: str, capsys: pytest.Capt
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     options = ["costs", "--quick", "--rounds", "1", "--json", str(file)]
