@@ -193,7 +193,8 @@ def _imagenet(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     data = imagenet_data(
         args.imagenet, model, classes, recipe, img_size=args.img_size, workers=args.workers, device=device
     )
-    pictures = {name: len(part.dataset) for name, part in (("train", data.train), ("val", data.test))}  # type: ignore[attr-defined]
+    loaders: dict[str, Any] = {"train": data.train, "val": data.test}
+    pictures = {name: len(loader.dataset) for name, loader in loaders.items()}
     identity = {"data": {"classes": classes} | pictures, "size": list(size), "start": fingerprint(model)}
     return Subject(args.model, model, data, identity)
 

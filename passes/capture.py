@@ -99,7 +99,8 @@ def _fixed_batch(exported: GraphModule, runs: Sequence[bool]) -> bool:
 
 def _flat(exported: GraphModule) -> GraphModule:
     """The same graph without export's input checks and nesting; the handle does both."""
-    info = exported.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    codegen: Any = exported.graph._codegen
+    info = codegen.pytree_info
     exported.graph.set_codegen(torch.fx.graph.CodeGen())
     gm = GraphModule(exported, exported.graph, type(exported).__name__)
     gm.meta["out_spec"] = info.out_spec

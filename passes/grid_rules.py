@@ -110,7 +110,8 @@ def pointwise(node: Node, axes: GridAxes) -> Follow:
     val = node.meta["val"]
     values = val if isinstance(val, (tuple, list)) else (val,)
     joined = _joined(node, axes, tensors((node.args, node.kwargs)), values[0].dim())
-    return replace(joined, out=tuple(joined.out for _ in values)) if isinstance(val, (tuple, list)) else joined  # type: ignore[misc]
+    out: Any = joined.out
+    return replace(joined, out=tuple(out for _ in values)) if isinstance(val, (tuple, list)) else joined
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -138,7 +139,7 @@ def _window(grid: Grid, kernel: Any, stride: Any, padding: Any, dilation: Any) -
 def convolution(node: Node, axes: GridAxes) -> Follow:
     """Any stride, padding, dilation and groups: it slides over a smaller map as over a smaller image."""
     grid = _carried(node, axes)
-    kernel = shape_of(node.args[1])[2:]  # type: ignore[arg-type]
+    kernel = shape_of(node.args[1])[2:]
     stride, dilation = argument(node, 3, "stride", 1), argument(node, 5, "dilation", 1)
     padding = argument(node, 4, "padding", 0)
     if padding == "same":  # pads (k - 1) d in all, the odd one behind
@@ -169,12 +170,12 @@ def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
 
 
 # mean the same on a smaller map: where each takes its dimensions, and whether to keep them
-_DIMS = {
+_DIMS: dict[Any, tuple[int, int]] = {
     aten.mean.dim: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2), aten.var_mean.correction: (1, 3),
     aten.var.correction: (1, 3), aten.std.correction: (1, 3), aten.var_mean.dim: (1, 3), aten.var.dim: (1, 3),
     aten.std.dim: (1, 3),
 }  # fmt: skip
-_CHANNELS_ONLY = {
+_CHANNELS_ONLY: dict[Any, tuple[int, int]] = {
     aten.sum.dim_IntList: (1, 2), aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),
     aten.norm.ScalarOpt_dim: (2, 3), aten.logsumexp.default: (1, 2), aten.argmax.default: (1, 2),
 }  # fmt: skip
@@ -183,8 +184,8 @@ _CHANNELS_ONLY = {
 @grid_rules_for(*_DIMS, *_CHANNELS_ONLY)
 def reduction(node: Node, axes: GridAxes) -> Follow:
     """Over channels anything goes; over rows and columns a mean, an extremum, a variance, which end the axis."""
-    grid, rank = _carried(node, axes), len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    at, keep = (_DIMS | _CHANNELS_ONLY)[node.target]  # type: ignore[index]
+    grid, rank = _carried(node, axes), len(shape_of(node.args[0]))
+    at, keep = (_DIMS | _CHANNELS_ONLY)[node.target]
     given: Any = argument(node, at, "dim")
     dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
     over = {wrap(d, rank) for d in dims}
@@ -297,7 +298,7 @@ def getitem(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.slice.Tensor)
 def slice_(node: Node, axes: GridAxes) -> Follow:
     """Part of the channels, or every n-th row or column from the first to the last."""
-    grid, shape = _carried(node, axes), shape_of(node.args[0])  # type: ignore[arg-type]
+    grid, shape = _carried(node, axes), shape_of(node.args[0])
     dim = wrap(argument(node, 1, "dim", 0), len(shape))
     if dim not in grid.dims:
         return Follow(grid)
@@ -336,7 +337,7 @@ def new(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
 def view(node: Node, axes: GridAxes) -> Follow:
     """Rows and columns folded into another dimension: what reads that has a size for each cell."""
-    shape, out = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    shape, out = shape_of(node.args[0]), shape_of(node)
     raise Untransferable(
         f"reshapes the map of {shape[-2]} x {shape[-1]} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
         "a fixed grid that the layers behind it need"

@@ -95,7 +95,8 @@ class _Emitter:
                 node.kwargs if transfer.kwargs is None else dict(transfer.kwargs),
             )
             args, kwargs = self._argument(given, swapped)
-            twin = self.graph.call_function(transfer.target or node.target, args, kwargs)  # type: ignore[arg-type]
+            op: Any = transfer.target or node.target
+            twin = self.graph.call_function(op, args, kwargs)
         kept = ("stack_trace", "nn_module_stack", "torch_fn", KEY_SIZES, MEAN_SIZES)
         twin.meta = {k: v for k, v in node.meta.items() if k in kept}
         self._evaluate(node, twin, transfer)

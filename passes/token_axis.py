@@ -146,8 +146,8 @@ def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node
         behind[node] = node
         return
     axis.transfers[node] = transfer
-    out = transfer.out
-    if out is not None and (isinstance(node.meta["val"], (tuple, list)) or runs_over_tokens(out)):  # type: ignore[arg-type]
+    out: Any = transfer.out
+    if out is not None and (isinstance(node.meta["val"], (tuple, list)) or runs_over_tokens(out)):
         axis.layouts[node] = out
 
 

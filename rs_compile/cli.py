@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -79,6 +80,10 @@ def _explain(args: argparse.Namespace) -> None:
     _give(str(result), result.to_json, args.json)
 
 
+def _say_of(say: timing.Say, batch: int, text: str) -> None:
+    say(f"batch {batch}: {text}")
+
+
 def _bench(args: argparse.Namespace) -> None:
     schedule, device = _schedule(args.schedule), _device(args.device)
     if args.threads is not None:
@@ -97,7 +102,7 @@ def _bench(args: argparse.Namespace) -> None:
                     inputs.to(device, DTYPES[args.dtype]),
                     rounds=args.rounds,
                     backend=args.backend,
-                    say=lambda text, batch=batch: say(f"batch {batch}: {text}"),  # type: ignore[misc]
+                    say=partial(_say_of, say, batch),
                 )
             )
     sweep = comparison.Sweep(tuple(results))

@@ -75,10 +75,10 @@ class _TextTower(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # an open_clip model of whatever class
 
     def forward(self, text: Tensor) -> Tensor:
-        features: Tensor = self.model.encode_text(text)  # type: ignore[operator]
+        features: Tensor = self.model.encode_text(text)
         return features
 
 

@@ -46,7 +46,7 @@ def batch_norm(node: Node, ctx: Context) -> Transfer:
     return Transfer(layout)
 
 
-_DIM = {  # where each reduction takes its dimensions, and whether to keep them
+_DIM: dict[Any, tuple[int, int]] = {  # where each reduction takes its dimensions, and whether to keep them
     aten.mean.dim: (1, 2), aten.sum.dim_IntList: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2),
     aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),
     aten.norm.ScalarOpt_dim: (2, 3), aten.var.correction: (1, 3), aten.var.dim: (1, 3), aten.std.correction: (1, 3),
@@ -61,7 +61,7 @@ _OVER_TOKENS = {aten.mean.dim, aten.amax.default}  # mean the same on a shorter 
 def reduction(node: Node, ctx: Context) -> Transfer:
     """Over channels anything goes; over tokens the mean, the maximum, or a sum of attention weights."""
     layout = carried(node, ctx)
-    at, keep = _DIM[node.target]  # type: ignore[index]
+    at, keep = _DIM[node.target]
     given: Any = argument(node, at, "dim")
     keepdim = bool(argument(node, keep, "keepdim", False))
     dims = range(len(layout)) if given is None or given == [] else [given] if isinstance(given, int) else given

@@ -127,7 +127,8 @@ def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
     return add
 
 
-def shape_of(node: Node) -> tuple[Any, ...]:
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The shape of a tensor node; an op's argument, which fx leaves untyped, may be given."""
     return tuple(node.meta["val"].shape)
 
 

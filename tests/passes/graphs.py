@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from passes.capture import capture
 from passes.gather import put, take
@@ -59,6 +59,20 @@ def graph_of(f: Callable[..., Any] | nn.Module, *inputs: Tensor, tables: tuple[T
 def prepared(model: nn.Module, *inputs: Tensor) -> GraphModule:
     """The captured graph after the clean-up passes and with lowered attention."""
     return prepare(model.eval(), inputs or (sample(),), {}, lower=True).gm
+
+
+def recorded(gm: GraphModule, x: Tensor) -> dict[Node, Any]:
+    """What every node computes for x."""
+    found: dict[Node, Any] = {}
+
+    class Record(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            found[n] = result = super().run_node(n)
+            return result
+
+    with torch.no_grad():
+        Record(gm, garbage_collect_values=False).run(x)
+    return found
 
 
 def only(gm: GraphModule, target: Any, at: int = 0) -> Node:

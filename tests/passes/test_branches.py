@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import aten, graph_of, prepared, sample
+from graphs import aten, graph_of, prepared, recorded, sample
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -102,19 +102,11 @@ def kinds(gm: GraphModule) -> list[str]:
 
 def check_values(gm: GraphModule, branches: list[Branch], x: Tensor) -> None:
     """By running the graph: the sum really is the stream and its terms."""
-    values: dict[str, Tensor] = {}
-
-    class Record(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> object:
-            values[n.name] = result = super().run_node(n)
-            return result
-
-    with torch.no_grad():
-        Record(gm).run(x)
+    values = recorded(gm, x)
     for branch in branches:
         others = [b.term for b in branches if b.add is branch.add]
-        total = values[branch.stream.name] + sum(values[t.name] for t in others)
-        torch.testing.assert_close(values[branch.add.name], total)
+        total = values[branch.stream] + sum(values[t] for t in others)
+        torch.testing.assert_close(values[branch.add], total)
 
 
 @pytest.mark.parametrize(

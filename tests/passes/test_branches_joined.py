@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import graph_of
+from graphs import graph_of, recorded
 from torch import Tensor, nn
 
 from passes.branches import find_blocks, find_branches
@@ -61,19 +61,12 @@ def test_a_layer_and_its_adapters_are_one_branch(block: Block) -> None:
     gm = graph_of(nn.Sequential(block))
     attention, mlp = find_branches(gm)
     assert (attention.kind, mlp.kind) == ("attention", "mlp")
-    values: dict[str, Tensor] = {}
-
-    class Record(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> object:
-            values[n.name] = result = super().run_node(n)
-            return result
-
+    x = torch.randn(3, 6, WIDTH)
+    values = recorded(gm, x)
     with torch.no_grad():
-        x = torch.randn(3, 6, WIDTH)
-        Record(gm).run(x)
-        torch.testing.assert_close(values[attention.term.name], block.attention(block.norm1(x)))
+        torch.testing.assert_close(values[attention.term], block.attention(block.norm1(x)))
         middle = x + block.attention(block.norm1(x))
-        torch.testing.assert_close(values[mlp.term.name], block.mlp(block.norm2(middle)))
+        torch.testing.assert_close(values[mlp.term], block.mlp(block.norm2(middle)))
     assert len(find_blocks(gm)) == 1
 
 

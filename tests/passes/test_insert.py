@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import B, N, aten, prepared, rows, sample
+from graphs import B, N, aten, prepared, recorded, rows, sample
 from test_branches import MLP, Block, Stack
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from passes import score
 from passes.base import Refusal
@@ -53,15 +53,7 @@ def inserted(
 
 def values(gm: GraphModule, *nodes: Node) -> list[Tensor]:
     """What these nodes compute for the sample input."""
-    found: dict[Node, Tensor] = {}
-
-    class Record(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            found[n] = result = super().run_node(n)
-            return result
-
-    with torch.no_grad():
-        Record(gm, garbage_collect_values=False).run(sample())
+    found = recorded(gm, sample())
     return [found[n] for n in nodes]
 
 

@@ -126,7 +126,9 @@ def test_more_than_may_merge(merger: Merger, prefix: int, r: Any, protected: Any
 
 
 def test_as_many_as_may_merge_do() -> None:
-    run(*vit(prefix=1), merge={0: 8, 1: 4}, merger="tome")
+    model, images = vit(prefix=1)
+    report = rs_compile.plan(model, rs_compile.Schedule(merge={0: 8, 1: 4}, merger="tome"), images)
+    assert [row.tokens_out for row in report.blocks[:2]] == [9, 5]
 
 
 def test_a_cnn() -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from graphs import aten, graph_of, leave_at_input, only, prepared, sample
+from graphs import aten, graph_of, leave_at_input, leaves, only, prepared, sample
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -87,6 +87,10 @@ def test_shapes_of_a_prepared_model() -> None:
     torch.manual_seed(0)
     gm = prepared(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.1), nn.LayerNorm(8)), sample())
     no_stale_shapes(gm)
+    last = leaves(gm)[0]
+    last.meta["val"] = last.meta["val"][:, 1:]
+    with pytest.raises(CompileError):
+        no_stale_shapes(gm)
 
 
 def test_a_selection_that_is_put_back_at_once() -> None:
