@@ -36,6 +36,7 @@ class InsertSelection(Pass):
         earlier: index nodes of the sites that this sequence already went through.
         sizes: how many of the model's tokens each stands for, [B, N], once some merged.
         size_bias, weighted_mean: see `Site`.
+        padded: a mask of the model's inputs may hide tokens, which then leave first (`passes.padding`).
     """
 
     block: Block
@@ -47,6 +48,7 @@ class InsertSelection(Pass):
     sizes: Node | None = None
     size_bias: bool = True
     weighted_mean: bool = False
+    padded: bool = False
 
     def call(self, gm: GraphModule) -> PassResult:
         stream = self.block.output
@@ -74,7 +76,7 @@ class InsertSelection(Pass):
         return PassResult(gm, rewrites=1)
 
     def _padding(self, gm: GraphModule) -> Node | None:
-        return insert_padding(gm, self.block, self.protected.prefix, self.protected.suffix)
+        return insert_padding(gm, self.block, self.protected.prefix, self.protected.suffix) if self.padded else None
 
     def _select(self, graph: torch.fx.Graph, scores: Node, padding: Node | None, tokens: Tokens) -> Node:
         p = self.protected

@@ -172,13 +172,8 @@ def prune(
     before = {i: dense.between(nodes).macs for i, nodes in spans.items()}
     lengths = {b.index: _tokens(b.entry) for b in blocks}
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
-    # before the first site: behind it every mask is gathered by what the inputs hold
-    padded = {
-        p.block
-        for p in steps
-        if isinstance(p, Merge)
-        and masking(gm, blocks[p.block], guarded[p.block].prefix, guarded[p.block].suffix) is not None
-    }
+    # asked before the first site: behind it every mask, a constant too, is gathered by what the inputs hold
+    padded = {i for i, guard in guarded.items() if masking(gm, blocks[i], guard.prefix, guard.suffix) is not None}
     streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     now: dict[Node, Node] = {}
     sites: dict[int, Site] = {}  # by block
@@ -319,7 +314,11 @@ def _step(
                 f"after block {p.block} {keep} of {length} tokens would be left, "
                 f"fewer than the {guard.count} protected ones; keep a larger share"
             )
-        return None if keep == length and not p.force else InsertSelection(block, keep, guard, p.scoring, p.lowest)
+        return (
+            None
+            if keep == length and not p.force
+            else InsertSelection(block, keep, guard, p.scoring, p.lowest, padded=padded)
+        )
     gone, able = p.gone(length), most(length, guard.prefix, guard.suffix, len(guard.extra))
     if gone > able:
         raise CompileError(

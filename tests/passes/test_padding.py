@@ -15,6 +15,7 @@ from passes.base import Refusal
 from passes.padding import hidden_by_mask, hidden_by_weights
 from passes.pipeline import Merge, Prune, prepare, prune
 from passes.select import keep_highest
+from passes.splice import ORIGIN
 
 WORDS = torch.arange(N) < torch.tensor([[N], [2], [5]])  # [B, N]: sentences of 6, 2 and 5 tokens
 Attend = Callable[[Tensor, Tensor], Tensor]
@@ -46,12 +47,12 @@ def by_hand(x: Tensor, words: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Two layers of attention and MLP over x [B, N, C], with a mask [B, N] of real tokens."""
+    """Layers of attention and MLP over x [B, N, C], with a mask [B, N] of real tokens."""
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: Attend, depth: int = 2) -> None:
         super().__init__()
         self.attend = attend
-        self.layers = nn.ModuleList([MLP(), MLP()])
+        self.layers = nn.ModuleList(MLP() for _ in range(depth))
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         for mlp in self.layers:
@@ -111,3 +112,19 @@ def test_padding_loses_to_any_score_and_yields_to_protection():
     assert keep_highest(score, none, 1, padding=padding).tolist() == [[0]]
     assert keep_highest(score, none, 2, lowest=True, padding=padding).tolist() == [[0, 1]]
     assert keep_highest(score, last, 2, padding=padding).tolist() == [[0, 3]]
+
+
+def test_a_constant_mask_is_not_taken_for_padding_behind_the_first_site():
+    """There it is gathered by positions, which the inputs decide; nothing is to be looked for in it."""
+    torch.manual_seed(0)
+    bias = torch.randn(N, N)
+
+    def biased(x: Tensor, words: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, bias)
+
+    def padding(attend: Attend) -> int:
+        gm = prepare(Encoder(attend, 3).eval(), (sample(), WORDS), {}, lower=True).gm
+        compiled = prune(gm, [Prune(0, lambda n: 5), Prune(1, lambda n: 4)])
+        return sum(node.meta.get(ORIGIN) == "padding" for node in compiled.gm.graph.nodes)
+
+    assert padding(biased) == 0 < padding(additive)
