@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -36,10 +37,11 @@ One model of every architecture family in {versions}, with random weights, few l
 - **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure,
   shapes and dtypes, and is what pruning by hand gives (`bench/coverage/oracle.py`: tokens stay in place, masked and
   frozen); *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
-- **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked, or what
-  leaves the model does not depend on pruned tokens.
+- **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked or an MLP
+  alone, or what leaves the model does not depend on pruned tokens.
 - **{grid}**: a CNN; its output has its shape after a cut.
 - **{refused}**: no token can leave, with the op, its line and why; `rs_compile.explain` says the way out as well.
+- **{wrong}**: one of these does not hold, with what differs. Do not use it.
 
 *compiled*: also through Inductor, and equal. *time*: capture and passes over torch.export alone, processor time, on
 graphs of few layers.
@@ -77,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     if args.markdown is not None:
         versions = ", ".join(f"{name} {version(_PACKAGES.get(name, name))}" for name in args.library)
-        names = {"pruned": PRUNED, "unhooked": UNHOOKED, "grid": GRID, "refused": REFUSED}
+        names = {"pruned": PRUNED, "unhooked": UNHOOKED, "grid": GRID, "refused": REFUSED, "wrong": WRONG}
         args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, **names)}\n{text}\n")
     return int(any(row["result"] in (WRONG, FAULT) for row in rows))
 
 
+@cache
 def subjects(library: str) -> list[Subject]:
     """The families of a library.
 
