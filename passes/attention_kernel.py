@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from passes.contraction import arguments, is_alias
+from passes.described import Described
 
 ATEN = torch.ops.aten
 SDPA = ATEN.scaled_dot_product_attention.default
@@ -139,11 +140,12 @@ def kernels(gm: GraphModule, *, needs_grad: bool = False) -> list[tuple[Node, Ke
         needs_grad: the graph will be trained through.
     """
     found = []
+    known: dict[Any, KernelChoice] = {}  # a network has few kinds of attention
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is FLASH:
             found.append((node, KernelChoice("flash", f"named in the graph: {FLASH}")))
         elif node.op == "call_function" and node.target is SDPA:
-            found.append((node, _choice(gm, node, needs_grad)))
+            found.append((node, _choice(gm, node, needs_grad, known)))
     return found
 
 
@@ -166,8 +168,8 @@ def flash_obstacle(gm: GraphModule, node: Node) -> str:
     return _flash_obstacle(query, key, value, mask, given["dropout_p"], given["is_causal"], given["enable_gqa"])
 
 
-def _choice(gm: GraphModule, node: Node, needs_grad: bool) -> KernelChoice:
-    """The kernel of an attention that chooses it when it runs."""
+def _choice(gm: GraphModule, node: Node, needs_grad: bool, known: dict[Any, KernelChoice]) -> KernelChoice:
+    """The kernel of an attention that chooses it when it runs, noted in `known` for others like it."""
     given, mode = arguments(node), FakeTensorMode()
     mask = given["attn_mask"]
     if mask is not None:
@@ -176,16 +178,20 @@ def _choice(gm: GraphModule, node: Node, needs_grad: bool) -> KernelChoice:
     query, key, value = (concrete(given[name].meta["val"], mode).detach() for name in _THREE)
     cast = gm.meta.get(AUTOCAST, {}).get(query.device.type)
     query, key, value, mask = (_cast(t, cast) for t in (query, key, value, mask))
-    return kernel_for(
-        query,
-        key,
-        value,
-        mask,
-        given["dropout_p"],
-        given["is_causal"],
-        needs_grad=needs_grad,
-        enable_gqa=given["enable_gqa"],
-    )
+    plain = (given["dropout_p"], given["is_causal"], needs_grad, given["enable_gqa"])
+    kind = (*(None if t is None else Described.of(t) for t in (query, key, value, mask)), *plain)
+    if kind not in known:
+        known[kind] = kernel_for(
+            query,
+            key,
+            value,
+            mask,
+            given["dropout_p"],
+            given["is_causal"],
+            needs_grad=needs_grad,
+            enable_gqa=given["enable_gqa"],
+        )
+    return known[kind]
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Any:

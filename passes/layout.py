@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import sympy
@@ -153,7 +154,11 @@ def merged(factors: Iterable[Factor]) -> Dim:
 
 def plain(size: int | torch.SymInt | Size, batch: Batch) -> Dim:
     """The dimension of a size that does not run over tokens: samples where the batch symbol divides it."""
-    size = expr(size)
+    return _plain(expr(size), batch)
+
+
+@cache
+def _plain(size: Size, batch: Batch) -> Dim:
     rest = sympy.cancel(size / batch.size)
     if batch.size.free_symbols and not rest.free_symbols & batch.size.free_symbols and rest.is_integer:
         return merged((batch, Free(rest)))

@@ -1,8 +1,8 @@
 """What an op gives on fake tensors, remembered: a network repeats few ops on few shapes.
 
-Running an op on fake tensors takes a millisecond, most of it symbolic arithmetic. What comes out depends on the op,
-its plain arguments and the metadata of its tensors alone, so each of these is run once for a capture. Two results
-never are one object: tracing tells values apart by identity.
+Running an op on fake tensors takes milliseconds, most of it symbolic arithmetic. What comes out depends on the op,
+its plain arguments and the metadata of its tensors alone, so each of these is run once for a capture, and where it
+can be on a literal number of samples (`passes.literal_batch`). Values that are alike may be one object.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from passes.described import Described
+from passes.literal_batch import on_literal_batch
+
 Key: TypeAlias = tuple[Any, ...]
 Op: TypeAlias = Callable[..., Any]
 
@@ -23,29 +26,16 @@ _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layou
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-@dataclass(frozen=True)
-class Described:
-    """A tensor without the tensor. Offsets in memory are left out: no shape depends on them."""
+@dataclass
+class _Result:
+    """What an op gave on tensors like these; its value is made when it is first asked for."""
 
-    shape: tuple[Any, ...]
-    stride: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, value: FakeTensor) -> Described:
-        return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device, value.requires_grad)
-
-    def fresh(self, mode: FakeTensorMode) -> FakeTensor:
-        """A fake tensor like this, of its own memory."""
-        with torch.no_grad():
-            meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-            return FakeTensor(mode, meta.requires_grad_(self.requires_grad), self.device)
+    described: Described
+    value: FakeTensor | None = None
 
 
 def evaluate(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
-    """Runs an op on fake values, or makes a fresh value of what it gave on the like before.
+    """Runs an op on fake values, or gives what it gave on the like before.
 
     Args:
         mode: that the values belong to; the batch stays the symbol that it is there.
@@ -54,15 +44,22 @@ def evaluate(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
     Raises:
         Exception: whatever the op raises.
     """
+
+    def value(one: Any) -> Any:
+        if not isinstance(one, _Result):
+            return one
+        if one.value is None:
+            one.value = one.described.fresh(mode)
+        return one.value
+
     found = _recalled(mode, target, args, kwargs)
-    if isinstance(found, list):
-        return [one.fresh(mode) if isinstance(one, Described) else one for one in found]
-    return found.fresh(mode) if isinstance(found, Described) else found
+    return [value(one) for one in found] if isinstance(found, list) else value(found)
 
 
 def describe(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
     """The same for who wants `shape`, `dtype` and `device` only, and no tensor."""
-    return _recalled(mode, target, args, kwargs)
+    found = _recalled(mode, target, args, kwargs)
+    return found.described if isinstance(found, _Result) else found
 
 
 def remember(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -90,6 +87,10 @@ def _recalled(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
     key, memory = call_key(target, args, kwargs), memory_of(mode)
     if key is not None and key in memory:
         return memory[key]
+    found = on_literal_batch(mode, target, args, kwargs) if key is not None else None
+    if key is not None and found is not None:
+        memory[key] = [_Result(one) for one in found] if isinstance(found, list) else _Result(found)
+        return memory[key]
     with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
         out = target(*args, **kwargs)
     _keep(memory, key, out)
@@ -100,7 +101,8 @@ def _recalled(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
 def _keep(memory: dict[Key, Any], key: Key | None, out: Any) -> None:
     values = out if isinstance(out, (list, tuple)) else [out]
     if key is not None and all(_plain_tensor(v) for v in values):
-        memory[key] = [Described.of(v) for v in values] if isinstance(out, (list, tuple)) else Described.of(out)
+        found = [_Result(Described.of(v)) for v in values]
+        memory[key] = found if isinstance(out, (list, tuple)) else found[0]
 
 
 def _plain_tensor(value: Any) -> bool:

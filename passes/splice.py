@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from passes.described import Described
+from passes.literal_batch import LiteralBatch
 from passes.propagate import remember
 
 ORIGIN = "rs_compile"  # node.meta key: which piece of new arithmetic a node belongs to
@@ -50,22 +54,84 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any
         return fn(*(next(given) if isinstance(a, Node) else a for a in args))
 
     mode = fake_mode(graph)
-    with mode, torch.enable_grad():
-        traced = make_fx(on_nodes, pre_dispatch=True)(*(n.meta["val"] for n in nodes))
+    values = _distinct(mode, [n.meta["val"] for n in nodes])
+    traced = _on_literals(mode, on_nodes, values) or _Traced(_trace(mode, on_nodes, values))
     env: dict[Node, Any] = {}
+    samples: dict[int, Node] = {}  # multiples of the batch
+
+    def outer(arg: Any) -> Any:
+        if isinstance(arg, Node):
+            return env[arg]
+        count = traced.batch.multiple(arg) if traced.batch is not None else 0
+        if traced.batch is not None and count and count not in samples:
+            samples[count] = _samples(graph, origin, nodes, traced.batch, count)
+        return samples[count] if count else arg
+
     given = iter(nodes)
-    for inner in traced.graph.nodes:
+    for inner in traced.gm.graph.nodes:
         if inner.op == "placeholder":
             env[inner] = next(given)
         elif inner.op == "output":
-            return map_aggregate(inner.args[0], lambda a: env[a] if isinstance(a, Node) else a)
+            return map_aggregate(inner.args[0], outer)
         elif inner.op == "call_function":
-            env[inner] = copied = graph.node_copy(inner, lambda n: env[n])
+            args_, kwargs_ = map_aggregate(inner.args, outer), map_aggregate(inner.kwargs, outer)
+            env[inner] = copied = graph.call_function(inner.target, args_, kwargs_)
+            copied.meta = {**inner.meta, "val": traced.values.get(inner, inner.meta.get("val")), ORIGIN: origin}
             remember(mode, copied.target, fake(copied.args), fake(copied.kwargs), copied.meta.get("val"))
-            env[inner].meta[ORIGIN] = origin
         else:
             raise ValueError(f"{origin}: tracing made a {inner.op} node; write constants as factory calls")
     raise AssertionError("a traced graph ends in an output node")
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A traced function; on a literal batch, what that is and the nodes' values on the symbol."""
+
+    gm: GraphModule
+    batch: LiteralBatch | None = None
+    values: Mapping[Node, Any] = field(default_factory=dict)
+
+
+def _trace(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any]) -> GraphModule:
+    with mode, torch.enable_grad():
+        return make_fx(fn, pre_dispatch=True)(*values)
+
+
+def _on_literals(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any]) -> _Traced | None:
+    """The function traced on a literal batch, or None where its values cannot be read back."""
+    batch = LiteralBatch.of(mode, values)
+    if batch is None:
+        return None
+    try:
+        gm = _trace(mode, fn, [batch.literal(v) for v in values])
+        found = {n: batch.symbolic(n.meta["val"]) for n in gm.graph.nodes if _made(n)}
+    except ValueError:
+        return None
+    return _Traced(gm, batch, found)
+
+
+def _made(node: Node) -> bool:
+    return node.op == "call_function" and "val" in node.meta
+
+
+def _samples(graph: Graph, origin: str, nodes: list[Node], batch: LiteralBatch, count: int) -> Node:
+    """A node that is the batch size, so many times."""
+    node, at = next((n, d) for n in nodes for d, s in enumerate(n.meta["val"].shape) if batch.is_it(s))
+    size = graph.call_function(torch.ops.aten.sym_size.int, (node, at))
+    size.meta = {"val": batch.batch, ORIGIN: origin}
+    if count > 1:
+        size = graph.call_function(operator.mul, (size, count))
+        size.meta = {"val": batch.batch * count, ORIGIN: origin}
+    return size
+
+
+def _distinct(mode: FakeTensorMode, values: list[Any]) -> list[Any]:
+    """No value twice: tracing tells them apart by identity."""
+    firsts = {id(v): i for i, v in reversed(list(enumerate(values)))}
+    return [
+        Described.of(v).fresh(mode) if firsts[id(v)] != i and isinstance(v, torch._subclasses.FakeTensor) else v
+        for i, v in enumerate(values)
+    ]
 
 
 def replace_by(gm: GraphModule, node: Node, origin: str, fn: Callable[..., Any], *args: Any) -> Any:

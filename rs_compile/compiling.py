@@ -89,8 +89,7 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
     sides = {"pruned": graphs.pruned} | ({"dense": graphs.dense} if graphs.dense is not None else {})
     if options.progress is not None and options.backend != "eager":
         options.progress("compiling" if len(sides) == 1 else "compiling and timing the dense and the pruned graph")
-    # compiled code hangs on a graph's own code: a copy for each size, or the loser's would stay
-    runs = {side: _run(r.gm if len(sides) == 1 else copied(PassResult(r.gm)).gm, options) for side, r in sides.items()}
+    runs = {side: _run(r.gm, options) for side, r in sides.items()}
     verdict = None
     if options.guard is not None:
         verdict = Verdict("pruned", reason=graphs.unmeasured)

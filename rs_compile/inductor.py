@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,6 +33,20 @@ def inductor_options(gm: GraphModule, mode: str | None) -> dict[str, Any]:
 
 def compile_graph(gm: GraphModule, backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
     """`torch.compile` of a rewritten graph; see `optimize` for backend and mode."""
+    gm = flattened(gm)
     if backend == "inductor" and (options := inductor_options(gm, mode)):
         return torch.compile(gm, backend=backend, options=options)
     return torch.compile(gm, backend=backend, mode=mode)
+
+
+def flattened(gm: GraphModule) -> GraphModule:
+    """The same graph on the same parameters in one module: torch.compile takes long to follow modules in modules."""
+    graph = copy.deepcopy(gm.graph)
+    names: dict[str, str] = {}  # by where it is in the graph's modules
+    for node in graph.find_nodes(op="get_attr"):
+        where = str(node.target)
+        node.target = names.setdefault(where, f"_{len(names)}_{where.rpartition('.')[2]}")
+    owned = {name: attrgetter(where)(gm) for where, name in names.items()}
+    flat = GraphModule(owned, graph, type(gm).__name__)
+    flat.meta = gm.meta
+    return flat.train(gm.training)
