@@ -47,6 +47,12 @@ def kept_lines(
     Returns:
         Rows [B, H', 1] and columns [B, 1, W'], ascending; of equal means the earlier line stays.
     """
+    if rows == columns and score.shape[1] == score.shape[2] and not rows_first:
+        # one mean and one selection for the two
+        first = (torch.arange(2, device=score.device) == 0)[:, None, None]
+        both = torch.where(first, score.unsqueeze(1), score.transpose(1, 2).unsqueeze(1)).mean(3)
+        r, c = _highest(both.flatten(0, 1), rows, lowest).unflatten(0, (-1, 2)).unbind(1)
+        return r.unsqueeze(2), c.unsqueeze(1)
     r = _highest(score.mean(2), rows, lowest)
     if rows_first:
         score = score.gather(1, r.unsqueeze(2).expand(-1, -1, score.shape[2]))

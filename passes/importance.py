@@ -45,13 +45,16 @@ class Scoring:
             return "attention" if self.operation == "attention" else "mlp"
         return "mlp" if self.importance == "top-vim" else "attention"
 
-    def insert(self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int) -> Node:
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
         """Scores [B, N] in float32, at the graph's insertion point.
 
         Args:
             at: the stream whose tokens are scored.
             layout: of that stream.
             prefix: tokens that always stay in front.
+            guard: of importance "shift": tokens to mark as protected, see `score.shift`.
 
         Raises:
             Refusal: the block has no such branch, or its attention no map to read.
@@ -72,11 +75,11 @@ class Scoring:
         after, before = self._between(block)
         skip = self.with_skip and self.operation != "block"
 
-        def shift(a: Tensor, b: Tensor) -> Tensor:
+        def shift(a: Tensor, b: Tensor, protected: Tensor | None) -> Tensor:
             a = a + b if skip else a  # not the block's sum: beside a parallel branch that holds more
-            return score.shift(tokens_first(a, layout), tokens_first(b, layout), self.metric)
+            return score.shift(tokens_first(a, layout), tokens_first(b, layout), self.metric, protected)
 
-        return splice(gm.graph, "score", shift, after, before)
+        return splice(gm.graph, "score", shift, after, before, guard)
 
     def _between(self, block: Block) -> tuple[Node, Node]:
         """F(x) and x."""

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 from passes.base import ALIVE, Pass, PassResult
 from passes.branches import Block
@@ -17,7 +18,7 @@ from passes.importance import Scoring
 from passes.layout import Tokens, tokens_in
 from passes.padding import insert_padding
 from passes.protected import Protected
-from passes.select import keep_highest, protected_mask
+from passes.select import in_registers, keep_highest, protected_mask
 from passes.site import SITE, Site, put_back
 from passes.splice import splice
 from passes.token_axis import stream_layout
@@ -58,8 +59,14 @@ class InsertSelection(Pass):
         graph = gm.graph
         users = list(stream.users)
         with graph.inserting_before(stream.next):
-            scores = self.scoring.insert(gm, self.block, stream, layout, self.protected.prefix)
-            index = self._select(graph, scores, self._padding(gm), tokens)
+            padding, guard = self._padding(gm), self._guard(graph, stream, tokens)
+            in_score = self._marks_in_score(stream, tokens, padding)
+            marked = guard if in_score else None
+            scores = self.scoring.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
+            select = partial(keep_highest, keep=self.keep, lowest=self.lowest)
+            index = splice(
+                graph, "select", lambda s, g, p: select(s, g, padding=p), scores, None if in_score else guard, padding
+            )
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
             short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
             full = put_back(graph, layout, stream, short, index, None)
@@ -78,12 +85,17 @@ class InsertSelection(Pass):
     def _padding(self, gm: GraphModule) -> Node | None:
         return insert_padding(gm, self.block, self.protected.prefix, self.protected.suffix) if self.padded else None
 
-    def _select(self, graph: torch.fx.Graph, scores: Node, padding: Node | None, tokens: Tokens) -> Node:
+    def _guard(self, graph: Graph, stream: Node, tokens: Tokens) -> Node:
+        """Which tokens are protected, [N] or [B, N]."""
         p = self.protected
 
-        def select(s: torch.Tensor, padding: torch.Tensor | None, *earlier: torch.Tensor) -> torch.Tensor:
+        def guard(x: Tensor, *earlier: Tensor) -> Tensor:
             positions = original_positions(*earlier) if earlier else None
-            mask = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, positions, s.device)
-            return keep_highest(s, mask, self.keep, self.lowest, padding)
+            return protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, positions, x.device)
 
-        return splice(graph, "select", select, scores, padding, *(self.earlier if p.extra else ()))
+        return splice(graph, "select", guard, stream, *(self.earlier if p.extra else ()))
+
+    def _marks_in_score(self, stream: Node, tokens: Tokens, padding: Node | None) -> bool:
+        """Whether the kernel of the score takes the mask; elsewhere it costs more there, or other scores come first."""
+        plain = self.scoring.importance == "shift" and not self.lowest and padding is None
+        return plain and in_registers(stream.meta["val"].device, tokens.dense)

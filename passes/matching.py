@@ -16,13 +16,21 @@ Order = Literal["sequence", "even-odd", "strength"]
 
 
 class Matched(NamedTuple):
-    """r sources and the destinations they merge into, [B, r]; positions of the tokens left, [B, N - r], in their new
-    order; the place of each source's destination in that order, [B, r]; and for each of the N tokens the place that now
-    stands for it, [B, N]."""
+    """Which r of N tokens merge into which.
+
+    Args:
+        sources: positions, [B, r].
+        destinations: the position that each merges into.
+        left: positions of the tokens left in their new order, [B, N - r].
+        order: those, then the sources, [B, N].
+        into: the place of each source's destination among the tokens left, [B, r].
+        place: for each of the N tokens the place that now stands for it, [B, N].
+    """
 
     sources: Tensor
     destinations: Tensor
     left: Tensor
+    order: Tensor
     into: Tensor
     place: Tensor
 
@@ -54,30 +62,51 @@ def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int,
     similar = (features[:, ::2] @ features[:, 1::2].transpose(1, 2)).float()
     similar = similar.masked_fill(protected[:, ::2, None] | protected[:, None, 1::2], -torch.inf)
     strength, to = similar.max(-1)  # the first of equals
-    ranked = strength.sort(dim=1, descending=True, stable=True).indices
-    sources = 2 * ranked[:, :r]
-    destinations = 2 * to.gather(1, ranked[:, :r]) + 1
-    evens = 2 * ranked[:, r:]
-    if order == "even-odd":  # in the sequence's order all are sorted below
-        evens = evens.sort(dim=1).values
-    odds = torch.arange(1, count, 2, device=features.device).expand(batch, -1)
-    left = torch.cat([evens, odds], 1)
-    # no tokens at the ends merge, so these stand where they always stand
-    left = left.sort(dim=1).values if order == "sequence" else _ends_first(left, count, prefix, suffix)
-    place = torch.empty_like(protected, dtype=torch.int64)
-    place = place.scatter(1, left, torch.arange(count - r, device=left.device).expand(batch, -1))
-    into = place.gather(1, destinations)
-    return Matched(sources, destinations, left, into, place.scatter(1, sources, into))
+    _, strong = _sorted(strength, descending=True)
+    at = torch.arange(count, device=features.device)
+    half = (at // 2).expand(batch, -1)  # a source's place among sources
+    strong = strong.gather(1, half)
+    leaves = (at % 2 == 0) & (strong < r)
+    ordered, new = _sorted(torch.where(leaves, 4 * count + strong, _rank(at, strong, count, prefix, suffix, order)))
+    left, sources = ordered[:, : count - r], ordered[:, count - r :]
+    destinations = 2 * to.gather(1, sources // 2) + 1
+    stands = torch.where(leaves, 2 * to.gather(1, half) + 1, at)
+    return Matched(sources, destinations, left, ordered, new.gather(1, destinations), new.gather(1, stands))
 
 
-def _ends_first(left: Tensor, count: int, prefix: int, suffix: int) -> Tensor:
-    """Positions [B, K] with the protected ends moved back to where they were, the rest in its order."""
-    if prefix == 0 and suffix == 0:
-        return left
-    at = torch.arange(left.shape[1], device=left.device)
-    key = torch.where(left < prefix, left - count, at)
-    key = torch.where(left >= count - suffix, left + count, key)
-    return left.gather(1, key.argsort(dim=1))
+def _sorted(key: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Positions in a stable order of their keys [B, N], and for each position its place in that order."""
+    if key.device.type != "cpu":
+        return by_counting(key, descending)
+    order = key.sort(dim=1, descending=descending, stable=True).indices
+    at = torch.arange(key.shape[1], device=key.device)
+    return order, torch.empty_like(order).scatter(1, order, at.expand_as(order))
+
+
+def by_counting(key: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """The same without a sort: how many keys come before each one, and the inverse of that.
+
+    For a GPU: two kernels for any N, in which N x N comparisons are less than the passes of a sort.
+    """
+    at = torch.arange(key.shape[1], device=key.device)
+    mine, other = key.unsqueeze(2), key.unsqueeze(1)
+    ahead = other > mine if descending else other < mine
+    place = (ahead | (other == mine) & (at < at.unsqueeze(1))).sum(2)
+    return torch.where(place.unsqueeze(1) == at.unsqueeze(1), at, 0).sum(2), place
+
+
+def _rank(at: Tensor, strong: Tensor, count: int, prefix: int, suffix: int, order: Order) -> Tensor:
+    """What the tokens left are sorted by, below 4 * count; protected ends stay at the ends.
+
+    Args:
+        at: positions [N].
+        strong: a source's place by strength, [B, N].
+    """
+    if order == "sequence":  # no token at the ends merges, so these stand where they always stand
+        return at
+    rank = torch.where(at % 2 == 0, strong if order == "strength" else at, at + count)
+    rank = torch.where(at < prefix, at - count, rank)
+    return torch.where(at >= count - suffix, at + 2 * count, rank)
 
 
 def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -98,16 +127,18 @@ def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) ->
     share = sizes.gather(1, sources)
     if weights is not None:
         share = share * weights.gather(1, sources)
-    sizes = sizes.gather(1, left).scatter_add(1, into, share)
+    # at full length: the copy is part of the kernel that makes the order
+    sizes = sizes.gather(1, matched.order).scatter_add(1, into, share)[:, : left.shape[1]]
 
     def rows(index: Tensor) -> Tensor:
         return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
 
     wide = torch.promote_types(x.dtype, torch.float32)
-    short = x.gather(1, rows(left)).to(wide)
-    apart = x.gather(1, rows(sources)).to(wide) - short.gather(1, rows(into))
+    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(matched.destinations)).to(wide)
     share = (share / sizes.gather(1, into)).to(wide).unsqueeze(-1)
-    return short.scatter_add(1, rows(into), apart * share).to(x.dtype), sizes
+    # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
+    merged = x.to(wide).scatter_add(1, rows(matched.destinations), apart * share)
+    return merged.gather(1, rows(left)).to(x.dtype), sizes
 
 
 def saliency(score: Tensor, protected: Tensor) -> Tensor:

@@ -12,21 +12,31 @@ Operation = Literal["mlp", "attention", "block"]
 Importance = Literal["shift", "class-attention", "mean-attention", "attention-entropy", "top-vim", "random"]
 
 
-def shift(after: Tensor, before: Tensor, metric: Metric = "l2") -> Tensor:
+def shift(after: Tensor, before: Tensor, metric: Metric = "l2", protected: Tensor | None = None) -> Tensor:
     """Representation shift D(F(x), x), Eq. 4.
 
     Args:
         after: F(x), [B, N, C].
         before: x, [B, N, C].
         metric: D, "l2" (unsquared), "l1" or "cosine" (1 - cos).
+        protected: [N] or [B, N] bool. Such a token scores NaN, any other infinity if its score is not finite, all of
+            it before the sum over C, because Inductor would move what comes after it into the kernel that selects.
 
     Returns:
         [B, N] in float32, at least 0.
     """
     after, before = after.float(), before.float()
     if metric == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(after, before, dim=-1)
-    return torch.linalg.vector_norm(after - before, ord=2 if metric == "l2" else 1, dim=-1)
+        found = 1 - torch.nn.functional.cosine_similarity(after, before, dim=-1)
+        return found if protected is None else _set_apart(found, protected)
+    apart = after - before
+    if protected is not None:
+        apart = _set_apart(apart, protected.unsqueeze(-1))
+    return torch.linalg.vector_norm(apart, ord=2 if metric == "l2" else 1, dim=-1)
+
+
+def _set_apart(x: Tensor, protected: Tensor) -> Tensor:
+    return torch.where(protected, torch.nan, torch.where(x.isnan(), torch.inf, x))
 
 
 def class_attention(attention: Tensor) -> Tensor:

@@ -27,8 +27,13 @@ def protected_mask(
     return mask
 
 
+def in_registers(device: torch.device, count: int) -> bool:
+    """Whether one kernel scores a token and another does all of the selection."""
+    return device.type != "cpu" and count <= _IN_REGISTERS
+
+
 def keep_highest(
-    score: Tensor, protected: Tensor, keep: int, lowest: bool = False, padding: Tensor | None = None
+    score: Tensor, protected: Tensor | None, keep: int, lowest: bool = False, padding: Tensor | None = None
 ) -> Tensor:
     """Positions of the `keep` highest scores, ascending; ties go to the earlier token.
 
@@ -36,7 +41,7 @@ def keep_highest(
 
     Args:
         score: [B, N].
-        protected: [N] or [B, N] bool; at most `keep` of them.
+        protected: [N] or [B, N] bool; at most `keep` of them. None: `score.shift` marked them.
         keep: how many stay.
         lowest: keep the lowest scores instead (a baseline).
         padding: [B, N] bool, tokens that go before all others; protected ones stay.
@@ -44,22 +49,28 @@ def keep_highest(
     Returns:
         [B, keep] int64.
     """
-    most = torch.finfo(torch.float32).max
-    score = -score.float() if lowest else score.float()
-    score = torch.nan_to_num(score, nan=most, posinf=most, neginf=most if lowest else -most)
-    if padding is not None:
-        score = torch.where(padding, -torch.inf, score)
-    score = torch.where(protected, torch.inf, score)
+    if protected is not None:
+        score = _marked(score, protected, lowest, padding)
     count = score.shape[1]
     at = torch.arange(count, device=score.device)
-    if score.device.type == "cpu" or count > _IN_REGISTERS:
+    if not in_registers(score.device, count):
         return _ordered_keys(score, count - at).topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
     order = score.sort(dim=1, descending=True, stable=True).indices
     return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
 
 
+def _marked(score: Tensor, protected: Tensor, lowest: bool, padding: Tensor | None) -> Tensor:
+    """Scores to select by: NaN, which sorts above all, for a protected token, infinite for one that is not finite."""
+    score = -score.float() if lowest else score.float()
+    least = torch.inf if lowest else torch.finfo(torch.float32).min
+    score = torch.nan_to_num(score, nan=torch.inf, posinf=torch.inf, neginf=least)
+    if padding is not None:
+        score = torch.where(padding, -torch.inf, score)
+    return torch.where(protected, torch.nan, score)
+
+
 def _ordered_keys(score: Tensor, rank: Tensor) -> Tensor:
-    """int64 that compare as the scores do, and equal scores as their rank: `topk` keeps no order among equals."""
+    """int64 that compare as the scores do, NaN above all, and equal scores as their rank: `topk` mixes up equals."""
     score = torch.where(score == 0, 0.0, score)  # no -0.0
     bits = score.view(torch.int32).long()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) * 2**32 + rank

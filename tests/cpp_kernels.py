@@ -13,6 +13,8 @@ _ALIAS = re.compile(r"auto (\w+_ptr\d+) = (\w+_ptr\d+);")
 _LOOP = re.compile(r"for\(int64_t (x\d+)=static_cast<int64_t>\(0L\); x\d+<static_cast<int64_t>\((\d+)L\)")
 _ACCESS = re.compile(r"(\w+_ptr\d+)(?: \+ |\[)static_cast<int64_t>\(([^;]*?)\)[,\])]")
 
+_BYTES = {"float": 4, "at::BFloat16": 2, "int64_t": 8, "bool": 1}
+
 
 @dataclass(frozen=True)
 class Access:
@@ -22,7 +24,7 @@ class Access:
         pointer: in the kernel.
         dtype: of what it points to, in C++.
         stored: written, not read.
-        elements: how many different ones: the product of the loops that its index moves with.
+        elements: how many different ones: the product of the loops that its index moves with; of all, where it gathers.
     """
 
     pointer: str
@@ -55,6 +57,16 @@ def nests(code: str) -> list[Nest]:
     return [nest for nest in found if nest.accesses]
 
 
+def moved(code: str) -> int:
+    """Bytes that a generated module reads and writes in its loops, each kernel as often as it is called."""
+    calls = code[code.index("def call(") :]
+    return sum(
+        a.elements * _BYTES[a.dtype] * len(re.findall(rf"\b{nest.kernel}\(", calls))
+        for nest in nests(code)
+        for a in nest.accesses
+    )
+
+
 def _accesses(text: str, types: dict[str, str]) -> Iterator[Access]:
     loops: list[tuple[int, str, int]] = []  # indentation, variable, extent
     tail = math.inf  # indentation of a branch for what is left of a vectorised loop, counted with the loop
@@ -70,6 +82,7 @@ def _accesses(text: str, types: dict[str, str]) -> Iterator[Access]:
             loops.append((indent, loop[1], int(loop[2])))
         elif indent <= tail:
             for match in _ACCESS.finditer(line):
-                moving = {name: extent for _, name, extent in loops if re.search(rf"\b{name}\b", match[2])}
+                gathers = "tmp" in match[2]  # by an index in memory, which is another one in every turn
+                moving = {name: extent for _, name, extent in loops if gathers or re.search(rf"\b{name}\b", match[2])}
                 stored = ".store(" in line or re.match(rf"\s*{match[1]}\[", line) is not None
                 yield Access(match[1], types[match[1]], stored, math.prod(moving.values()))

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fake_gpu import on_cuda
 from generated import Config, GeneratedViT
 from timm.models.resnet import BasicBlock, ResNet
 from torch import float16
 from torch.fx import GraphModule
 
-from rs_compile import Schedule
+from rs_compile import GridPrune, Schedule
 
 DEPTH, WIDTH, HEADS = 4, 384, 6
 SITES = (0, 1, 2)  # blocks after which tokens leave
+
+
+def kept() -> Schedule:
+    """Of 577 tokens more than 512 reach the last site."""
+    return Schedule(keep=dict.fromkeys(SITES, 0.95))
+
+
+def merged() -> Schedule:
+    return Schedule(merge=dict.fromkeys(SITES, 0.1))
+
+
+def cut(mode: Literal["line", "token"]) -> Schedule:
+    """Whole rows and columns, or cells of each."""
+    return Schedule(grid=dict.fromkeys(SITES, GridPrune(rows=2, columns=2, mode=mode)))
 
 
 def transformer(tokens: int, schedule: Schedule) -> GraphModule:
@@ -22,7 +38,8 @@ def transformer(tokens: int, schedule: Schedule) -> GraphModule:
     return on_cuda(GeneratedViT(config), (3, 2 * side, 2 * side), float16, schedule)
 
 
-def cnn(schedule: Schedule) -> GraphModule:
-    """fp16, stages of 56, 28 and 14 rows and columns."""
+def cnn(tokens: int, schedule: Schedule) -> GraphModule:
+    """fp16, on the images of which patches of 16 x 16 make so many tokens: 224 or 384 rows and columns."""
+    side = 16 * int((tokens - 1) ** 0.5)
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10).eval()
-    return on_cuda(model, (3, 224, 224), float16, schedule)
+    return on_cuda(model, (3, side, side), float16, schedule)

@@ -56,7 +56,7 @@ class Generated:
     @property
     def launches(self) -> list[str]:
         """Triton kernels, library calls and aten ops, in order; views and allocations are none."""
-        found = r"(triton_\w+(?=\.run\()|extern_kernels\.\w+(?=\()|torch\.ops\.aten\.[\w.]+(?=\())"
+        found = r"(triton_\w+(?=\.run\()|extern_kernels\.\w+(?=\()|(?:torch\.ops\.)?\baten\.[a-z_][\w.]*(?=\())"
         return re.findall(found, self.body)
 
 

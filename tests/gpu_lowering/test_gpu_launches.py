@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Literal
 
 import pytest
-from cases import DEPTH, SITES, cnn, transformer
+from cases import DEPTH, SITES, cnn, cut, kept, merged, transformer
 from fake_gpu import Generated, generate
+from triton_kernels import sources
 
-from rs_compile import GridPrune, Schedule
+from rs_compile import Schedule
 
 pytestmark = pytest.mark.inductor
 
-KEPT = Schedule(keep=dict.fromkeys(SITES, 0.95))  # of 577 tokens more than 512 reach the last site
-MERGED = Schedule(merge=dict.fromkeys(SITES, 0.1))
 FLASH = "torch.ops.aten._scaled_dot_product_flash_attention.default"
-LINES, CELLS = (Schedule(grid=dict.fromkeys(SITES, GridPrune(rows=2, columns=2, mode=m))) for m in ("line", "token"))
 
 
 @cache
@@ -26,7 +25,12 @@ def dense(tokens: int) -> Generated:
 
 @cache
 def pruned(tokens: int) -> Generated:
-    return generate(transformer(tokens, KEPT), batch=64)
+    return generate(transformer(tokens, kept()), batch=64)
+
+
+@cache
+def whole_cnn() -> Generated:
+    return generate(cnn(197, Schedule()), batch=8)
 
 
 def check_all_on_the_gpu(generated: Generated, attentions: int) -> None:
@@ -74,17 +78,28 @@ def test_the_dense_graph_launches_as_much_at_577_tokens() -> None:
 def test_score_select_gather_are_three_kernels() -> None:
     for site in SITES:
         score, select, gather = behind(pruned(197).launches, site)
-        assert "add_linalg_vector_norm" in score  # the residual add is in it
-        assert "where_" in select and select.count("sort") == 1  # the prefix, and both sorts
+        assert "add_" in score and "linalg_vector_norm" in score  # the residual add is in it
+        assert select.count("sort") == 1  # both sorts
         assert "add_expand_gather_native_layer_norm" in gather
 
 
-def test_above_512_tokens_the_score_takes_the_prefix_mask_too() -> None:
+def test_above_512_tokens_selecting_takes_a_call() -> None:
     for site in SITES:
         score, *select, gather = behind(pruned(577).launches, site)
-        assert "add_" in score and "linalg_vector_norm" in score and "where" in score
+        assert "add_" in score and "linalg_vector_norm" in score
         assert len(select) == 2 and select[0] == "torch.ops.aten.topk.default" and "sort" in select[1]
         assert "add_expand_gather_native_layer_norm" in gather
+
+
+@pytest.mark.parametrize("tokens", [197, 577])
+def test_the_score_takes_the_prefix_mask(tokens: int) -> None:
+    """One kernel reads the terms of the residual sum and stores what is selected by: NaN where a token is protected."""
+    code = sources(pruned(tokens))
+    for site in SITES:
+        score, *select, _ = (code.get(launch, "") for launch in behind(pruned(tokens).launches, site))
+        assert score.count("tl.load(") == 3 and score.count("tl.store(") == 1
+        assert 'float("nan")' in score
+        assert not any("nan" in text for text in select)
 
 
 @pytest.mark.parametrize("tokens", [197, 577])
@@ -95,34 +110,39 @@ def test_tokens_are_gathered_once_a_site(tokens: int) -> None:
 @pytest.mark.slow
 def test_inductors_own_threshold_would_gather_again() -> None:
     """Why `inductor_options` sets it."""
-    plain = generate(transformer(197, KEPT), batch=64, realize_reads_threshold=4)
+    plain = generate(transformer(197, kept()), batch=64, realize_reads_threshold=4)
     assert len(plain.launches) == len(pruned(197).launches)
     assert sum("gather" in launch for launch in plain.launches) > len(SITES)
 
 
-def test_merging_with_size_bias_stays_on_flash() -> None:
-    """A merge: 4 kernels match, 3 say who is left and where, 3 merge sizes and values. Behind it an attention with size
-    bias: 3 kernels write the padded heads, 1 takes the padding off."""
-    generated = generate(transformer(197, MERGED), batch=64)
+@pytest.mark.parametrize("tokens", [197, 577])
+def test_merging_with_size_bias_stays_on_flash(tokens: int) -> None:
+    """A merge makes eight launches more, for any N; an attention behind one two, for its padded heads and back."""
+    generated = generate(transformer(tokens, merged()), batch=64)
     check_all_on_the_gpu(generated, DEPTH)
-    assert len(generated.launches) - len(dense(197).launches) <= len(SITES) * (10 + 4)
+    assert len(generated.launches) - len(dense(197).launches) == len(SITES) * (8 + 2)
+    sums, similar, *found, add, norm = behind(generated.launches, 0)
+    assert "add_" in sums and similar == "extern_kernels.bmm"  # the features' norm takes the residual add
+    assert [("max" in launch, "scatter_add" in launch) for launch in found] == [
+        (True, False),  # each source's destination
+        (False, False),  # its place among sources
+        (False, False),  # every token's place
+        (False, True),  # who is left, and the sizes that sources are added to
+        (False, True),
+    ]
+    assert "scatter_add" in add and "gather_native_layer_norm" in norm
+    assert not [launch for launch in generated.launches if "sort" in launch]
 
 
-@pytest.mark.slow
-def test_merging_above_512_tokens() -> None:
-    """At the first site the sort of all tokens is then a call, with a kernel on either side of it."""
-    generated = generate(transformer(577, MERGED), batch=64)
-    check_all_on_the_gpu(generated, DEPTH)
-    assert len(generated.launches) - len(dense(197).launches) <= len(SITES) * (10 + 4) + 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "more"), [(LINES, 5), (CELLS, 3)])
-def test_rows_and_columns_of_a_cnn(schedule: Schedule, more: int) -> None:
-    """The score joins the last add and ReLU of the stage. Lines: two means, two selections, one gather; cells: two
-    selections and the gather."""
-    whole, cut = (generate(cnn(s), batch=8) for s in (Schedule(), schedule))
-    check_all_on_the_gpu(cut, 0)
-    assert len(cut.launches) - len(whole.launches) == more * len(SITES)
-    assert len([launch for launch in cut.launches if "relu" in launch and "linalg_vector_norm" in launch]) == len(SITES)
-    assert len([launch for launch in cut.launches if "_index_" in launch]) == len(SITES)
+@pytest.mark.parametrize("mode", ["line", "token"])
+@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
+def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) -> None:
+    """Three launches a site, the score in the last add and ReLU of the stage. Lines: the means of both, the selection
+    of both, one gather. Cells: columns of each row, rows of each column left, one gather."""
+    generated = generate(cnn(tokens, cut(mode)), batch=8)
+    check_all_on_the_gpu(generated, 0)
+    launches = generated.launches
+    assert len(launches) - len(whole_cnn().launches) == 3 * len(SITES)
+    assert len([launch for launch in launches if "relu" in launch and "linalg_vector_norm" in launch]) == len(SITES)
+    assert len([launch for launch in launches if "_index_" in launch]) == len(SITES)
+    assert len([launch for launch in launches if "sort" in launch]) == len(SITES) * (1 if mode == "line" else 2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import cut
 from generated import Config, GeneratedViT
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,20 +28,31 @@ def images(side: int = 14, batch: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, 2 * side, 2 * side, generator=torch.Generator().manual_seed(seed)).cuda()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("side", [14, 24])
+def cnn() -> nn.Module:
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10).eval().cuda()
+
+
+# pruned and merged tokens at 197 and 577, of which the latter take topk; lines and cells of a CNN at 224 and 384 pixels
+CASES = [
+    *(pytest.param(model, side, schedule) for schedule in SCHEDULES for side in (14, 24)),
+    *(pytest.param(lambda side: cnn(), 8 * side, cut(mode)) for mode in ("line", "token") for side in (14, 24)),
+]
+
+
+@pytest.mark.parametrize(("make", "side", "schedule"), CASES)
 @torch.no_grad()
-def test_compiled_is_eager(schedule: Schedule, side: int) -> None:
-    """In float32, where rounding does not decide which token leaves; 577 tokens take topk."""
+def test_compiled_is_eager(make: Callable[[int], nn.Module], side: int, schedule: Schedule) -> None:
+    """In float32, where rounding does not decide which token leaves."""
     torch.compiler.reset()
-    dense = model(side)
+    dense = make(side)
     got = optimize(dense, schedule)(images(side))
     torch.testing.assert_close(got, optimize(dense, schedule, backend="eager")(images(side)), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()
-def test_the_same_tokens_stay_as_on_the_cpu() -> None:
-    schedule = SCHEDULES[0]
+def test_the_same_tokens_stay_as_on_the_cpu(schedule: Schedule) -> None:
+    """On a GPU matching counts and selecting sorts, on a CPU the other way round."""
     dense = model().double()
     x = images().double()
     got = optimize(dense, schedule, backend="eager")(x)
@@ -63,15 +77,15 @@ def test_the_profile_shows_flash(schedule: Schedule, heads: int) -> None:
     assert not [name for name in names if "softmax" in name]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("make", "side", "schedule"), CASES)
 @torch.no_grad()
-def test_a_cuda_graph_replays(schedule: Schedule) -> None:
+def test_a_cuda_graph_replays(make: Callable[[int], nn.Module], side: int, schedule: Schedule) -> None:
     torch.compiler.reset()
-    dense = model()
+    dense = make(side)
     fast, plain = optimize(dense, schedule, mode="reduce-overhead"), optimize(dense, schedule, backend="eager")
     before = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     for seed in range(4):  # warm-up, capture, replays
-        x = images(seed=seed)
+        x = images(side, seed=seed)
         torch.testing.assert_close(fast(x).clone(), plain(x), atol=1e-3, rtol=1e-3)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == before
 

@@ -27,6 +27,17 @@ def test_lines_go_by_their_mean_and_ties_to_the_earlier() -> None:
     assert columns.tolist() == [[[0, 1]]]
 
 
+@pytest.mark.parametrize("lowest", [False, True])
+def test_a_square_goes_by_the_same_means(lowest: bool) -> None:
+    """Where as many rows stay as columns they are chosen together."""
+    s = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    rows, columns = kept_lines(s, 4, 4, lowest=lowest)
+    assert (rows.shape, columns.shape) == ((3, 4, 1), (3, 1, 4))
+    assert torch.equal(rows.flatten(1), s.mean(2).topk(4, largest=not lowest).indices.sort().values)
+    assert torch.equal(columns.flatten(1), s.mean(1).topk(4, largest=not lowest).indices.sort().values)
+    assert torch.equal(kept_lines(s, 4, 3, lowest=lowest)[0], rows)  # by itself
+
+
 def test_rows_first_scores_columns_on_the_rows_left() -> None:
     s = scores([9, 0, 9], [0, 5, 0], [9, 1, 9])
     s[0, 1] = torch.tensor([0.0, 17.0, 0.0])  # row 1 leaves, with the reason that column 1 had to stay

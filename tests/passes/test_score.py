@@ -78,6 +78,28 @@ def test_nothing_moved_scores_zero(metric: score.Metric) -> None:
     assert score.shift(x, x, metric).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_protected_tokens_score_nan_and_the_others_as_before(metric: score.Metric, by_sample: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    after, before = (torch.randn(2, 5, 7, generator=generator).half() for _ in range(2))
+    protected = torch.tensor([True, False, False, False, True])
+    if by_sample:
+        protected = torch.stack([protected, protected.roll(1)])
+    plain, marked = score.shift(after, before, metric), score.shift(after, before, metric, protected)
+    assert torch.equal(marked.isnan(), protected.expand(2, 5))
+    assert torch.equal(marked[~marked.isnan()], plain[~marked.isnan()])  # to the bit
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_beside_protected_tokens_what_is_not_finite_scores_infinity(metric: score.Metric, bad: float) -> None:
+    after, before = torch.ones(1, 3, 4), torch.full((1, 3, 4), 0.5)
+    after[0, :2, 1] = bad
+    found = score.shift(after, before, metric, torch.tensor([True, False, False]))[0]
+    assert found[0].isnan() and found[1] == math.inf and found[2].isfinite()
+
+
 MASKS = {
     "none": None,
     "additive": torch.randn(5, 5, generator=torch.Generator().manual_seed(2)),

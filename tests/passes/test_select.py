@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from passes import score as scores
+from passes import select
 from passes.select import keep_highest, protected_mask
 
 CPU = torch.device("cpu")
@@ -70,14 +72,43 @@ def test_half_precision_scores() -> None:
     assert keep_highest(score, NONE[:4], 2).tolist() == [[1, 2]]
 
 
+@pytest.fixture(params=["topk", "sorts"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of selecting, the second of which only a GPU takes."""
+    monkeypatch.setattr(select, "in_registers", lambda *_: request.param == "sorts")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "cosine"])
+def test_marked_in_the_score_or_after_it_the_same_tokens_stay(way: str, metric: scores.Metric) -> None:
+    """A protected token at either end; what is not finite; an overflow; ties."""
+    generator = torch.Generator().manual_seed(0)
+    after, before = (torch.randn(4, 12, 8, generator=generator) for _ in range(2))
+    after[0, 3, 2], after[0, 7, 1], after[1, 5], after[2, 4:9] = math.nan, math.inf, 3e38, 1.0
+    before[2, 4:9] = 0.5
+    protected = torch.zeros(12, dtype=torch.bool)
+    protected[[0, 11]] = True
+    for keep in range(2, 13):
+        wanted = keep_highest(scores.shift(after, before, metric), protected, keep)
+        found = keep_highest(scores.shift(after, before, metric, protected), None, keep)
+        assert torch.equal(found, wanted), (keep, found, wanted)
+
+
 SCORES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, math.nan, math.inf, -math.inf]),
     st.floats(width=32, allow_nan=False),
 )
 
 
+@pytest.mark.parametrize("sorts", [False, True])
 @given(data=st.data(), count=st.integers(1, 9), batch=st.integers(1, 3), lowest=st.booleans())
-def test_against_a_plain_sort(data: st.DataObject, count: int, batch: int, lowest: bool) -> None:
+def test_against_a_plain_sort(sorts: bool, data: st.DataObject, count: int, batch: int, lowest: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "in_registers", lambda *_: sorts)
+        check_against_a_plain_sort(data, count, batch, lowest)
+
+
+def check_against_a_plain_sort(data: st.DataObject, count: int, batch: int, lowest: bool) -> None:
     score = data.draw(st.lists(st.lists(SCORES, min_size=count, max_size=count), min_size=batch, max_size=batch))
     # the largest float is what an infinite score counts as
     score = [[s if abs(s) < 3e38 or not math.isfinite(s) else 0.0 for s in row] for row in score]
