@@ -188,6 +188,7 @@ def index(node: Node, ctx: Context) -> Transfer:
 def gather(node: Node, ctx: Context) -> Transfer:
     """Entries of a dimension that does not run over tokens, picked for each token: a table of relative positions."""
     source, index = node.args[0], argument(node, 2, "index")
+    assert isinstance(source, Node) and isinstance(index, Node)
     d = wrap(argument(node, 1, "dim"), len(shape_of(node)))
     given, picks = ctx.sides(source), ctx.sides(index)
     need_free(given, [d], "picks entries of a dimension that")
