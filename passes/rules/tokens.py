@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.layout import Batch, Dim, Fixed, Layout, Piece, Tokens, merged, tokens_in
-from passes.rules.pointwise import align, broadcast, tensors
+from passes.layout import Batch, Dim, Fixed, Free, Layout, Piece, Tokens, merged, tokens_in
+from passes.rules.pointwise import align, broadcast, no_weights, tensors
 from passes.rules.registry import (
     Context,
     Position,
@@ -19,6 +19,7 @@ from passes.rules.registry import (
     need_free,
     rules_for,
     shape_of,
+    sizes_of,
     wrap,
 )
 from passes.rules.views import carried
@@ -181,6 +182,25 @@ def index(node: Node, ctx: Context) -> Transfer:
     need_free(layout, used, "indexes a dimension that")
     d = used[0]
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
+
+
+@rules_for(aten.gather.default)
+def gather(node: Node, ctx: Context) -> Transfer:
+    """Entries of a dimension that does not run over tokens, picked for each token: a table of relative positions."""
+    source, index = node.args[0], argument(node, 2, "index")
+    assert isinstance(source, Node) and isinstance(index, Node)
+    d = wrap(argument(node, 1, "dim"), len(shape_of(node)))
+    given, picks = ctx.sides(source), ctx.sides(index)
+    need_free(given, [d], "picks entries of a dimension that")
+    pairs = broadcast(_Without(ctx, d), [source, index], shape_of(node)[:d] + shape_of(node)[d + 1 :])
+    sizes = (sizes_of(source), sizes_of(index))
+    for i, dim in enumerate(pairs[:d] + ((),) + pairs[d:]):
+        if not all(isinstance(f, Free) for f in dim) and len({s[i] for s in sizes if s is not None}) > 1:
+            raise Untransferable("picks for some of the tokens or samples only")
+    pairs = tuple(no_weights(dim) for dim in pairs)  # what is picked need not sum to one
+    out = pairs[:d] + (no_weights(picks[d]),) + pairs[d:]
+    aligned = align(ctx, [source], pairs[:d] + (given[d],) + pairs[d:]) | align(ctx, [index], out)
+    return Transfer(out, aligned)
 
 
 @rules_for(aten.index_select.default)

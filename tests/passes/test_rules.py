@@ -232,6 +232,28 @@ TOKENS = {
     ),
     "index of channels": Carries(lambda x: x[..., [0, 2, 2]], "[batch, tokens(6), 3]"),
     "index_select": Carries(lambda x, t: x.index_select(2, t), "[batch, tokens(6), 2]", tables=(torch.tensor([1, 0]),)),
+    "entries picked by the token": Carries(lambda x: x.gather(2, (x[..., :3] > 0).long()), "[batch, tokens(6), 3]"),
+    "entries picked by position": Carries(
+        lambda x, t: x.gather(2, t.expand(x.shape[0], -1, -1)),
+        "[batch, tokens(6), 4]",
+        (0, 1),
+        False,
+        (torch.arange(N * 4).reshape(1, N, 4) % C,),
+    ),
+    "picked from a table": Carries(
+        lambda x, t: t.expand(x.shape[0], -1, -1).gather(2, x.abs().long().clamp(max=4)),
+        STREAM,
+        (0, 1),
+        False,
+        (table(1, N, 5),),
+    ),
+    "distances, by token": Carries(
+        lambda x, t: x @ x.mT + x.gather(2, t.expand(x.shape[0], -1, -1)),
+        "[batch, tokens(6), tokens(6)]",
+        None,
+        False,
+        ((torch.arange(N)[:, None] - torch.arange(N)).abs(),),
+    ),
     "pad of channels": Carries(lambda x: F.pad(x, (1, 2)), "[batch, tokens(6), 11]"),
 }
 VIEWS = {
@@ -306,6 +328,7 @@ def test_carries(name: str, on_short: dict[int, tuple[dict[str, tuple[str, Tenso
     [
         ("attention with a mask", lambda x, t, i: (x @ x.T / C**0.5 + t[i][:, i]).softmax(-1) @ x),
         ("baddbmm", lambda x, t, i: (x @ x.T + t[0][i][:, i]).softmax(-1) @ x),
+        ("distances, by token", lambda x, t, i: x @ x.T + x.gather(1, t[i][:, i])),
     ],
 )
 @torch.no_grad()

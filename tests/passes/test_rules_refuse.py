@@ -161,6 +161,31 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "unbind": (lambda x: x.unbind(1)[0], "takes the sequence apart token by token", 0),
     "index of tokens": (lambda x: x[:, [0, 2]], "indexes a dimension that runs over the token axis", 0),
     "two indices": (lambda x: x[:, [0, 1], [0, 1]], "indexes with several or computed index tensors", 0),
+    "gather of tokens": (
+        lambda x: x.gather(1, torch.zeros(x.shape[0], 6, 8, dtype=torch.long)),
+        "picks entries of a dimension that runs over the token axis",
+        0,
+    ),
+    "gather of samples": (
+        lambda x: x.gather(0, x.long()),
+        "picks entries of a dimension that runs over the samples of the batch",
+        0,
+    ),
+    "gather for some tokens": (
+        lambda x: x.gather(2, torch.zeros(x.shape[0], 4, 2, dtype=torch.long)),
+        "picks for some of the tokens or samples only",
+        0,
+    ),
+    "gather for one sample": (
+        lambda x: x.gather(2, torch.zeros(1, 6, 2, dtype=torch.long)),
+        "picks for some of the tokens or samples only",
+        0,
+    ),
+    "weights picked at will": (
+        lambda x: ((x.unsqueeze(-1) * 2).softmax(1).gather(2, x[..., None].long() * 0) * x[..., None]).sum(1),
+        COUNTS,
+        0,
+    ),
     "pad of tokens": (lambda x: F.pad(x, (0, 0, 1, 0)), "pads a dimension that runs over the token axis", 0),
     "flip": (lambda x: x.flip(1), "changes the order of the tokens", 0),
     "roll": (lambda x: x.roll(1, 1), "changes the order of the tokens", 0),
