@@ -31,6 +31,7 @@ class Site:
         size_bias, weighted_mean: whether attention and means behind the site use them.
         axis: the token axis from `full` on, once analysed.
         compact: for each value that runs over tokens its compact form, once retargeted.
+        restored: for values that were put back their full-length form, once restored.
     """
 
     stream: Node
@@ -47,6 +48,7 @@ class Site:
     in_order: bool = True
     axis: TokenAxis | None = None
     compact: dict[Node, Node] = field(default_factory=dict)
+    restored: dict[Node, Node] = field(default_factory=dict)
 
     @property
     def tokens(self) -> Tokens:

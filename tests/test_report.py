@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, replace, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +129,13 @@ VisionTransformer
 
 def test_an_explanation_of_nothing_says_so() -> None:
     assert str(Explanation("Identity", ())) == "Identity\nno block found that tokens could leave after"
+
+
+def test_an_explanation_says_where_tokens_are_back() -> None:
+    rows = (replace(ROWS[0], until="the end of block 1"), ROWS[1])
+    table = lines(str(Explanation("VisionTransformer", rows))).splitlines()
+    assert table[1].endswith("prunable    until")
+    assert table[3].endswith("yes         the end of block 1") and table[4].endswith("yes")
 
 
 def test_explanation_as_json() -> None:

@@ -67,14 +67,14 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
     branches = find_branches(gm)
     blocks = blocks_of(branches)
     answers = [prunable(gm, block, branches) for block in blocks]
-    able = [i for i, (yes, _) in enumerate(answers) if yes]
+    able = [i for i, answer in enumerate(answers) if answer.able]
     row: Row = {"blocks": len(blocks), "prunable": len(able)}
     if not able:
         stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
         cut = next((stage for stage, (yes, _) in stages if yes and min(stage.grid) > 1), None)
         if cut is not None:
             return row | _check_grid(model, given, dense, cut)
-        reasons = [reason for _, reason in answers] or [reason for _, (_, reason) in stages]
+        reasons = [answer.reason for answer in answers] or [reason for _, (_, reason) in stages]
         return row | {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
     same = call(rs_compile.optimize(model, {able[0]: 1.0}, backend="eager"), given)()
     if wrong := differs(same, dense, 0.0)[1]:

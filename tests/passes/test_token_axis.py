@@ -279,7 +279,7 @@ def test_grid_in_the_middle_refuses() -> None:
     symbol = str(first_input(gm).meta["val"].shape[0])
     assert name.replace(symbol, "B") == (
         f"{refusal.value.op} ({refusal.value.node_name}): reshapes [batch, 8, tokens(6)] to [B, 8, 2, 3], "
-        "which splits the token axis, and later layers depend on it"
+        "which splits the token axis, and later layers depend on it; no layer lies between"
     )
     assert refusal.value.op.startswith("aten.")
     code = GridBlock.forward.__code__
