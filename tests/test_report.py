@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace, replace
+from dataclasses import asdict, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
