@@ -115,8 +115,8 @@ class Scoring:
 
 def _check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) -> None:
     """Refuses where a score reads what ran without tokens that are back in the stream."""
-    at = next(d for d, dim in enumerate(layout) if tokens_in(dim)) - len(layout)
-    if any(shape_of(n)[at] != shape_of(stream)[at] for n in read):
+    over = [d - len(layout) for d, dim in enumerate(layout) if tokens_in(dim)]
+    if any(shape_of(n)[d] != shape_of(stream)[d] for n in read for d in over):
         raise Refusal(
             f"tokens that left before block {block.index} come back inside of it, and not all have a score",
             stream,

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.branches import LIKE, SOFTMAX, Block, ancestors
 from passes.contraction import arguments
-from passes.layout import Batch, Layout, tokens_in
+from passes.layout import Batch, Layout, sequence_in, tokens_in
 from passes.rules.pointwise import pointwise
 from passes.rules.registry import argument, rule_for, shape_of, wrap
 from passes.splice import splice
@@ -73,7 +73,7 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
         return None
     layout, batch = stream_layout(block.entry, prefix, suffix)
     axis = analyse(gm, block.entry, layout, batch, within=block.attention.nodes)
-    tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+    tokens = sequence_in(layout)
 
     def over_stream(found: Layout | None, dim: int) -> bool:
         over = tokens_in(found[dim]) if found is not None else None

@@ -21,7 +21,7 @@ from passes.importance import Scoring
 from passes.inline_regions import InlineRegions
 from passes.insert import InsertSelection
 from passes.insert_merge import InsertMerge, Merger, merge_point
-from passes.layout import tokens_in
+from passes.layout import sequence_in, tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
@@ -259,7 +259,7 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
             "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
             if find_stages(gm)
             else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
-            "rs_compile.register_token_rule; windowed models are not pruned",
+            "rs_compile.register_token_rule; a layer with windows needs every token of them",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -273,7 +273,9 @@ def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | Non
     """The tokens that must stay: those found, and those given."""
     layout, _ = stream_layout(block.output)
     dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
-    found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
+    found = Protected(0, 0)  # learned tokens lie in no grid
+    if len(layout) == 3:
+        found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
     if not given:
         return found
     length = _tokens(block.output) or 0
@@ -305,7 +307,7 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answe
     try:
         guard = protected_tokens(gm, block, None)
         layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
-        tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+        tokens = sequence_in(layout)
         if tokens is None or not tokens.prunable:
             return Answer(False, "no token of this stream comes from the input")
         axis = follow(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
@@ -371,7 +373,7 @@ def _tokens(stream: Node) -> int | None:
         layout, _ = stream_layout(stream)
     except Refusal:
         return None
-    tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+    tokens = sequence_in(layout)
     return tokens.dense if tokens is not None else None
 
 

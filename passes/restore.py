@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass, PassResult, Refusal
 from passes.gather import original_positions
-from passes.layout import tokens_in
+from passes.layout import Part, tokens_in
 from passes.site import SITE, Site
 from passes.splice import splice
 from passes.token_axis import WAY_OUT, TokenAxis
@@ -121,7 +121,10 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Node) or leaf not in axis.layouts:
             continue
-        if [t for d in axis.layouts[leaf] if (t := tokens_in(d))] != [site.tokens]:
+        over = [t for d in axis.layouts[leaf] if (t := tokens_in(d))]
+        if any(isinstance(t, Part) for t in over):
+            raise Refusal("an output has its tokens on a grid, and those left have none", leaf, WAY_OUT)
+        if over != [site.tokens]:
             raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT)
         kept.setdefault(i, []).append(site.index)
     output.args = (tuple(site.compact.get(n, n) if isinstance(n, Node) else n for n in leaves),)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
 from passes.gather import stretch_index, take
-from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
+from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, tokens_in
 from passes.propagate import evaluate
 from passes.rules import Extent, Kept, Position, Transfer
 from passes.site import SITE, Site
@@ -146,8 +146,10 @@ class _Emitter:
             tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
             samples = next((d for d, dim in enumerate(layout) if len(dim) == 1 and isinstance(dim[0], Batch)), None)
             over = tokens_in(layout[tokens])
-            if samples is None or over is None:
-                raise Refusal("a mean over tokens folded with samples", node, "use Schedule(weighted_mean=False)")
+            if samples is None or over is None or isinstance(over, Part):
+                raise Refusal(
+                    "a mean over tokens folded with samples, or on a grid", node, "use Schedule(weighted_mean=False)"
+                )
             twin.meta[MEAN_SIZES] = (self._sizes(over), samples, tokens)
 
     def _sizes(self, tokens: Tokens) -> Node:

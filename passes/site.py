@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from passes.gather import put, spread
-from passes.layout import Batch, Layout, Tokens, tokens_in
+from passes.layout import Batch, Layout, Tokens, sequence_in
 from passes.splice import splice
 from passes.token_axis import TokenAxis
 
@@ -52,7 +52,9 @@ class Site:
 
     @property
     def tokens(self) -> Tokens:
-        return next(t for dim in self.layout if (t := tokens_in(dim)) is not None)
+        tokens = sequence_in(self.layout)
+        assert tokens is not None
+        return tokens
 
     def carries(self, value: Node) -> bool:
         """Whether a value runs over the tokens that this site left, as its stream does."""

@@ -26,8 +26,10 @@ from passes.layout import (
     dim_size,
     expr,
     merged,
+    on_grid,
     runs_over_tokens,
     show,
+    whole_grids,
 )
 from passes.normalised import Normalised, normalised
 from passes.rules import Context, Transfer, Untransferable, rule_for
@@ -82,7 +84,7 @@ class Needed(Refusal):
 
 
 def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layout, Batch]:
-    """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C].
+    """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C], or on a grid [B, H, W, C].
 
     Raises:
         Refusal: the stream has no separate sample and token dimension.
@@ -93,15 +95,20 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
     over = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
     if not over and samples and shape[:1] == (samples,):
         over = [0]  # no rule lets entries of the first dimension meet, so they are samples, or as good as samples
-    if len(shape) != 3 or len(over) != 1 or over[0] == 2 or not expr(shape[over[0]]).is_Atom:
+    grid = len(shape) == 4 and over == [0]
+    if not (grid or len(shape) == 3) or len(over) != 1 or over[0] == 2 or not expr(shape[over[0]]).is_Atom:
         fixed = f", and the model's code fixes its {samples} samples" if samples else ""
         raise Refusal(
             f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]{fixed}",
             stream,
-            "tokens kept on a grid, folded into the batch, or of several samples in one sequence cannot be pruned"
+            "tokens folded into the batch, or of several samples in one sequence cannot be pruned"
             + ("; with one sample a call they might" if samples > 1 else ""),
         )
     batch = Batch(expr(shape[over[0]]))
+    if grid:
+        rows, columns = int(shape[1]), int(shape[2])
+        whole = Tokens.of([Fixed(prefix), Prunable(rows * columns - prefix - suffix), Fixed(suffix)])
+        return ((batch,), *on_grid(whole, rows, columns), merged((Free(expr(shape[3])),))), batch
     count = int(shape[1 - over[0]])
     pieces = Tokens.of([Fixed(prefix), Prunable(count - prefix - suffix), Fixed(suffix)])
     tokens, channels = merged((pieces,)), merged((Free(expr(shape[2])),))
@@ -249,6 +256,8 @@ def _check(value: Any, layout: Layout | None) -> None:
     """A rule's layout must explain the shape that the op really has."""
     if layout is None or not isinstance(value, torch.Tensor):
         return
+    if not whole_grids(layout):
+        raise Untransferable("takes rows or columns of the tokens' grid by themselves")
     explained = [dim_size(dim) for dim in layout]
     if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
         raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")

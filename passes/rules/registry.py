@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from passes.base import CompileError
-from passes.layout import Batch, Dim, Layout, Tokens, expr, plain, tokens_in
+from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, plain, tokens_in
 
 
 class Untransferable(CompileError):
@@ -151,6 +151,12 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def wrap(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
+
+
+def need_whole(dim: Dim, doing: str) -> None:
+    """Declines where a dimension runs over rows or columns of tokens alone."""
+    if isinstance(tokens_in(dim), Part):
+        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone")
 
 
 def need_free(layout: Layout, dims: Any, doing: str) -> None:

@@ -127,9 +127,9 @@ def test_no_layer_between(keep: dict[int, int]) -> None:
     with pytest.raises(Refusal) as refusal:
         made(Net("ggw"), sites(keep))
     assert refusal.value.reason.endswith(
-        "which splits the token axis, and later layers depend on it; no layer lies between"
+        "attends to rows or columns of the tokens' grid alone, and later layers depend on it; no layer lies between"
     )
-    assert refusal.value.op == "aten.unflatten.int" and refusal.value.way_out == WAY_OUT
+    assert refusal.value.op == "aten.scaled_dot_product_attention.default" and refusal.value.way_out == WAY_OUT
 
 
 @torch.no_grad()
