@@ -71,6 +71,10 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
     op = block.attention_op()
     if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):
         return None
+    above, below = ancestors(gm), _below(block.entry)
+    read = {n for node in block.attention.nodes for n in node.all_input_nodes}
+    if not any(above[n] & 1 and n not in below for n in read):
+        return None  # it reads nothing of the model's inputs but its tokens
     layout, batch = stream_layout(block.entry, prefix, suffix)
     axis = analyse(gm, block.entry, layout, batch, within=block.attention.nodes)
     tokens = sequence_in(layout)
@@ -78,8 +82,6 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
     def over_stream(found: Layout | None, dim: int) -> bool:
         over = tokens_in(found[dim]) if found is not None else None
         return tokens is not None and over is not None and over.same_sequence(tokens)
-
-    above, below = ancestors(gm), _below(block.entry)
 
     def outside(value: object) -> TypeGuard[Node]:
         """Made of the model's inputs, not of the tokens, with an entry per key."""
