@@ -181,13 +181,13 @@ def prune(
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
-        at = merge_point(blocks[p.block], p.merger, p.scoring) if isinstance(p, Merge) else blocks[p.block].output
-        if at in why:
-            raise why[at].at_once()
         block = _moved(blocks[p.block], now, back)
         step = _step(gm, p, block, guarded[p.block], p.block in padded)
         if step is None:
             continue
+        at = merge_point(blocks[p.block], p.merger, p.scoring) if isinstance(p, Merge) else blocks[p.block].output
+        if at in why:
+            raise why[at].at_once()
         # not by the start of the residual sums: a norm behind each sum starts new ones
         last = next((i for i in reversed(sites) if sites[i].carries(block.output)), None)
         earlier = () if last is None else selections[last]

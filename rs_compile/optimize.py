@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -340,8 +341,8 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
         kinds = [b.kind for b in (block.attention, block.mlp) if b is not None]
         shape = block.output.meta["val"].shape
         tokens = (
-            int(shape[1])
-            if len(shape) == 3 and isinstance(shape[1], int)
+            math.prod(int(size) for size in shape[1:-1])
+            if len(shape) in (3, 4) and isinstance(shape[1], int)
             else (int(shape[0]) if isinstance(shape[0], int) else None)
         )
         rows.append(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from passes.base import Refusal
 from passes.branches import find_blocks, find_branches
 from passes.pipeline import Behind, Merge, Prune, prunable, prune
+from rs_compile import explain
 
 ROWS, COLUMNS = 2, 3
 
@@ -168,6 +169,12 @@ def test_the_last_global_block_before_rows_keeps_its_tokens() -> None:
     assert [a.able for a in answers] == [True, False, True, True]
     assert answers[0].until == (blocks[1].output,)
     assert "attends to rows or columns of the tokens' grid alone" in answers[1].reason
+
+
+def test_explained_on_a_grid() -> None:
+    rows = explain(Net("ggrg").eval(), sample()).rows
+    assert [row.tokens for row in rows] == [6] * 4
+    assert [row.until for row in rows] == ["the end of block 1", "", "", ""]
 
 
 def test_no_short_output_on_a_grid() -> None:

@@ -133,6 +133,12 @@ def test_no_layer_between(keep: dict[int, int]) -> None:
 
 
 @torch.no_grad()
+def test_a_site_that_keeps_all_asks_for_nothing() -> None:
+    model, x = Net("ggw"), sample()
+    torch.testing.assert_close(made(model, sites({0: 4, 1: N})).gm(x), made(model, sites({0: 4})).gm(x))
+
+
+@torch.no_grad()
 def test_taps_on_both_sides() -> None:
     """An output that was made before the window and one behind it both have every token."""
     model, x = Net("ggwg", lambda x, streams: (torch.cat([streams[0], x], -1), streams[1])), sample()
