@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from passes.layout import Batch, Dim, Fixed, Layout, Tokens, tokens_in
+from passes.layout import Batch, Dim, Fixed, Layout, Part, Tokens, dim_size, sequence_in, tokens_in
 
 Index = Mapping[tuple[Any, ...], Tensor]
 
@@ -46,6 +47,18 @@ def take(x: Tensor, target: Layout, gathered: Sequence[int], indices: Index) -> 
     """
     batch = next(iter(indices.values())).shape[0]
     x = x.reshape([1] * (len(target) - x.dim()) + list(x.shape))
+    for tokens in (t for d in gathered if isinstance(t := tokens_in(target[d]), Part)):
+        grid = [next(d for d, dim in enumerate(target) if dim == (replace(tokens, at=at),)) for at in (0, 1)]
+        x = x.expand([tokens.sizes[grid.index(d)] if d in grid else s for d, s in enumerate(x.shape)])
+        rest = [d for d in range(len(target)) if d not in grid]
+        last = len(rest)
+        taken = take(
+            x.movedim(grid, (-2, -1)).flatten(-2),
+            (*(target[d] for d in rest), (tokens.whole,)),
+            [*(rest.index(d) for d in gathered if d in rest), last],
+            indices,
+        )
+        return taken.unsqueeze(-1).movedim((-2, -1), grid)
     roles: list[Any] = []
     sizes: list[Any] = []
     folds: list[int] = []
@@ -82,15 +95,25 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def _in_row(layout: Layout) -> Layout:
+    """The layout of a grid [B, H, W, C] as that of a sequence."""
+    tokens = sequence_in(layout)
+    return (layout[0], (tokens,) if tokens is not None else (), layout[3])
+
+
 def tokens_first(x: Tensor, layout: Layout) -> Tensor:
     """A value of a stream's layout as [B, N, ...]: for scores, whatever order the model keeps."""
+    if len(layout) == 4:  # on a grid
+        return x.flatten(1, 2)
     samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
     tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
     return x.movedim((samples, tokens), (0, 1))
 
 
 def tokens_back(x: Tensor, layout: Layout) -> Tensor:
-    """What `tokens_first` made, in the layout's own order again."""
+    """What `tokens_first` made, in the layout's own order again; on a grid they are as many rows."""
+    if len(layout) == 4:
+        return x.unsqueeze(2 if layout[1] else 1)
     samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
     tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
     return x.movedim((0, 1), (samples, tokens))
@@ -103,8 +126,10 @@ def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
         full: a value of `layout`, at full length.
         short: the same at its compact length.
         index: kept positions [B, K], in order.
-        layout: has one dimension for samples and one for tokens, each alone.
+        layout: has one dimension for samples and one for tokens, each alone, or is that of a grid [B, H, W, C].
     """
+    if len(layout) == 4:
+        return put(full.flatten(1, 2), short.flatten(1, 2), index, _in_row(layout)).unflatten(1, full.shape[1:3])
     samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
     tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
     return full.scatter(tokens, _along(index, full.dim(), samples, tokens).expand(short.shape), short)
@@ -116,8 +141,11 @@ def spread(short: Tensor, place: Tensor, layout: Layout) -> Tensor:
     Args:
         short: a value of `layout`, at its compact length.
         place: [B, N], for each token a position in `short`.
-        layout: has one dimension for samples and one for tokens, each alone.
+        layout: has one dimension for samples and one for tokens, each alone, or is that of a grid [B, H, W, C].
     """
+    if len(layout) == 4:
+        sizes = [int(dim_size(dim)) for dim in layout[1:3]]
+        return spread(short.flatten(1, 2), place, _in_row(layout)).unflatten(1, sizes)
     samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
     tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
     at = _along(place, short.dim(), samples, tokens)

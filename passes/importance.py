@@ -13,7 +13,8 @@ from passes.base import Refusal
 from passes.branches import Block
 from passes.explicit_attention import write_out
 from passes.gather import tokens_first
-from passes.layout import Batch, Layout, expr
+from passes.layout import Batch, Layout, expr, tokens_in
+from passes.rules.registry import shape_of
 from passes.splice import splice
 
 _OF_MAP = {
@@ -73,6 +74,7 @@ class Scoring:
         if self.importance != "shift":
             return self._of_attention(gm, block, layout, prefix)
         after, before = self._between(block)
+        _check_every_token(block, at, layout, after, before)
         skip = self.with_skip and self.operation != "block"
 
         def shift(a: Tensor, b: Tensor, protected: Tensor | None) -> Tensor:
@@ -110,7 +112,19 @@ class Scoring:
                 block.output,
                 'use Schedule(importance="mean-attention") or "shift"',
             )
+        _check_every_token(block, block.output, layout, block.attention.term if block.attention else op)
         return splice(gm.graph, "score", _OF_MAP[self.importance], write_out(gm, op))
+
+
+def _check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) -> None:
+    """Refuses where a score reads what ran without tokens that are back in the stream."""
+    over = [d - len(layout) for d, dim in enumerate(layout) if tokens_in(dim)]
+    if any(shape_of(n)[d] != shape_of(stream)[d] for n in read for d in over):
+        raise Refusal(
+            f"tokens that left before block {block.index} come back inside of it, and not all have a score",
+            stream,
+            'use Schedule(operation="mlp"), or let tokens leave after another block',
+        )
 
 
 def by_sample(op: Node, layout: Layout) -> bool:

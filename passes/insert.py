@@ -15,7 +15,7 @@ from passes.base import ALIVE, Pass, PassResult
 from passes.branches import Block
 from passes.gather import original_positions, take
 from passes.importance import Scoring
-from passes.layout import Tokens, tokens_in
+from passes.layout import Tokens, sequence_in, tokens_in
 from passes.padding import insert_padding
 from passes.protected import Protected
 from passes.select import in_registers, keep_highest, protected_mask
@@ -55,7 +55,8 @@ class InsertSelection(Pass):
         stream = self.block.output
         # tokens protected in the middle stay by their score, not by their place
         layout, batch = stream_layout(stream, self.protected.prefix, self.protected.suffix)
-        tokens = next(t for dim in layout if (t := tokens_in(dim)) is not None)
+        tokens = sequence_in(layout)
+        assert tokens is not None
         graph = gm.graph
         users = list(stream.users)
         with graph.inserting_before(stream.next):

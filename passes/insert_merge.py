@@ -15,7 +15,7 @@ from passes.branches import Block
 from passes.contraction import arguments
 from passes.gather import original_positions, tokens_back, tokens_first
 from passes.importance import Scoring, by_sample
-from passes.layout import Layout, expr, tokens_in
+from passes.layout import Layout, expr, sequence_in
 from passes.protected import Protected
 from passes.select import protected_mask
 from passes.site import SITE, Site, put_back
@@ -72,7 +72,8 @@ class InsertMerge(Pass):
         graph, p = gm.graph, self.protected
         stream = merge_point(self.block, self.merger, self.scoring)
         layout, batch = stream_layout(stream, p.prefix, p.suffix)
-        tokens = next(t for dim in layout if (t := tokens_in(dim)) is not None)
+        tokens = sequence_in(layout)
+        assert tokens is not None
         users = list(stream.users)
         order: matching.Order = "sequence"
         if self.merger != "stream":
@@ -123,8 +124,8 @@ class InsertMerge(Pass):
         """The keys [B, H, N, d] of the block's attention."""
         op = self.block.attention_op()
         keys: Node | None = arguments(op)["key"] if op is not None and by_sample(op, layout) else None
-        count = next(t.dense for dim in layout if (t := tokens_in(dim)) is not None)
-        if keys is None or expr(keys.meta["val"].shape[2]) != count:
+        tokens = sequence_in(layout)
+        if keys is None or tokens is None or expr(keys.meta["val"].shape[2]) != tokens.dense:
             raise Refusal(
                 f"ToMe compares keys, and block {self.block.index} has no single attention on "
                 "[batch, heads, tokens, channels] of its stream",

@@ -1,15 +1,17 @@
 """Layouts: which dimension of a value runs over tokens, over samples, over neither.
 
 A layout gives for each dimension the factors that are folded into it, outermost first, as einops writes
-`(batch tokens) channels`. A `view` regroups the factors; a factor of tokens or of samples is never split.
+`(batch tokens) channels`. A `view` regroups the factors; a factor of samples is never split, and one of tokens in two
+at most, where all of them may go: rows and columns. Where tokens are gone the rows run over those left, and there is
+one column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import sympy
 import torch
@@ -107,7 +109,35 @@ class Tokens:
         return Tokens.of(pieces, self.weights)
 
     def same_sequence(self, other: Tokens) -> bool:
-        return self.pieces == other.pieces
+        return replace(self, weights=False) == replace(other, weights=False)
+
+
+@dataclass(frozen=True)
+class Part(Tokens):
+    """The rows or the columns of tokens that lie on a grid, in the order of the rows.
+
+    Args:
+        pieces: of the whole sequence.
+        at: 0 for rows, 1 for columns.
+        sizes: how many rows and columns; more than one of each.
+    """
+
+    at: int = 0
+    sizes: tuple[int, int] = (1, 1)
+
+    @property
+    def dense(self) -> int:
+        return self.sizes[self.at]
+
+    def compact(self, left: int) -> int:
+        return left if self.at == 0 else 1
+
+    def border(self, position: int) -> tuple[int, int] | None:
+        return None
+
+    @property
+    def whole(self) -> Tokens:
+        return Tokens(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -147,6 +177,8 @@ def merged(factors: Iterable[Factor]) -> Dim:
             continue
         if isinstance(f, Free) and dim and isinstance(dim[-1], Free):
             dim[-1] = Free(dim[-1].size * f.size)
+        elif isinstance(f, Part) and dim and f.at == 1 and dim[-1] == replace(f, at=0):
+            dim[-1] = f.whole
         else:
             dim.append(f)
     return tuple(dim)
@@ -170,6 +202,26 @@ def tokens_in(dim: Dim) -> Tokens | None:
     return next((f for f in dim if isinstance(f, Tokens)), None)
 
 
+def sequence_in(layout: Layout) -> Tokens | None:
+    """The whole sequence that a layout runs over first, also where it lies on a grid."""
+    first = next((t for dim in layout if (t := tokens_in(dim))), None)
+    return first.whole if isinstance(first, Part) else first
+
+
+def on_grid(tokens: Tokens, rows: int, columns: int) -> tuple[Dim, Dim]:
+    """The two dimensions of tokens on a grid; one row or column is none."""
+    if rows == 1 or columns == 1:
+        return ((), merged((tokens,))) if rows == 1 else (merged((tokens,)), ())
+    sizes = (rows, columns)
+    return (Part(tokens.pieces, False, 0, sizes),), (Part(tokens.pieces, False, 1, sizes),)
+
+
+def whole_grids(layout: Layout) -> bool:
+    """Whether each grid of tokens has both its rows and its columns, once."""
+    parts = [f for dim in layout for f in dim if isinstance(f, Part)]
+    return all(sum(other == replace(f, at=at) for other in parts) == 1 for f in parts for at in (0, 1))
+
+
 def runs_over_tokens(layout: Layout) -> bool:
     return any(tokens_in(dim) is not None for dim in layout)
 
@@ -191,6 +243,12 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
                 need = ratio
                 continue
             inner = sympy.cancel(have / need)
+            if inner.is_integer and _splits(factor):
+                rows, columns = on_grid(Tokens(factor.pieces), int(need), int(inner))
+                dim += rows
+                rest[:0] = columns
+                need = sympy.Integer(1)
+                continue
             if not isinstance(factor, Free) or not inner.is_integer:
                 return None
             dim.append(Free(need))
@@ -200,10 +258,17 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
     return None if rest else tuple(out)
 
 
+def _splits(factor: Factor) -> TypeGuard[Tokens]:
+    """Whether tokens may become rows and columns: all of them may go, and they are no attention weights."""
+    return type(factor) is Tokens and not factor.weights and all(isinstance(p, Prunable) for p in factor.pieces)
+
+
 def show(layout: Layout) -> str:
     """A layout as text, for messages: `[batch, tokens(197), 384]`."""
 
     def name(f: Factor) -> str:
+        if isinstance(f, Part):
+            return f"{'columns' if f.at else 'rows'}({f.dense})"
         if isinstance(f, Tokens):
             return f"tokens({f.dense})"
         return "batch" if isinstance(f, Batch) else str(f.size)

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.branches import LIKE, SOFTMAX, Block, ancestors
 from passes.contraction import arguments
-from passes.layout import Batch, Layout, tokens_in
+from passes.layout import Batch, Layout, sequence_in, tokens_in
 from passes.rules.pointwise import pointwise
 from passes.rules.registry import argument, rule_for, shape_of, wrap
 from passes.splice import splice
@@ -71,15 +71,17 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
     op = block.attention_op()
     if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):
         return None
+    above, below = ancestors(gm), _below(block.entry)
+    read = {n for node in block.attention.nodes for n in node.all_input_nodes}
+    if not any(above[n] & 1 and n not in below for n in read):
+        return None  # it reads nothing of the model's inputs but its tokens
     layout, batch = stream_layout(block.entry, prefix, suffix)
     axis = analyse(gm, block.entry, layout, batch, within=block.attention.nodes)
-    tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+    tokens = sequence_in(layout)
 
     def over_stream(found: Layout | None, dim: int) -> bool:
         over = tokens_in(found[dim]) if found is not None else None
         return tokens is not None and over is not None and over.same_sequence(tokens)
-
-    above, below = ancestors(gm), _below(block.entry)
 
     def outside(value: object) -> TypeGuard[Node]:
         """Made of the model's inputs, not of the tokens, with an entry per key."""

@@ -91,13 +91,19 @@ def find_grid(gm: GraphModule, stream: Node, dim: int) -> PatchGrid:
 
     Args:
         stream: a value of it.
-        dim: its token dimension.
+        dim: its token dimension, the first of the two where tokens lie on a grid [B, H, W, C].
 
     Raises:
         Refusal: the tokens are no single map over an image's rows and columns, or it cannot be traced to them.
     """
     found, above = origins(gm, stream, dim), ancestors(gm)
     sources = {(o.node, o.dim) for o in found if o is not None}
+    if len(shape_of(stream)) == 4:
+        columns = {(o.node, o.dim) for o in origins(gm, stream, dim + 1) if o is not None}
+        if len(sources | columns) == 2 and len({node for node, _ in sources | columns}) == 1:
+            ((node, down),), ((_, across),) = sources, columns
+            extents = _extents(node, down, across, above)
+            return PatchGrid(*extents, tuple(range(extents[0].cells * extents[1].cells)))
     if len(sources) != 1:
         raise Refusal(f"the tokens come from {len(sources)} places, not from one map over the image", stream)
     source, dims = _flattened(*sources.pop(), above)

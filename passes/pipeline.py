@@ -20,8 +20,8 @@ from passes.explicit_attention import ExplicitAttention
 from passes.importance import Scoring
 from passes.inline_regions import InlineRegions
 from passes.insert import InsertSelection
-from passes.insert_merge import InsertMerge, Merger
-from passes.layout import tokens_in
+from passes.insert_merge import InsertMerge, Merger, merge_point
+from passes.layout import sequence_in, tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
@@ -33,7 +33,7 @@ from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import REPLACED, stand_ins
 from passes.stages import StageReport, find_stages
-from passes.token_axis import analyse, stream_layout
+from passes.token_axis import Needed, follow, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
 SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
@@ -176,13 +176,18 @@ def prune(
     padded = {i for i, guard in guarded.items() if masking(gm, blocks[i], guard.prefix, guard.suffix) is not None}
     streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     now: dict[Node, Node] = {}
+    back: dict[Node, Node] = {}  # residual sums at which tokens came back, with all of them
+    why: dict[Node, Needed] = {}  # the same sums
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
-        block = _moved(blocks[p.block], now)
+        block = _moved(blocks[p.block], now, back)
         step = _step(gm, p, block, guarded[p.block], p.block in padded)
         if step is None:
             continue
+        at = merge_point(blocks[p.block], p.merger, p.scoring) if isinstance(p, Merge) else blocks[p.block].output
+        if at in why:
+            raise why[at].at_once()
         # not by the start of the residual sums: a norm behind each sum starts new ones
         last = next((i for i in reversed(sites) if sites[i].carries(block.output)), None)
         earlier = () if last is None else selections[last]
@@ -199,6 +204,10 @@ def prune(
         not_put_back(gm, site.full)
         sites[p.block] = site
         selections[p.block] = (*earlier, site.index)
+        ends = site.axis.ends if site.axis is not None else {}
+        met = {n: now.get(n, n) for n in streams if now.get(n, n) in {*ends} & {*site.restored} and n not in back}
+        back |= {n: site.restored[m] for n, m in met.items()}
+        why |= {n: ends[m] for n, m in met.items()}
         moved = {site.stream: site.short, **site.compact}
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
@@ -223,8 +232,8 @@ def prune(
             BlockReport(
                 b,
                 b.where,
-                lengths[b.index] and _tokens(now.get(b.entry, b.entry)),
-                lengths[b.index] and _tokens(now.get(b.output, b.output)),
+                lengths[b.index] and _tokens(back.get(b.entry) or now.get(b.entry, b.entry)),
+                lengths[b.index] and _tokens(back.get(b.output) or now.get(b.output, b.output)),
                 before[b.index],
                 cost.between(nodes).macs,
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
@@ -250,7 +259,7 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
             "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
             if find_stages(gm)
             else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
-            "rs_compile.register_token_rule; windowed models are not pruned",
+            "rs_compile.register_token_rule; a layer with windows needs every token of them",
         )
     for i in wanted:
         if i >= len(blocks):
@@ -264,7 +273,9 @@ def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | Non
     """The tokens that must stay: those found, and those given."""
     layout, _ = stream_layout(block.output)
     dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
-    found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
+    found = Protected(0, 0)  # learned tokens lie in no grid
+    if len(layout) == 3:
+        found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
     if not given:
         return found
     length = _tokens(block.output) or 0
@@ -276,19 +287,34 @@ def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | Non
     return Protected(found.prefix, found.suffix, extra)
 
 
-def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple[bool, str]:
+@dataclass(frozen=True)
+class Answer:
+    """Whether tokens could leave after a block.
+
+    Args:
+        able: whether.
+        reason: why not, "" where they can.
+        until: the sums at which every token comes back for the layers behind; none where that is the network's end.
+    """
+
+    able: bool
+    reason: str = ""
+    until: tuple[Node, ...] = ()
+
+
+def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answer:
     """Whether tokens could leave after this block, or the reason why not. Changes nothing."""
     try:
         guard = protected_tokens(gm, block, None)
         layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
-        tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+        tokens = sequence_in(layout)
         if tokens is None or not tokens.prunable:
-            return False, "no token of this stream comes from the input"
-        axis = analyse(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
+            return Answer(False, "no token of this stream comes from the input")
+        axis = follow(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
         check_restorable(axis, [b.add for b in branches])
     except Refusal as refusal:
-        return False, str(refusal).replace("\n", "; ")
-    return True, ""
+        return Answer(False, str(refusal).replace("\n", "; "))
+    return Answer(True, until=tuple(n for n in axis.ends if n in axis.layouts))
 
 
 def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int, KernelChoice]]:
@@ -347,7 +373,7 @@ def _tokens(stream: Node) -> int | None:
         layout, _ = stream_layout(stream)
     except Refusal:
         return None
-    tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
+    tokens = sequence_in(layout)
     return tokens.dense if tokens is not None else None
 
 
@@ -356,15 +382,15 @@ def _nodes(block: Block) -> set[Node]:
     return {n for b in branches for n in b.nodes}
 
 
-def _moved(block: Block, now: Mapping[Node, Node]) -> Block:
-    """The block's nodes as earlier selections left them."""
+def _moved(block: Block, now: Mapping[Node, Node], back: Mapping[Node, Node]) -> Block:
+    """The block's nodes as earlier selections left them, and as they came back."""
 
     def branch(b: Branch) -> Branch:
         return Branch(
             b.kind,
-            now.get(b.stream, b.stream),
+            back.get(b.stream) or now.get(b.stream, b.stream),
             now.get(b.term, b.term),
-            now.get(b.add, b.add),
+            back.get(b.add) or now.get(b.add, b.add),
             frozenset(now.get(n, n) for n in b.nodes),
             b.reason,
             b.at,

@@ -1,7 +1,7 @@
 """Every token back where a consumer needs it: each pruned one with the value it had when it left.
 
 It happens in the residual stream, so that the final norm and the head see like with like, and only on the
-path to that consumer.
+path to that consumer. In the middle of the network it is the sum at which `TokenAxis` ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass, PassResult, Refusal
 from passes.gather import original_positions
-from passes.layout import tokens_in
+from passes.layout import Part, tokens_in
 from passes.site import SITE, Site
 from passes.splice import splice
 from passes.token_axis import WAY_OUT, TokenAxis
@@ -46,34 +46,35 @@ class RestoreTokens(Pass):
         site: Site = gm.meta[SITE]
         assert site.axis is not None
         # a pruned token still stands in the stream, a merged one has its destination's value
-        restored: dict[Node, Node] = {site.full: site.stream} if site.place is None else {}
+        if site.place is None:
+            site.restored[site.full] = site.stream
         count = 0
         for consumer in site.axis.dense:
             if consumer.op == "output" and self.compact_outputs:
                 _shorten(gm, site, consumer)
                 continue
             for value in [n for n in consumer.all_input_nodes if n in site.axis.layouts]:
-                with_all = self._dense(gm, site, value, restored, consumer)
+                with_all = self._dense(gm, site, value, consumer)
                 consumer.replace_input_with(value, with_all)
                 count += 1
         return PassResult(gm, rewrites=count)
 
-    def _dense(self, gm: GraphModule, site: Site, value: Node, restored: dict[Node, Node], consumer: Node) -> Node:
+    def _dense(self, gm: GraphModule, site: Site, value: Node, consumer: Node) -> Node:
         """The full-length form of a value, computed from the restored stream."""
-        if value in restored:
-            return restored[value]
+        if value in site.restored:
+            return site.restored[value]
         axis = site.axis
         assert axis is not None
         if value is site.full or is_stream(site.layout, axis, value, self.streams):
             with gm.graph.inserting_before(value.next):
                 back = site.back(gm.graph, site.compact[value])
-            restored[value] = back
+            site.restored[value] = back
             return back
         refuse_mixed(axis, value, consumer)
         for n in value.all_input_nodes:
             if n in axis.layouts:
-                value.replace_input_with(n, self._dense(gm, site, n, restored, consumer))
-        restored[value] = value
+                value.replace_input_with(n, self._dense(gm, site, n, consumer))
+        site.restored[value] = value
         return value
 
 
@@ -120,7 +121,10 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Node) or leaf not in axis.layouts:
             continue
-        if [t for d in axis.layouts[leaf] if (t := tokens_in(d))] != [site.tokens]:
+        over = [t for d in axis.layouts[leaf] if (t := tokens_in(d))]
+        if any(isinstance(t, Part) for t in over):
+            raise Refusal("an output has its tokens on a grid, and those left have none", leaf, WAY_OUT)
+        if over != [site.tokens]:
             raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT)
         kept.setdefault(i, []).append(site.index)
     output.args = (tuple(site.compact.get(n, n) if isinstance(n, Node) else n for n in leaves),)

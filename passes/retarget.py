@@ -13,13 +13,13 @@ from torch.fx import GraphModule, Node
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
 from passes.gather import stretch_index, take
-from passes.layout import Batch, Dim, Layout, Tokens, expr, tokens_in
+from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, tokens_in
 from passes.propagate import evaluate
 from passes.rules import Extent, Kept, Position, Transfer
 from passes.site import SITE, Site
 from passes.sizes import KEY_SIZES, MEAN_SIZES, SDPA, check_biasable, stretch_sizes
 from passes.splice import fake, fake_mode, splice
-from passes.token_axis import WAY_OUT, analyse
+from passes.token_axis import WAY_OUT, follow
 
 aten = torch.ops.aten
 Gap = Literal["compact", "decay"]
@@ -35,7 +35,7 @@ class RetargetTokens(Pass):
     reading the originals, for `RestoreTokens`.
 
     Args:
-        anchors: sums of the network's residual branches (see `analyse`).
+        anchors: sums of the network's residual branches (see `follow`).
         gap: what an op that carries a state along the sequence (a scan) does where tokens are gone. "compact":
             the kept tokens are a shorter sequence. "decay": the state decays as over the tokens that are gone, as
             far as the op's rule knows how (`Transfer.decay`).
@@ -48,7 +48,7 @@ class RetargetTokens(Pass):
 
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
-        axis = site.axis = analyse(gm, site.full, site.layout, site.batch, self.anchors)
+        axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors)
         in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
         if in_turn is not None and not site.in_order:
             raise Refusal(
@@ -146,8 +146,10 @@ class _Emitter:
             tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
             samples = next((d for d, dim in enumerate(layout) if len(dim) == 1 and isinstance(dim[0], Batch)), None)
             over = tokens_in(layout[tokens])
-            if samples is None or over is None:
-                raise Refusal("a mean over tokens folded with samples", node, "use Schedule(weighted_mean=False)")
+            if samples is None or over is None or isinstance(over, Part):
+                raise Refusal(
+                    "a mean over tokens folded with samples, or on a grid", node, "use Schedule(weighted_mean=False)"
+                )
             twin.meta[MEAN_SIZES] = (self._sizes(over), samples, tokens)
 
     def _sizes(self, tokens: Tokens) -> Node:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from passes.gather import put, spread
-from passes.layout import Batch, Layout, Tokens, tokens_in
+from passes.layout import Batch, Layout, Tokens, sequence_in
 from passes.splice import splice
 from passes.token_axis import TokenAxis
 
@@ -31,6 +31,7 @@ class Site:
         size_bias, weighted_mean: whether attention and means behind the site use them.
         axis: the token axis from `full` on, once analysed.
         compact: for each value that runs over tokens its compact form, once retargeted.
+        restored: for values that were put back their full-length form, once restored.
     """
 
     stream: Node
@@ -47,10 +48,13 @@ class Site:
     in_order: bool = True
     axis: TokenAxis | None = None
     compact: dict[Node, Node] = field(default_factory=dict)
+    restored: dict[Node, Node] = field(default_factory=dict)
 
     @property
     def tokens(self) -> Tokens:
-        return next(t for dim in self.layout if (t := tokens_in(dim)) is not None)
+        tokens = sequence_in(self.layout)
+        assert tokens is not None
+        return tokens
 
     def carries(self, value: Node) -> bool:
         """Whether a value runs over the tokens that this site left, as its stream does."""

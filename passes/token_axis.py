@@ -2,7 +2,7 @@
 
 A forward dataflow analysis with one transfer rule per op (`passes.rules`). It changes nothing. What it
 cannot carry the axis through it records as a consumer that needs every token; where the rest of the
-network depends on that consumer, it refuses.
+network depends on that consumer, it refuses (`Needed`), and `follow` then has every token come back before it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from passes.layout import (
     dim_size,
     expr,
     merged,
+    on_grid,
     runs_over_tokens,
     show,
+    whole_grids,
 )
 from passes.normalised import Normalised, normalised
 from passes.rules import Context, Transfer, Untransferable, rule_for
@@ -46,6 +48,8 @@ class TokenAxis:
         transfers: for each op that was carried through, what it does; includes ops that end the axis.
         dense: ops (and the output) that need every token, and why.
         sources: side inputs that are gathered where they are, before a softmax over them (`passes.normalised`).
+        ends: residual sums at which every token comes back, and why; who reads them is `dense`.
+        whole: what is computed from them, on every token.
     """
 
     start: Node
@@ -54,10 +58,33 @@ class TokenAxis:
     transfers: dict[Node, Transfer] = field(default_factory=dict)
     dense: dict[Node, str] = field(default_factory=dict)
     sources: dict[Node, Layout] = field(default_factory=dict)
+    ends: Mapping[Node, Needed] = field(default_factory=dict)
+    whole: set[Node] = field(default_factory=set)
+
+    def carries(self, node: Node) -> bool:
+        """Whether who reads a value reads it without the tokens that left."""
+        return node in self.layouts and node not in self.ends
+
+
+class Needed(Refusal):
+    """An op needs every token and later layers depend on it.
+
+    Args:
+        axis: as far as it was followed.
+        consumer: the op.
+    """
+
+    def __init__(self, axis: TokenAxis, consumer: Node, more: str = "") -> None:
+        super().__init__(f"{axis.dense[consumer]}, and later layers depend on it{more}", consumer, WAY_OUT)
+        self.axis, self.consumer = axis, consumer
+
+    def at_once(self) -> Needed:
+        """The same, where tokens cannot leave because they would have to come back at once."""
+        return Needed(self.axis, self.consumer, "; no layer lies between")
 
 
 def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layout, Batch]:
-    """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C].
+    """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C], or on a grid [B, H, W, C].
 
     Raises:
         Refusal: the stream has no separate sample and token dimension.
@@ -68,15 +95,20 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
     over = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
     if not over and samples and shape[:1] == (samples,):
         over = [0]  # no rule lets entries of the first dimension meet, so they are samples, or as good as samples
-    if len(shape) != 3 or len(over) != 1 or over[0] == 2 or not expr(shape[over[0]]).is_Atom:
+    grid = len(shape) == 4 and over == [0]
+    if not (grid or len(shape) == 3) or len(over) != 1 or over[0] == 2 or not expr(shape[over[0]]).is_Atom:
         fixed = f", and the model's code fixes its {samples} samples" if samples else ""
         raise Refusal(
             f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]{fixed}",
             stream,
-            "tokens kept on a grid, folded into the batch, or of several samples in one sequence cannot be pruned"
+            "tokens folded into the batch, or of several samples in one sequence cannot be pruned"
             + ("; with one sample a call they might" if samples > 1 else ""),
         )
     batch = Batch(expr(shape[over[0]]))
+    if grid:
+        rows, columns = int(shape[1]), int(shape[2])
+        whole = Tokens.of([Fixed(prefix), Prunable(rows * columns - prefix - suffix), Fixed(suffix)])
+        return ((batch,), *on_grid(whole, rows, columns), merged((Free(expr(shape[3])),))), batch
     count = int(shape[1 - over[0]])
     pieces = Tokens.of([Fixed(prefix), Prunable(count - prefix - suffix), Fixed(suffix)])
     tokens, channels = merged((pieces,)), merged((Free(expr(shape[2])),))
@@ -90,6 +122,7 @@ def analyse(
     batch: Batch,
     anchors: Collection[Node] = (),
     within: Collection[Node] | None = None,
+    ends: Mapping[Node, Needed] | None = None,
 ) -> TokenAxis:
     """Follows the tokens of `start` through the graph.
 
@@ -102,12 +135,14 @@ def analyse(
             consumer that needs every token means that the network depends on it, not only its end. Convolution
             branches of a dense head are none.
         within: follow only these nodes; an op without a rule is then recorded, never refused.
+        ends: see `TokenAxis`.
 
     Raises:
-        Refusal: an op needs every token and later layers depend on it.
+        Needed: an op needs every token and later layers depend on it.
+        Refusal: an op writes into what runs over tokens.
     """
-    axis = TokenAxis(start, batch, {start: layout})
-    context = Context(axis.layouts, batch)
+    axis = TokenAxis(start, batch, {start: layout}, ends=ends or {})
+    context = Context(axis.layouts, batch, axis.ends)
     behind: dict[Node, Node] = {}  # value -> the consumer of every token that it depends on
     node, left = start.next, None if within is None else len(set(within) - {start})
     while node.op != "root" and left != 0:
@@ -120,14 +155,58 @@ def analyse(
     return axis
 
 
+def follow(gm: GraphModule, start: Node, layout: Layout, batch: Batch, anchors: Collection[Node] = ()) -> TokenAxis:
+    """`analyse`, and where an op in the middle of the network needs every token, they are back in the last residual
+    sum before it: what lies behind that sum reads the whole sequence.
+
+    Args:
+        anchors: see `analyse`; the sums where tokens may come back.
+
+    Raises:
+        Refusal: there is no sum between the start and the op.
+    """
+    ends: dict[Node, Needed] = {}
+    while True:
+        try:
+            return analyse(gm, start, layout, batch, anchors, ends=ends)
+        except Needed as needed:
+            last = _last_sum(needed.axis, needed.consumer, anchors)
+            if last is None:
+                raise needed.at_once() from None
+            ends[last] = needed
+
+
+def _last_sum(axis: TokenAxis, consumer: Node, anchors: Collection[Node]) -> Node | None:
+    """The last of the stream's residual sums that a consumer depends on through values without the tokens that left."""
+    layout, seen, todo = axis.layouts[axis.start], {axis.start}, [consumer]
+    last: Node | None = None
+    while todo:
+        for n in todo.pop().all_input_nodes:
+            if n in seen or not axis.carries(n):
+                continue
+            seen.add(n)
+            todo.append(n)
+            if n in anchors and axis.layouts[n] == layout and (last is None or last < n):
+                last = n
+    return last
+
+
 def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node], anchors: Collection[Node]) -> None:
     inputs = node.all_input_nodes
     source = next((behind[n] for n in inputs if n in behind), None)
-    carries = any(n in axis.layouts for n in inputs)
+    carries = any(axis.carries(n) for n in inputs)
     if source is not None and (carries or node in anchors):
-        raise Refusal(f"{axis.dense[source]}, and later layers depend on it", source, WAY_OUT)
+        raise Needed(axis, source)
     if source is not None:
         behind[node] = source
+    back = any(n in axis.layouts and n in axis.ends for n in inputs)
+    if back or any(n in axis.whole for n in inputs):
+        axis.whole.add(node)
+        if carries:
+            behind[node] = node
+        if carries or back:
+            axis.dense[node] = "reads every token" if carries else "reads tokens where they are back"
+        return
     if not carries:
         return
     if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
@@ -177,6 +256,8 @@ def _check(value: Any, layout: Layout | None) -> None:
     """A rule's layout must explain the shape that the op really has."""
     if layout is None or not isinstance(value, torch.Tensor):
         return
+    if not whole_grids(layout):
+        raise Untransferable("takes rows or columns of the tokens' grid by themselves")
     explained = [dim_size(dim) for dim in layout]
     if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
         raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
-from passes.base import CompileError, PassResult
+from passes.base import CompileError, PassResult, source_line
+from passes.branches import Block, module_path
 from passes.capture import FIXED_BATCH
 from passes.grid_pipeline import cuttable
 from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
@@ -334,17 +337,24 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     rows = []
     blocks, branches, choices = block_kernels(prepared.gm)
     for block in blocks:
-        able, reason = prunable(prepared.gm, block, branches)
+        answer = prunable(prepared.gm, block, branches)
         kinds = [b.kind for b in (block.attention, block.mlp) if b is not None]
         shape = block.output.meta["val"].shape
         tokens = (
-            int(shape[1])
-            if len(shape) == 3 and isinstance(shape[1], int)
+            math.prod(int(size) for size in shape[1:-1])
+            if len(shape) in (3, 4) and isinstance(shape[1], int)
             else (int(shape[0]) if isinstance(shape[0], int) else None)
         )
         rows.append(
             ExplanationRow(
-                block.index, block.where, " + ".join(kinds), tokens, *_kernel(choices.get(block.index)), able, reason
+                block.index,
+                block.where,
+                " + ".join(kinds),
+                tokens,
+                *_kernel(choices.get(block.index)),
+                answer.able,
+                answer.reason,
+                ", ".join(_place(blocks, node) for node in answer.until),
             )
         )
     stages = []
@@ -356,6 +366,16 @@ def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
         notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
     return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
+
+
+def _place(blocks: Sequence[Block], add: Node) -> str:
+    """A residual sum in words."""
+    for block in blocks:
+        if block.output is add:
+            return f"the end of block {block.index}"
+        if block.attention is not None and block.attention.add is add:
+            return f"the middle of block {block.index}"
+    return module_path(add) or source_line(add)
 
 
 def _kernel(choice: KernelChoice | None) -> tuple[str, str]:

@@ -161,6 +161,7 @@ class ExplanationRow:
         kernel_reason: why it is not flash, "" where it is.
         prunable: whether tokens can leave after it.
         reason: why not, "" where they can.
+        until: where every token is back for the layers behind, "" where that is the end of the network.
     """
 
     block: int | None
@@ -171,6 +172,7 @@ class ExplanationRow:
     kernel_reason: str
     prunable: bool
     reason: str = ""
+    until: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class Explanation:
     def _block_table(self) -> str:
         table = "no block found that tokens could leave after"
         if self.rows:
-            heads = ("block", "where", "kind", "tokens", "attention", "why not flash", "prunable", "why not")
+            heads = ("block", "where", "kind", "tokens", "attention", "why not flash", "prunable", "until", "why not")
             rows = [
                 (
                     _number(row.block),
@@ -237,11 +239,12 @@ class Explanation:
                     row.attention_kernel or "-",
                     row.kernel_reason,
                     "yes" if row.prunable else "no",
+                    row.until,
                     row.reason,
                 )
                 for row in self.rows
             ]
-            table = _table(heads, rows, "rllrllll")
+            table = _table(heads, rows, "rllrlllll")
         return table
 
     def to_json(self) -> str:

@@ -109,6 +109,30 @@ def _tiny(build: Any = None) -> Subject:
     return Subject("timm", "vit", "tiny", build or vit, lambda batch: torch.randn(batch, 3, 64, 64))
 
 
+class Windows(nn.Module):
+    """Attention in windows of four tokens."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+        return self.attn(x.reshape(-1, 4, x.shape[-1])).reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def test_tokens_back_before_a_window_are_back_in_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        options = {"class_token": False, "global_pool": "avg", "num_classes": 5}
+        model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=5, **options)
+        model.blocks[2].attn = Windows(model.blocks[2].attn)
+        return model
+
+    row = check(_tiny(build))
+    assert (row["result"], row["prunable"], row["sites"]) == (PRUNED, 4, [0, 3]), row
+    monkeypatch.setattr(checking, "prune_by_hand", lambda *given: prune_by_hand(*given[:-1], ()))
+    assert check(_tiny(build))["result"] == WRONG
+
+
 def test_another_score_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(_tiny())["result"] == PRUNED
 

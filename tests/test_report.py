@@ -131,6 +131,13 @@ def test_an_explanation_of_nothing_says_so() -> None:
     assert str(Explanation("Identity", ())) == "Identity\nno block found that tokens could leave after"
 
 
+def test_an_explanation_says_where_tokens_are_back() -> None:
+    rows = (replace(ROWS[0], until="the end of block 1"), ROWS[1])
+    table = lines(str(Explanation("VisionTransformer", rows))).splitlines()
+    assert table[1].endswith("prunable    until")
+    assert table[3].endswith("yes         the end of block 1") and table[4].endswith("yes")
+
+
 def test_explanation_as_json() -> None:
     content = json.loads(Explanation("Vit", ROWS, SKIPS[3:], ("a note",)).to_json())
     assert content["model"] == "Vit"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 import rs_compile
@@ -67,14 +67,14 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
     branches = find_branches(gm)
     blocks = blocks_of(branches)
     answers = [prunable(gm, block, branches) for block in blocks]
-    able = [i for i, (yes, _) in enumerate(answers) if yes]
+    able = [i for i, answer in enumerate(answers) if answer.able]
     row: Row = {"blocks": len(blocks), "prunable": len(able)}
     if not able:
         stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
         cut = next((stage for stage, (yes, _) in stages if yes and min(stage.grid) > 1), None)
         if cut is not None:
             return row | _check_grid(model, given, dense, cut)
-        reasons = [reason for _, reason in answers] or [reason for _, (_, reason) in stages]
+        reasons = [answer.reason for answer in answers] or [reason for _, (_, reason) in stages]
         return row | {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
     same = call(rs_compile.optimize(model, {able[0]: 1.0}, backend="eager"), given)()
     if wrong := differs(same, dense, 0.0)[1]:
@@ -94,7 +94,8 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
     full = call(exact, inputs)()
     if wrong := differs(short, full, None)[1]:
         return row | {"result": WRONG, "detail": f"outputs: {wrong}"}
-    row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard)
+    until = {node for i in sites for node in answers[i].until}
+    row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard, until)
     if compiled:
         fused = call(rs_compile.optimize(exact, schedule), inputs)()
         if wrong := differs(fused, short, TOLERANCE)[1]:
@@ -111,6 +112,7 @@ def _by_hand(
     schedule: rs_compile.Schedule,
     blocks: list[Block],
     guard: Protected,
+    until: Collection[Node],
 ) -> Row:
     """Holds the pruned outputs against pruning by hand, where the blocks are modules."""
     found = find_layers(model, call(model, given), BATCH)
@@ -125,8 +127,12 @@ def _by_hand(
     keep = {hooked.index(mine[i]): ratio for i, ratio in schedule.keep.items() if i in mine}
     if len(hooked) < len(mine) or len(keep) < len(schedule.keep):
         return {"result": UNHOOKED}  # a module that is more than one block
+    ends = {block.index for block in blocks if block.output in until}
+    if len(ends) < len(until) or not ends <= mine.keys():
+        return {"result": UNHOOKED}  # tokens come back inside a module
+    back = {hooked.index(mine[i]) for i in ends}
     padding = _padding(given, stream.length, guard)
-    twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding)
+    twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding, back)
     error, wrong = differs(short, twin, TOLERANCE)
     if wrong:
         return {"result": WRONG, "error": error, "detail": f"against the hand-made twin: {wrong}"}

@@ -9,7 +9,7 @@ Shapes: B samples, N tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -108,6 +108,7 @@ def prune_by_hand(
     keep: Mapping[int, float],
     protected: tuple[int, int],
     padding: Tensor | None = None,
+    back: Collection[int] = (),
 ) -> Any:
     """What the model returns when tokens leave it after some layers, by the shift of the whole layer (L2).
 
@@ -118,6 +119,7 @@ def prune_by_hand(
         keep: by index into `layers` the share of tokens that stays.
         protected: how many tokens stay at either end.
         padding: [B, N], true where a token is none and goes first.
+        back: layers behind which every token takes part again.
     """
     state = _State(layers[0].tokens, layers[0].length, protected)
     entries: dict[int, Tensor] = {}
@@ -133,6 +135,8 @@ def prune_by_hand(
             def leave(stream: Tensor, i: int = i) -> Tensor:
                 state.weighing = False
                 stream = state.frozen(stream)
+                if i in back:
+                    state.alive = state.values = None
                 if i in keep:
                     shift = (stream - entries[i]).double().norm(dim=-1)
                     state.prune(stream, shift if layers[0].tokens == 1 else shift.mT, keep[i], padding)

@@ -202,6 +202,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 48},
     "pix2struct_vision_model": {"patch_embed_hidden_size": 48, "seq_len": 40},
     "vitdet": {"window_size": 4, "window_block_indices": [0, 2], "pretrain_image_size": 64},
+    "sam3_vit_model": {"window_size": 4, "global_attn_indexes": [1, 3]},
     "lw_detr_vit": {"window_block_indices": [0, 2]},
     "hiera": {
         "depths": [1, 2, 2], "num_heads": [1, 2, 4], "embed_dim": 16, "image_size": [64, 64], "patch_size": [7, 7],

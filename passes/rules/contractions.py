@@ -15,6 +15,7 @@ from passes.rules.registry import (
     Untransferable,
     argument,
     need_free,
+    need_whole,
     rules_for,
     shape_of,
 )
@@ -134,6 +135,8 @@ def attention(node: Node, ctx: Context) -> Transfer:
         need_free(layout, [-1], "the channels of attention")
     if any(isinstance(f, Batch) for f in lk[-2] + lv[-2]):
         raise Untransferable("attends over the samples of the batch")
+    for dim in (lk[-2], lv[-2]):
+        need_whole(dim, "attends to")
     over, of_value = tokens_in(lk[-2]), tokens_in(lv[-2])
     if (over is None) != (of_value is None) or (over and of_value and not over.same_sequence(of_value)):
         raise Untransferable("keys and values belong to different sequences")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from passes.layout import Batch, Dim, Layout, Tokens, tokens_in
+from passes.layout import Batch, Dim, Layout, Part, Tokens, tokens_in, whole_grids
 from passes.rules.registry import Context, Transfer, Untransferable, rules_for, shape_of
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def joined(dims: Sequence[Dim]) -> Dim | None:
             if [f for f in first if f != a] != [f for f in other if f != b] or first.index(a) != other.index(b):
                 raise Untransferable("tokens are folded with different dimensions")
             weights |= a.weights or b.weights
-        return tuple(Tokens(f.pieces, weights) if isinstance(f, Tokens) else f for f in first)
+        return tuple(replace(f, weights=weights) if isinstance(f, Tokens) else f for f in first)
     return next((d for d in dims if any(isinstance(f, Batch) for f in d)), None)
 
 
@@ -70,6 +71,11 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
                 continue
             if own is None or tokens_in(own[at]) is None:
                 aligned[n] = out
+    parts = [dim for dim in out if isinstance(tokens_in(dim), Part)]
+    if aligned and not whole_grids(out):
+        raise Untransferable("an input has an entry per row or column of the tokens' grid, and those left form none")
+    if aligned and any(len(dim) > 1 for dim in parts):
+        raise Untransferable("an input with an entry per token meets a grid that is folded with another dimension")
     if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
         raise Untransferable("an input with an entry per token has no dimension for samples to be gathered along")
     return aligned
@@ -116,7 +122,7 @@ def pointwise(node: Node, ctx: Context) -> Transfer:
 
 def no_weights(dim: Dim) -> Dim:
     """The dimension without the promise that it holds attention weights."""
-    return tuple(Tokens(f.pieces) if isinstance(f, Tokens) else f for f in dim)
+    return tuple(replace(f, weights=False) if isinstance(f, Tokens) else f for f in dim)
 
 
 def _weighted(layout: Layout | None) -> bool:

@@ -14,6 +14,7 @@ from passes.rules.registry import (
     Untransferable,
     argument,
     need_free,
+    need_whole,
     rules_for,
     shape_of,
     wrap,
@@ -89,6 +90,7 @@ def softmax(node: Node, ctx: Context) -> Transfer:
         return Transfer(layout)
     if len(layout[d]) != 1:
         raise Untransferable("a softmax over tokens that are folded with another dimension")
+    need_whole(layout[d], "a softmax over")
     weights: Dim = tuple(Tokens(f.pieces, True) if isinstance(f, Tokens) else f for f in layout[d])
     return Transfer(layout[:d] + (weights,) + layout[d + 1 :], mixes=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from passes.base import CompileError
-from passes.layout import Batch, Dim, Layout, Tokens, expr, plain, tokens_in
+from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, plain, tokens_in
 
 
 class Untransferable(CompileError):
@@ -68,13 +68,14 @@ class Transfer:
 class Context:
     """What a rule may ask about an op's inputs."""
 
-    def __init__(self, layouts: Mapping[Node, Any], batch: Batch) -> None:
+    def __init__(self, layouts: Mapping[Node, Any], batch: Batch, ends: Container[Node] = ()) -> None:
         self._layouts = layouts
+        self._ends = ends  # read with every token
         self.batch = batch
 
     def layout(self, node: Any) -> Layout | None:
         """The layout of an input that runs over tokens, else None."""
-        return self._layouts.get(node) if isinstance(node, Node) else None
+        return self._layouts.get(node) if isinstance(node, Node) and node not in self._ends else None
 
     def sides(self, node: Any) -> Layout:
         """The layout of any tensor input: its own, or one read off its shape."""
@@ -150,6 +151,12 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def wrap(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
+
+
+def need_whole(dim: Dim, doing: str) -> None:
+    """Declines where a dimension runs over rows or columns of tokens alone."""
+    if isinstance(tokens_in(dim), Part):
+        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone")
 
 
 def need_free(layout: Layout, dims: Any, doing: str) -> None:

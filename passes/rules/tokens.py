@@ -17,6 +17,7 @@ from passes.rules.registry import (
     Untransferable,
     argument,
     need_free,
+    need_whole,
     rules_for,
     shape_of,
     sizes_of,
@@ -33,6 +34,7 @@ def _alone(dim: Dim) -> Tokens:
     assert over is not None
     if len(dim) != 1:
         raise Untransferable("picks from tokens that are folded with another dimension")
+    need_whole(dim, "picks from")
     return over
 
 

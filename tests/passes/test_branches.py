@@ -344,7 +344,7 @@ def test_convolution_blocks() -> None:
     assert kinds(gm) == ["conv", "conv"] and find_blocks(gm) == []
     gm = prepared(Stack(ConvBlock(True), head=lambda x: x.mean((2, 3))), images)
     (branch,) = find_branches(gm)
-    assert branch.kind == "mixer" and "not [batch, tokens, channels]" in branch.reason
+    assert branch.kind == "mixer" and "needs the tokens on their full grid" in branch.reason
 
 
 MODEL = MLP().requires_grad_(False)

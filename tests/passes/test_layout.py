@@ -17,6 +17,7 @@ from passes.layout import (
     Fixed,
     Free,
     Layout,
+    Part,
     Prunable,
     Tokens,
     dim_size,
@@ -32,6 +33,8 @@ from passes.layout import (
 SYMBOL = sympy.Symbol("s", positive=True, integer=True)
 BATCH = Batch(SYMBOL)
 SEQUENCE = Tokens((Fixed(1), Prunable(6)))
+PATCHES = Tokens((Prunable(6),))
+GRID = tuple(Part(PATCHES.pieces, at=at, sizes=(2, 3)) for at in (0, 1))
 SAMPLES = 11  # prime, and no other size
 
 
@@ -137,7 +140,17 @@ def test_sizes_and_text() -> None:
         (dims(BATCH, SEQUENCE, free(14)), (SYMBOL, 14, 7), "[batch, tokens(7)*2, 7]"),
         (dims(BATCH, free(14), SEQUENCE), (SYMBOL, 7, 14), "[batch, 7, 2*tokens(7)]"),
         (dims(BATCH, free(3), SEQUENCE), (SYMBOL, 7, 3), None),  # the sizes fit, the tokens do not
-        (dims(BATCH, Tokens((Prunable(6),)), free(8)), (SYMBOL, 2, 3, 8), None),  # a grid
+        (dims(BATCH, PATCHES, free(8)), (SYMBOL, 2, 3, 8), "[batch, rows(2), columns(3), 8]"),
+        (dims(BATCH, PATCHES, free(8)), (SYMBOL, 2, 24), "[batch, rows(2), columns(3)*8]"),
+        (dims(BATCH, PATCHES, free(8)), (SYMBOL * 2, 3, 8), "[batch*rows(2), columns(3), 8]"),
+        (dims(BATCH, *GRID, free(8)), (SYMBOL, 6, 8), "[batch, tokens(6), 8]"),
+        (dims(BATCH, *GRID, free(8)), (SYMBOL, 3, 2, 8), "[batch, rows(3), columns(2), 8]"),
+        (dims(BATCH, *GRID[::-1], free(8)), (SYMBOL, 6, 8), "[batch, columns(3)*rows(2), 8]"),
+        (dims(BATCH, free(8), *GRID), (SYMBOL, 8, 6), "[batch, 8, tokens(6)]"),
+        (dims(BATCH, PATCHES, free(8)), (SYMBOL, 1, 2, 3, 4, 2), "[batch, 1, rows(2), columns(3), 4, 2]"),
+        (dims(BATCH, Tokens((Prunable(12),)), free(8)), (SYMBOL, 2, 2, 3, 8), None),  # windows
+        (dims(BATCH, Tokens((Fixed(2), Prunable(4))), free(8)), (SYMBOL, 2, 3, 8), None),
+        (dims(BATCH, Tokens((Prunable(6),), weights=True)), (SYMBOL, 2, 3), None),
         (dims(BATCH, SEQUENCE, free(8)), (SYMBOL, 7, 9), None),  # no view at all
         (dims(BATCH, SEQUENCE), (SYMBOL * 7, 2), None),
         (dims(free(4), BATCH, SEQUENCE), (2 * SYMBOL, 14), None),  # four and the samples interleave

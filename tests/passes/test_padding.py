@@ -12,7 +12,8 @@ from test_branches import MLP
 from torch import Tensor, nn
 
 from passes.base import Refusal
-from passes.padding import hidden_by_mask, hidden_by_weights
+from passes.branches import find_blocks
+from passes.padding import hidden_by_mask, hidden_by_weights, masking
 from passes.pipeline import Merge, Prune, prepare, prune
 from passes.select import keep_highest
 from passes.splice import ORIGIN
@@ -128,3 +129,14 @@ def test_a_constant_mask_is_not_taken_for_padding_behind_the_first_site():
         return sum(node.meta.get(ORIGIN) == "padding" for node in compiled.gm.graph.nodes)
 
     assert padding(biased) == 0 < padding(additive)
+
+
+def test_attention_that_reads_no_mask_hides_nobody() -> None:
+    """Whatever is on its way: here no rule carries the tokens through."""
+
+    def turned(x: Tensor, words: Tensor) -> Tensor:
+        return ((x @ x.mT).softmax(-1).flip(-1) * 0.5) @ x
+
+    gm = prepare(Encoder(turned, depth=1).eval(), (sample(), WORDS), {}, lower=True).gm
+    block = find_blocks(gm)[0]
+    assert block.attention is not None and masking(gm, block, 0, 0) is None

@@ -46,6 +46,11 @@ CUT: dict[str, tuple[Network, tuple[Tensor, ...], tuple[int, int]]] = {
         (kernel(8),),
         (3, 5),
     ),
+    "tokens on a grid": (
+        lambda x, k: F.layer_norm(F.conv2d(x, k, stride=8).permute(0, 2, 3, 1), [C]),
+        (kernel(8),),
+        (3, 5),
+    ),
     "reshaped to patches": (
         lambda x, w: F.linear(x.reshape(-1, 1, 3, 8, 5, 8).permute(0, 2, 4, 3, 5, 1).reshape(-1, 15, 64), w),
         (table(C, 64).abs() + 0.1,),
@@ -65,6 +70,7 @@ def seen(network: Network, tables: tuple[Tensor, ...], image: Tensor) -> list[tu
     """For each token top, bottom, left, right of the pixels it depends on (half-open), by autograd."""
     image = image.clone().requires_grad_()
     out = network(image, *tables)
+    out = out.flatten(1, 2) if out.dim() == 4 else out
     tokens = out[0] if out.shape[0] == image.shape[0] else out[:, 0]
     boxes: list[tuple[int, int, int, int] | None] = []
     for token in tokens:

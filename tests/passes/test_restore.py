@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from passes.base import Refusal
 from passes.branches import find_blocks, find_branches
-from passes.pipeline import Prune, prunable, prune
+from passes.pipeline import Answer, Prune, prunable, prune
 from passes.restore import RestoreTokens, TokenOutput
 from passes.splice import ORIGIN
 
@@ -196,8 +196,8 @@ def test_mixed_tokens_cannot_be_put_back() -> None:
         "its result is read at full length (an output of the model), but it comes from an op that mixes tokens"
     )
     assert refusal.value.op == "aten.scaled_dot_product_attention.default"
-    possible, why = prunable(gm, find_blocks(gm)[1], find_branches(gm))
-    assert not possible and why == str(refusal.value).replace("\n", "; ")
+    answer = prunable(gm, find_blocks(gm)[1], find_branches(gm))
+    assert not answer.able and answer.reason == str(refusal.value).replace("\n", "; ")
 
 
 def test_two_readers_share_what_is_put_back() -> None:
@@ -208,7 +208,7 @@ def test_two_readers_share_what_is_put_back() -> None:
 def test_prunable_changes_nothing(captured: tuple[Net, GraphModule]) -> None:
     _, gm = captured
     before = str(gm.graph)
-    assert prunable(gm, find_blocks(gm)[0], find_branches(gm)) == (True, "")
+    assert prunable(gm, find_blocks(gm)[0], find_branches(gm)) == Answer(True)
     assert str(gm.graph) == before
 
 

@@ -141,7 +141,7 @@ def test_anchors_refuse_what_the_network_depends_on() -> None:
     with pytest.raises(Refusal) as refusal:
         RetargetTokens([anchor])(gm)
     assert refusal.value.reason == (
-        "an op along a dimension that runs over the token axis, and later layers depend on it"
+        "an op along a dimension that runs over the token axis, and later layers depend on it; no layer lies between"
     )
     gm = graph_of(lambda x: x.cumsum(1)[:, -1].mean(0) + 1)
     leave_at_input(gm, keep=4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import axis_from_input, graph_of, leaves, refusals
+from torch import Tensor
 
 from passes.base import Refusal
 
@@ -17,7 +18,15 @@ Op = Callable[..., Any]
 NORMALISED = "sums over tokens with weights that no softmax over tokens has normalised"
 COUNTS = "a reduction over tokens that depends on how many there are"
 NO_RULE = "no rule says what this op does to a shorter sequence of tokens"
+ALONE = "rows or columns of the tokens' grid alone"
 PICKS = "picks from tokens that are folded with another dimension"
+
+
+def grid(x: Tensor) -> Tensor:
+    """[B, 6, C] as two rows of three columns."""
+    return x.reshape(-1, 2, 3, x.shape[-1])
+
+
 SAMPLES = "sums over the samples of the batch"
 REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "product over samples": (lambda x: x.permute(1, 2, 0) @ x.transpose(0, 1), SAMPLES, 0),
@@ -191,14 +200,53 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "roll": (lambda x: x.roll(1, 1), "changes the order of the tokens", 0),
     "roll of all": (lambda x: x.roll(1), "changes the order of the tokens", 0),
     "repeat": (lambda x: x.repeat(1, 2, 1), "repeats the sequence of tokens", 0),
-    "grid": (
-        lambda x: x.mT.reshape(-1, 8, 2, 3),
-        "reshapes [batch, 8, tokens(6)] to [B, 8, 2, 3], which splits the token axis",
-        0,
-    ),
-    "windows": (
+    "grid of some": (
         lambda x: x.reshape(-1, 2, 3, 8),
         "reshapes [batch, tokens(6), 8] to [B, 2, 3, 8], which splits the token axis",
+        1,
+    ),
+    "windows": (
+        lambda x: grid(x).transpose(1, 2).reshape(-1, 2, 3, 8),
+        "reshapes [batch, columns(3), rows(2), 8] to [B, 2, 3, 8], which splits the token axis",
+        0,
+    ),
+    "shifted columns": (lambda x: grid(x).roll(1, 2), "changes the order of the tokens", 0),
+    "padded rows": (lambda x: F.pad(grid(x), (0, 0, 0, 0, 0, 1)), "pads a dimension that runs over the token axis", 0),
+    "one row": (lambda x: grid(x)[:, 0], f"picks from {ALONE}", 0),
+    "some rows": (lambda x: grid(x)[:, :1], f"picks from {ALONE}", 0),
+    "rows joined": (lambda x: torch.cat([grid(x), grid(x)], 1), f"picks from {ALONE}", 0),
+    "softmax over columns": (lambda x: grid(x).softmax(2), f"a softmax over {ALONE}", 0),
+    "mean over rows": (lambda x: grid(x).mean(1), "takes rows or columns of the tokens' grid by themselves", 0),
+    "maximum over columns": (lambda x: grid(x).amax(2), "takes rows or columns of the tokens' grid by themselves", 0),
+    "attention in rows": (lambda x: F.scaled_dot_product_attention(*[grid(x)] * 3), f"attends to {ALONE}", 0),
+    "products in rows": (
+        lambda x: grid(x) @ grid(x).mT,
+        "takes rows or columns of the tokens' grid by themselves",
+        0,
+    ),
+    "a sum over columns": (
+        lambda x: torch.einsum("bhwc,bhwd->bhcd", grid(x), grid(x)),
+        "sums over tokens with weights that no softmax over tokens has normalised",
+        0,
+    ),
+    "a table of rows": (
+        lambda x: torch.einsum("bhwc,hkc->bhwk", grid(x), torch.ones(2, 5, 8)),
+        "an input has an entry per row or column of the tokens' grid, and those left form none",
+        0,
+    ),
+    "columns as rows": (
+        lambda x: F.scaled_dot_product_attention(*[grid(x).transpose(1, 2).reshape(-1, 6, 8)] * 3),
+        f"attends to {ALONE}",
+        0,
+    ),
+    "a grid turned": (
+        lambda x: grid(x) + grid(x).reshape(-1, 3, 2, 8).transpose(1, 2),
+        "two different sequences of tokens meet",
+        0,
+    ),
+    "a table over folded rows": (
+        lambda x: x.reshape(-1, 3, 8) + torch.ones(3, 8),
+        "an input with an entry per token meets a grid that is folded with another dimension",
         0,
     ),
     "conv2d": (
