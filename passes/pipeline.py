@@ -140,7 +140,16 @@ def prepare(
         say: called with a line of text at each stage.
     """
     say("capturing the model")
-    gm = capture(model, args, kwargs)
+    return cleaned(capture(model, args, kwargs), lower, ambient_autocast, say)
+
+
+def cleaned(
+    gm: GraphModule,
+    lower: bool,
+    ambient_autocast: Mapping[str, torch.dtype] | None = None,
+    say: Progress = lambda _: None,
+) -> PassResult:
+    """The clean-up of a captured graph alone; see `prepare`."""
     gm.meta[AUTOCAST] = dict(ambient_autocast or {})
     say("rewriting the graph")
     skips: list[Skip] = []
