@@ -25,6 +25,7 @@ from passes.layout import tokens_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
+from passes.no_block import no_block
 from passes.padding import masking
 from passes.protected import Protected, find_protected, with_picked
 from passes.restore import AppendKept, RestoreTokens, check_restorable
@@ -32,7 +33,7 @@ from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import REPLACED, stand_ins
-from passes.stages import StageReport, find_stages
+from passes.stages import StageReport
 from passes.token_axis import analyse, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
@@ -246,21 +247,7 @@ def prune(
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
     """Refuses a schedule of blocks that are not there."""
     if wanted and not blocks:
-        # a mixer has linear layers, so it is nearer than a convolution
-        nearest = min(branches, key=lambda b: b.kind != "mixer", default=None)
-        hint = (
-            f"nearest to one comes this {nearest.kind} branch" + (f" ({nearest.reason})" if nearest.reason else "")
-            if nearest is not None
-            else "no sum of a value and a function of it was found"
-        )
-        raise Refusal(
-            f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
-            (nearest.at or nearest.add) if nearest else None,
-            "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
-            if find_stages(gm)
-            else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
-            "rs_compile.register_token_rule; windowed models are not pruned",
-        )
+        raise no_block(gm, branches)
     for i in wanted:
         if i >= len(blocks):
             raise CompileError(
@@ -292,7 +279,12 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> tuple
         layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
         tokens = next((t for dim in layout if (t := tokens_in(dim))), None)
         if tokens is None or not tokens.prunable:
-            return False, "no token of this stream comes from the input"
+            raise Refusal(
+                "none of its tokens is made from the input, so all of them are protected",
+                block.output,
+                "prune a stream of patches, frames or words; learned queries that read it have to stay",
+            )
+        masking(gm, block, guard.prefix, guard.suffix)
         axis = analyse(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
         check_restorable(axis, [b.add for b in branches])
     except Refusal as refusal:

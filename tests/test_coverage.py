@@ -15,9 +15,9 @@ from torch import nn
 import rs_compile
 from bench.coverage import check as checking
 from bench.coverage.check import FAULT, PRUNED, REFUSED, WRONG, Row, call, check
-from bench.coverage.command import subjects, table
+from bench.coverage.command import table
 from bench.coverage.oracle import find_layers, prune_by_hand
-from bench.coverage.subject import Subject
+from bench.coverage.subject import Subject, subjects
 
 TABLE = Path(__file__).parents[1] / "COVERAGE.md"
 HEADS = ["family", "model", "blocks", "prunable", "result", "difference", "time", "why not"]
