@@ -25,10 +25,10 @@ def subject(name: str) -> Subject:
 
 def test_a_crash_and_a_hang_cost_their_own_rows_only() -> None:
     names = ["first", "dies", "second", "hangs", "third"]
-    rows = {s.name: row for s, row in checked([subject(n) for n in names], {("timm", "third")}, 2, 20.0, work)}
+    rows = {s.name: row for s, row in checked([subject(n) for n in names], {("timm", "third")}, 2, 5.0, work)}
     assert sorted(rows) == sorted(names)
     assert {n: rows[n]["result"] for n in names if rows[n]["result"] == BROKEN} == {"dies": BROKEN, "hangs": BROKEN}
     assert rows["dies"]["detail"].startswith("its process ended with 3")
-    assert rows["hangs"]["detail"] == "takes more than 20 s"
+    assert rows["hangs"]["detail"] == "takes more than 5 s"
     assert [rows[n]["compiled"] for n in ("first", "second", "third")] == [False, False, True]
     assert all(row["seconds"] >= 0 for row in rows.values())

@@ -71,6 +71,7 @@ class _Worker:
             self._process.start()
             far.close()
             self._done = 0
+            self._line.recv()  # its imports are no part of a model's time
         try:
             self._line.send((subject.library, subject.name, compiled))
             if not self._line.poll(limit):
@@ -100,6 +101,7 @@ def _serve(line: Connection, work: Work) -> None:
     """A process of its own core, quiet: a row for each model that comes in."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    line.send("ready")
     while True:
         line.send(work(*line.recv()))
 
