@@ -23,7 +23,10 @@ ATTENTION = {aten.scaled_dot_product_attention.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
-CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+CONV = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+}  # fmt: skip
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 CASTS = {aten.to.dtype, aten._to_copy.default}
 AFFINE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
