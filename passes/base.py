@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -123,8 +124,11 @@ def finish(gm: GraphModule) -> None:
 
 
 def op_name(node: Node) -> str:
-    """`aten.linear.default` for an op node, the target's text otherwise."""
-    return str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
+    """`aten.linear.default` for an op node, the target's name otherwise."""
+    if node.op != "call_function":
+        return f"{node.op} {node.target}"
+    # a function's text would hold its address
+    return node.target.__name__ if inspect.isfunction(node.target) else str(node.target)
 
 
 def source_line(node: Node) -> str:

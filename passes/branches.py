@@ -1,7 +1,7 @@
 """Residual branches, found by dataflow: the one node both paths start from, the one sum where they meet.
 
-A sum of terms is residual where every other term is computed from one of them, the stream. What lies on
-a branch says what it is. Names of classes and modules are never consulted.
+A sum of terms is residual where every other term is computed from one of them, the stream, which a number may
+scale. What lies on a branch says what it is. Names of classes and modules are never consulted.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ ATTENTION = {aten.scaled_dot_product_attention.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
-CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+CONV = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+}  # fmt: skip
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 CASTS = {aten.to.dtype, aten._to_copy.default}
 AFFINE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 LIKE = {  # read the shape of a value, not what is in it
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
@@ -35,7 +39,7 @@ LIKE = {  # read the shape of a value, not what is in it
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: `add = stream + term`, the term computed from the stream.
+    """A residual branch: `add = stream + term`, the term computed from the stream, which a number may scale.
 
     Args:
         kind: "attention", "mlp", "conv", "mixer".
@@ -171,10 +175,11 @@ def stream_of(node: Node, order: dict[Node, int], above: dict[Node, int]) -> Nod
     if not _is_sum(node):
         return None
     terms = _terms(node)
-    for term in terms:
+    # the term itself first: a scaled value that goes on as it is, is a stream like any other
+    for term, stream in [*((t, t) for t in terms), *((t, _unscaled(t)) for t in terms)]:
         others = _computed(terms, term, above)
-        if others and all(above[u] >> order[term] & 1 for u in others):
-            return term
+        if others and all(above[u] >> order[stream] & 1 for u in others):
+            return stream
     return None
 
 
@@ -229,6 +234,13 @@ def _bends(node: Node) -> bool:
 
 def _uncast(node: Node) -> Node:
     while node.target in CASTS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _unscaled(node: Node) -> Node:
+    """The stream x of a term a * x, where a sum weighs its stream and its branch by numbers."""
+    while node.target in CASTS or (node.target in _SCALES and not isinstance(node.args[1], Node)):
         node = node.all_input_nodes[0]
     return node
 

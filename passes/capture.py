@@ -20,6 +20,20 @@ _TORCH = os.path.dirname(torch.__file__)
 FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
 
 
+_ANY = "make that line independent of the data, or give the part of the model that it is not in"
+_KNOWN_OUTPUTS = (
+    "call it so that it does not return that (a cache is usually left out by use_cache=False), "
+    "or register the class with torch.utils._pytree.register_pytree_node"
+)
+_KNOWN = (  # words of torch's own, what they mean for a model, what to do
+    (
+        "Couldn't swap",
+        "it moves or casts a layer's own weights while it runs, which torch.export cannot record",
+        "cast the model before (model.to(dtype)) and take that line out of its forward",
+    ),
+)
+
+
 class CaptureError(CompileError):
     """torch.export cannot capture the model; the message is its own, shortened, with the model's line."""
 
@@ -119,8 +133,12 @@ def _shortened(model: nn.Module, error: Exception) -> str:
         tb = tb.tb_next
     # neither torch's own frames, nor generated code, nor this file
     where = next((f for f in reversed(frames) if not f[0].startswith((_TORCH, "<", __file__))), None)
+    said = lines[0] if lines else type(error).__name__
+    reason, way_out = next(((r, w) for words, r, w in _KNOWN if words in said), ("", _ANY))
+    if found := re.search(r"<class '([\w.]+)'> in output", said):
+        reason, way_out = f"it returns a {found[1]}, which torch.export does not know", _KNOWN_OUTPUTS
     return "\n".join(
-        [f"torch.export cannot capture {type(model).__name__}: {lines[0] if lines else type(error).__name__}"]
+        [f"torch.export cannot capture {type(model).__name__}: {reason or said}"]
         + ([f"  in the model: {where[0]}, line {where[1]}, in {where[2]}"] if where else [])
-        + ["  way out: make that line independent of the data, or give the part of the model that it is not in"]
+        + [f"  way out: {way_out}"]
     )

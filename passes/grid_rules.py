@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from passes.grid_layout import GRID_RULES, Follow, Grid, GridAxes, Rule, grid_rules_for
-from passes.rules.pointwise import tensors
+from passes.rules.pointwise import ELEMENTWISE, tensors
 from passes.rules.registry import Untransferable, argument, shape_of, wrap
 
 aten = torch.ops.aten
@@ -85,26 +85,7 @@ def _per_cell(n: Node, grid: Grid, axes: GridAxes, out: Sequence[Any], rank: int
     return True
 
 
-@grid_rules_for("pointwise")
-@grid_rules_for(
-    aten.dropout,
-    aten.native_dropout,
-    aten.feature_dropout,
-    aten.to,
-    aten._to_copy,
-    aten.clone,
-    aten.contiguous,
-    aten.detach,
-    aten.alias,
-    aten.lift_fresh_copy,
-    aten.rand_like,
-    aten.zeros_like,
-    aten.ones_like,
-    aten.full_like,
-    aten.where,
-    aten.masked_fill,
-    aten.nan_to_num,
-)
+@grid_rules_for("pointwise", *ELEMENTWISE)
 def pointwise(node: Node, axes: GridAxes) -> Follow:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
     val = node.meta["val"]
@@ -238,6 +219,14 @@ def linear(node: Node, axes: GridAxes) -> Follow:
     return Follow(grid)
 
 
+@grid_rules_for(aten.prelu.default)
+def prelu(node: Node, axes: GridAxes) -> Follow:
+    """Its slopes are one, or one for each entry of dimension 1."""
+    grid = _carried(node, axes)
+    _need_free(grid, [1], "an activation with learned slopes")
+    return Follow(grid)
+
+
 @grid_rules_for(aten.softmax.int, aten.log_softmax.int, aten.glu.default)
 def along(node: Node, axes: GridAxes) -> Follow:
     """Works along one dimension, which must be channels."""
@@ -337,8 +326,9 @@ def new(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
 def view(node: Node, axes: GridAxes) -> Follow:
     """Rows and columns folded into another dimension: what reads that has a size for each cell."""
-    shape, out = shape_of(node.args[0]), shape_of(node)
+    grid, shape, out = axes.grid(node.args[0]), shape_of(node.args[0]), shape_of(node)
+    size = " x ".join(str(shape[d]) for d in (grid.dims if isinstance(grid, Grid) else ()))
     raise Untransferable(
-        f"reshapes the map of {shape[-2]} x {shape[-1]} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
+        f"reshapes the map of {size} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
         "a fixed grid that the layers behind it need"
     )

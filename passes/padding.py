@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes.base import Refusal
 from passes.branches import LIKE, SOFTMAX, Block, ancestors
 from passes.contraction import arguments
 from passes.layout import Batch, Layout, sequence_in, tokens_in
@@ -67,7 +68,11 @@ def hidden_by_weights(weights: Tensor, samples: int) -> Tensor:
 
 
 def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking | None:
-    """The value that says who is left out as a key, [..., N], and how it says so."""
+    """The value that says who is left out as a key, [..., N], and how it says so.
+
+    Raises:
+        Refusal: something of the inputs is in the attention, and what it hides cannot be followed.
+    """
     op = block.attention_op()
     if block.attention is None or (op is not None and not isinstance(arguments(op).get("attn_mask"), Node)):
         return None
@@ -91,15 +96,29 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
 
     if op is not None:
         given = arguments(op)
-        mask = given["attn_mask"]
-        return (mask, hidden_by_mask) if outside(mask) and over_stream(axis.layouts.get(given["key"]), -2) else None
+        mask, keys = given["attn_mask"], axis.layouts.get(given["key"])
+        if outside(mask) and keys is None:
+            _refuse_unknown(axis)
+        return (mask, hidden_by_mask) if outside(mask) and over_stream(keys, -2) else None
     weights = (n for n in gm.graph.nodes if n in block.attention.nodes and n.target in SOFTMAX)
     for node in weights:
         last = wrap(argument(node, 1, "dim"), len(shape_of(node))) == len(shape_of(node)) - 1
         if last and over_stream(axis.layouts.get(node), -1):
             # the weights themselves say less: a query that is padding may attend to everything
             return _written_out(node, outside, axis) or (node, hidden_by_weights)
+    if any(outside(value) for node in block.attention.nodes for value in node.all_input_nodes):
+        _refuse_unknown(axis)
     return None
+
+
+def _refuse_unknown(axis: TokenAxis) -> None:
+    """Where the tokens were lost on the way to the keys, who is hidden as a key cannot be told."""
+    for node, reason in axis.dense.items():
+        raise Refusal(
+            f"{reason}, so which tokens the attention behind it hides as padding cannot be told",
+            node,
+            "call the model without its mask, or register a rule with rs_compile.register_token_rule",
+        )
 
 
 def _below(entry: Node) -> set[Node]:

@@ -21,19 +21,21 @@ from passes.importance import Scoring
 from passes.inline_regions import InlineRegions
 from passes.insert import InsertSelection
 from passes.insert_merge import InsertMerge, Merger, merge_point
-from passes.layout import sequence_in, tokens_in
+from passes.layout import sequence_in
 from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
+from passes.no_block import no_block
 from passes.padding import masking
-from passes.protected import Protected, find_protected, with_picked
-from passes.restore import AppendKept, RestoreTokens, check_restorable
+from passes.protected import Protected
+from passes.prunable import protected_tokens
+from passes.restore import AppendKept, RestoreTokens
 from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import REPLACED, stand_ins
-from passes.stages import StageReport, find_stages
-from passes.token_axis import Needed, follow, stream_layout
+from passes.stages import StageReport
+from passes.token_axis import Needed, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
 SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
@@ -140,7 +142,16 @@ def prepare(
         say: called with a line of text at each stage.
     """
     say("capturing the model")
-    gm = capture(model, args, kwargs)
+    return cleaned(capture(model, args, kwargs), lower, ambient_autocast, say)
+
+
+def cleaned(
+    gm: GraphModule,
+    lower: bool,
+    ambient_autocast: Mapping[str, torch.dtype] | None = None,
+    say: Progress = lambda _: None,
+) -> PassResult:
+    """The clean-up of a captured graph alone; see `prepare`."""
     gm.meta[AUTOCAST] = dict(ambient_autocast or {})
     say("rewriting the graph")
     skips: list[Skip] = []
@@ -246,75 +257,13 @@ def prune(
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:
     """Refuses a schedule of blocks that are not there."""
     if wanted and not blocks:
-        # a mixer has linear layers, so it is nearer than a convolution
-        nearest = min(branches, key=lambda b: b.kind != "mixer", default=None)
-        hint = (
-            f"nearest to one comes this {nearest.kind} branch" + (f" ({nearest.reason})" if nearest.reason else "")
-            if nearest is not None
-            else "no sum of a value and a function of it was found"
-        )
-        raise Refusal(
-            f"the model has no residual MLP branch on [batch, tokens, channels]; {hint}",
-            (nearest.at or nearest.add) if nearest else None,
-            "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
-            if find_stages(gm)
-            else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
-            "rs_compile.register_token_rule; a layer with windows needs every token of them",
-        )
+        raise no_block(gm, branches)
     for i in wanted:
         if i >= len(blocks):
             raise CompileError(
                 f"the schedule names block {i}, but the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}; "
                 "rs_compile.explain(model, inputs) lists them"
             )
-
-
-def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
-    """The tokens that must stay: those found, and those given."""
-    layout, _ = stream_layout(block.output)
-    dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
-    found = Protected(0, 0)  # learned tokens lie in no grid
-    if len(layout) == 3:
-        found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
-    if not given:
-        return found
-    length = _tokens(block.output) or 0
-    if max(given) >= length:
-        raise CompileError(f"protected token {max(given)} does not exist: there are {length} tokens, 0 to {length - 1}")
-    stay = [i < found.prefix or i >= length - found.suffix or i in found.extra or i in given for i in range(length)]
-    # the prefix stays what the model's own slices know; given tokens may move
-    extra = tuple(i for i, s in enumerate(stay) if s and found.prefix <= i < length - found.suffix)
-    return Protected(found.prefix, found.suffix, extra)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Whether tokens could leave after a block.
-
-    Args:
-        able: whether.
-        reason: why not, "" where they can.
-        until: the sums at which every token comes back for the layers behind; none where that is the network's end.
-    """
-
-    able: bool
-    reason: str = ""
-    until: tuple[Node, ...] = ()
-
-
-def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answer:
-    """Whether tokens could leave after this block, or the reason why not. Changes nothing."""
-    try:
-        guard = protected_tokens(gm, block, None)
-        layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
-        tokens = sequence_in(layout)
-        if tokens is None or not tokens.prunable:
-            return Answer(False, "no token of this stream comes from the input")
-        axis = follow(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
-        check_restorable(axis, [b.add for b in branches])
-    except Refusal as refusal:
-        return Answer(False, str(refusal).replace("\n", "; "))
-    return Answer(True, until=tuple(n for n in axis.ends if n in axis.layouts))
 
 
 def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int, KernelChoice]]:

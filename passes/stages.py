@@ -21,7 +21,9 @@ from passes.layout import expr
 
 aten = torch.ops.aten
 WEIGHTED = CONV | LINEAR
-ENDS_IN = {aten.dropout.default, aten.to.dtype, aten.clone.default, aten.contiguous.default}  # besides pointwise ops
+ENDS_IN = {  # besides ops that torch tags as pointwise
+    aten.dropout.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.hardswish.default,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

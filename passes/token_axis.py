@@ -134,7 +134,7 @@ def analyse(
         anchors: nodes of the network proper (sums of residual branches that are layers): one of them behind a
             consumer that needs every token means that the network depends on it, not only its end. Convolution
             branches of a dense head are none.
-        within: follow only these nodes; an op without a rule is then recorded, never refused.
+        within: follow only these nodes; an op that needs every token is then recorded, never refused.
         ends: see `TokenAxis`.
 
     Raises:
@@ -147,7 +147,7 @@ def analyse(
     node, left = start.next, None if within is None else len(set(within) - {start})
     while node.op != "root" and left != 0:
         if node.op != "output" and (within is None or node in within):
-            _step(node, axis, context, behind, anchors)
+            _step(node, axis, context, behind, anchors, within is not None)
             left = None if left is None else left - 1
         elif node.op == "output" and any(n in axis.layouts for n in node.all_input_nodes):
             axis.dense[node] = "an output of the model"
@@ -191,14 +191,23 @@ def _last_sum(axis: TokenAxis, consumer: Node, anchors: Collection[Node]) -> Nod
     return last
 
 
-def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node], anchors: Collection[Node]) -> None:
+def _step(
+    node: Node,
+    axis: TokenAxis,
+    context: Context,
+    behind: dict[Node, Node],
+    anchors: Collection[Node],
+    alone: bool,
+) -> None:
     inputs = node.all_input_nodes
     source = next((behind[n] for n in inputs if n in behind), None)
     carries = any(axis.carries(n) for n in inputs)
-    if source is not None and (carries or node in anchors):
+    if source is not None and not alone and (carries or node in anchors):
         raise Needed(axis, source)
     if source is not None:
         behind[node] = source
+        if alone:
+            return
     back = any(n in axis.layouts and n in axis.ends for n in inputs)
     if back or any(n in axis.whole for n in inputs):
         axis.whole.add(node)
@@ -218,7 +227,7 @@ def _step(node: Node, axis: TokenAxis, context: Context, behind: dict[Node, Node
                 raise Untransferable("meets weights that were normalised over tokens before some of them leave")
             axis.sources[side.source] = axis.layouts[side.source] = side.layout
             for link in side.chain:
-                _step(link, axis, context, behind, anchors)
+                _step(link, axis, context, behind, anchors, alone)
             transfer = _transfer(node, context)
     except Untransferable as reason:
         axis.dense[node] = str(reason)

@@ -36,6 +36,7 @@ class Options:
     force_insert: bool
     explicit_attention: bool
     guard: Guard | None
+    verify: bool
 
 
 @dataclass(frozen=True)

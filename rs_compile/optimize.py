@@ -16,13 +16,15 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
-from passes.base import CompileError, PassResult, source_line
+from passes.base import CompileError, PassResult, Skip, source_line
 from passes.branches import Block, module_path
-from passes.capture import FIXED_BATCH
+from passes.capture import FIXED_BATCH, capture
 from passes.grid_pipeline import cuttable
-from passes.pipeline import Compiled, Progress, block_kernels, prepare, prunable
+from passes.pipeline import Compiled, Progress, block_kernels, cleaned, prepare
+from passes.prunable import prunable
 from passes.stages import find_stages
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
+from rs_compile.faithful import check_faithful
 from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
@@ -77,7 +79,8 @@ class OptimizedModel(nn.Module):
                 # the model's state may have been read while another thread was capturing
                 plan, before = self._find(leaves, spec), self._state()
                 if plan is None:
-                    plan = self._plan(leaves, spec, lambda: self._prepare(leaves, args, kwargs))
+                    verify = self._options.verify
+                    plan = self._plan(leaves, spec, lambda: self._prepare(leaves, args, kwargs, verify))
                 outputs = plan.run(*leaves)
                 self._keep(before, leaves, spec, plan)
         else:
@@ -130,12 +133,18 @@ class OptimizedModel(nn.Module):
         options: Options = self._options
         return options.schedule.prunes if options.lower_attention is None else options.lower_attention
 
-    def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> PassResult:
+    def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any, verify: bool = False) -> PassResult:
         check_inputs(self._model, leaves)
-        # traced without autocast: it acts on the graph's ops when they run, as on the model's
         ambient = dict(autocast_state())
+        self._say("capturing the model")
+        # traced without autocast: it acts on the graph's ops when they run, as on the model's
         with torch._C._DisableAutocast():
-            return prepare(self._model, args, kwargs, self._lowers, ambient, self._say)
+            gm = capture(self._model, args, kwargs)
+        why = check_faithful(self._model, gm, args, kwargs, leaves) if verify else ""
+        with torch._C._DisableAutocast():
+            prepared = cleaned(gm, self._lowers, ambient, self._say)
+        unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
+        return replace(prepared, skips=unchecked + prepared.skips)
 
     def _rewrite(self, leaves: Sequence[Any], prepared: PassResult) -> Graphs:
         options: Options = self._options
@@ -214,6 +223,7 @@ def optimize(
     force_insert: bool = False,
     explicit_attention: bool = False,
     guard: Guard | None = None,
+    verify: bool = True,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
 
@@ -234,6 +244,9 @@ def optimize(
         guard: "measure" compiles the dense graph as well, times both on the first batch of each size and keeps the
             faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Each size
             is then compiled by itself, twice. Nothing is timed in train mode or where the model writes into a buffer.
+        verify: the first call with a new input signature runs the model and its captured graph, uncompiled and without
+            gradients, and refuses where they do not agree: code may do something else while torch.export traces it.
+            Not in train mode, nor where the model writes into a buffer or an input; `report()` says so.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -262,6 +275,7 @@ def optimize(
         force_insert,
         explicit_attention,
         guard,
+        verify,
     )
     return OptimizedModel(model, options)
 
@@ -280,7 +294,7 @@ def plan(
     Args:
         model, schedule: see `optimize`.
         example_inputs, example_kwargs: see `explain`.
-        options: other arguments of `optimize`, except backend, mode and guard.
+        options: other arguments of `optimize`, except backend, mode, guard and verify.
 
     Raises:
         CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.

@@ -18,8 +18,9 @@ from bench.coverage.subject import Subject
 from passes.base import CompileError
 from passes.branches import Block, Branch, blocks_of, find_branches
 from passes.grid_pipeline import cuttable
-from passes.pipeline import check_blocks, prepare, protected_tokens, prunable
+from passes.pipeline import check_blocks, prepare
 from passes.protected import Protected
+from passes.prunable import protected_tokens, prunable
 from passes.stages import Stage, find_stages
 
 BATCH = 3
@@ -53,7 +54,7 @@ def check(subject: Subject, compiled: bool = False) -> Row:
     except Exception as error:
         return {"result": BROKEN, "detail": first_line(error)}
     try:
-        row |= _check(model, given, dense, compiled)
+        _check(model, given, dense, compiled, row)
     except CompileError as refusal:
         row |= {"result": REFUSED, "detail": str(refusal)}
     except Exception as error:
@@ -61,31 +62,41 @@ def check(subject: Subject, compiled: bool = False) -> Row:
     return row
 
 
-def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
+def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -> None:
+    """Fills the row as it finds out, so that what was found before a refusal stays."""
     args, kwargs = as_call(given)
     gm = prepare(model, args, kwargs, lower=True).gm
     branches = find_branches(gm)
     blocks = blocks_of(branches)
     answers = [prunable(gm, block, branches) for block in blocks]
     able = [i for i, answer in enumerate(answers) if answer.able]
-    row: Row = {"blocks": len(blocks), "prunable": len(able)}
+    row |= {"blocks": len(blocks), "prunable": len(able)}
     if not able:
         stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
         cut = next((stage for stage, (yes, _) in stages if yes and min(stage.grid) > 1), None)
         if cut is not None:
-            return row | _check_grid(model, given, dense, cut)
+            row |= _check_grid(model, given, dense, cut)
+            return
         reasons = [answer.reason for answer in answers] or [reason for _, (_, reason) in stages]
-        return row | {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
+        row |= {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
+        return
     same = call(rs_compile.optimize(model, {able[0]: 1.0}, backend="eager"), given)()
     if wrong := differs(same, dense, 0.0)[1]:
-        return row | {"result": WRONG, "detail": f"keep ratio 1: {wrong}"}
+        row |= {"result": WRONG, "detail": f"keep ratio 1: {wrong}"}
+        return
     sites = sorted({able[0], able[len(able) // 2]})
     guard = protected_tokens(gm, blocks[sites[0]], None)
     row |= {"sites": sites, "protected": [guard.prefix, guard.suffix, *guard.extra]}
     exact, inputs = _float64(model, given)
     schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP), operation="block")
     marks: list[float] = []
-    handle = rs_compile.optimize(exact, schedule, backend="eager", progress=lambda _: marks.append(time.process_time()))
+    handle = rs_compile.optimize(
+        exact,
+        schedule,
+        backend="eager",
+        progress=lambda _: marks.append(time.process_time()),
+        verify=False,  # done above, and not to be timed
+    )
     call(handle, inputs)()
     marks.append(time.process_time())
     short = call(handle, inputs)()  # again, to be taken off the first call
@@ -93,7 +104,8 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
     row["rewrite"] = round(2 * marks[-1] - time.process_time() - marks[0], 2)
     full = call(exact, inputs)()
     if wrong := differs(short, full, None)[1]:
-        return row | {"result": WRONG, "detail": f"outputs: {wrong}"}
+        row |= {"result": WRONG, "detail": f"outputs: {wrong}"}
+        return
     until = {node for i in sites for node in answers[i].until}
     row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard, until)
     if compiled:
@@ -101,7 +113,6 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool) -> Row:
         if wrong := differs(fused, short, TOLERANCE)[1]:
             row |= {"result": WRONG, "detail": f"compiled: {wrong}"}
         row["compiled"] = True
-    return row
 
 
 def _by_hand(
@@ -157,7 +168,8 @@ def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
 
 
 def _check_grid(model: nn.Module, given: Any, dense: Any, stage: Stage) -> Row:
-    gone = [max(1, size // 8) for size in stage.grid]
+    # powers of two, so that later stages halve what is left as they halve the whole
+    gone = [2 ** max(0, (size // 4).bit_length() - 1) for size in stage.grid]
     schedule = rs_compile.Schedule(grid={stage.index: rs_compile.GridPrune(*gone)})
     short = call(rs_compile.optimize(model, schedule, backend="eager"), given)()
     wrong = differs(short, dense, None)[1]

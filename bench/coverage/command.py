@@ -7,23 +7,18 @@ held bit for bit against itself, at 0.7 against pruning by hand, and its outputs
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from tabulate import tabulate
 
-from bench.coverage.check import BROKEN, FAULT, GRID, PRUNED, REFUSED, UNHOOKED, WRONG, Row, check
-from bench.coverage.subject import Subject
+from bench.coverage.check import BROKEN, FAULT, GRID, PRUNED, REFUSED, UNHOOKED, WRONG, Row
+from bench.coverage.subject import Subject, subjects
+from bench.coverage.workers import checked
 from bench.tables.options import chosen, positive
 from bench.tables.results import Results, UsageError, environment
 
@@ -49,7 +44,6 @@ graphs of few layers.
 _PACKAGES = {"open_clip": "open_clip_torch"}
 _COMPILED_EVERY = 40
 _QUICK = 12
-_TASKS_OF_A_PROCESS = 15  # models leave memory behind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     sample = {(s.library, s.name) for s in everything[::_COMPILED_EVERY]}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("coverage", total=len(wanted), completed=len(wanted) - len(todo))
-        for subject, row in _checked(todo, sample, args.jobs):
+        for subject, row in checked(todo, sample, args.jobs):
             results.fill(_identity(subject), row)
             progress.console.print(f"{subject.library} {subject.name}: {row['result']}")
             progress.advance(task)
@@ -82,20 +76,6 @@ def run(args: argparse.Namespace) -> int:
         names = {"pruned": PRUNED, "unhooked": UNHOOKED, "grid": GRID, "refused": REFUSED, "wrong": WRONG}
         args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, **names)}\n{text}\n")
     return int(any(row["result"] in (WRONG, FAULT) for row in rows))
-
-
-@cache
-def subjects(library: str) -> list[Subject]:
-    """The families of a library.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        make: Callable[[], Iterable[Subject]] = import_module(f"bench.coverage.{library}_models").subjects
-    except ImportError as error:
-        raise UsageError(f"--library {library}: {error}; install it, or name others") from None
-    return list(make())
 
 
 def table(rows: list[Row]) -> str:
@@ -152,21 +132,3 @@ def _chosen(everything: list[Subject], only: str | None, quick: bool) -> list[Su
         of_library = {library: [s for s in everything if s.library == library] for library in LIBRARIES}
         return [s for found in of_library.values() for s in found[:: max(1, len(found) // _QUICK)]]
     return everything
-
-
-def _checked(todo: list[Subject], sample: set[tuple[str, str]], jobs: int) -> Iterator[tuple[Subject, Row]]:
-    tasks = [(i, s.library, s.name, (s.library, s.name) in sample) for i, s in enumerate(todo)]
-    with multiprocessing.get_context("spawn").Pool(jobs, _settle, maxtasksperchild=_TASKS_OF_A_PROCESS) as pool:
-        for i, row in pool.imap_unordered(_check, tasks):
-            yield todo[i], row
-
-
-def _settle() -> None:
-    """A worker of its own core, quiet."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-
-
-def _check(task: tuple[int, str, str, bool]) -> tuple[int, Row]:
-    number, library, name, compiled = task
-    return number, check(next(s for s in subjects(library) if s.name == name), compiled)

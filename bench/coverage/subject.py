@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
+
+from bench.tables.results import UsageError
 
 
 @dataclass(frozen=True)
@@ -26,3 +30,17 @@ class Subject:
     name: str
     build: Callable[[], nn.Module] = field(repr=False)
     inputs: Callable[[int], Tensor | Mapping[str, Any]] = field(repr=False)
+
+
+@cache
+def subjects(library: str) -> list[Subject]:
+    """The families of a library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        make: Callable[[], Iterable[Subject]] = import_module(f"bench.coverage.{library}_models").subjects
+    except ImportError as error:
+        raise UsageError(f"--library {library}: {error}; install it, or name others") from None
+    return list(make())

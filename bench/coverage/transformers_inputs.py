@@ -107,6 +107,18 @@ BY_FAMILY: dict[str, Inputs] = {
     "layoutlmv3": _boxes,
     "lilt": _boxes,
     "clvp_encoder": text,
+    # their maps end in 7 x 7
+    **dict.fromkeys(
+        (
+            "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "align_vision_model", "mobilenet_v1",
+            "mobilenet_v2", "pp_lcnet", "pp_lcnet_v3",
+        ),
+        lambda batch: {"pixel_values": noise(batch, 3, 224, 224)},
+    ),
+    # a cache has no place in a graph
+    "mamba": lambda batch: {**text(batch), "use_cache": False},
+    "mamba2": lambda batch: {**text(batch), "use_cache": False},
+    "voxtral_realtime_encoder": lambda batch: {**mel(batch), "use_cache": False},
     "levit": lambda batch: {"pixel_values": noise(batch, 3, 128, 128)},
 }  # fmt: skip
 

@@ -218,7 +218,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_latents": 20, "d_latents": 48, "num_self_attends_per_block": 4, "num_self_attention_heads": 4,
         "num_cross_attention_heads": 4,
     },
-    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 1.0, "hidden_dim": 640},
     "bit": {"embedding_size": 64, "hidden_sizes": [128, 128, 256, 256], "depths": [1, 1, 1, 1]},
     "vitpose_backbone": {"image_size": [64, 64], "patch_size": [8, 8]},
     "lilt": {"max_2d_position_embeddings": 128, "channel_shrink_ratio": 4},
@@ -234,7 +234,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dinov3_convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [2, 2, 2, 2]},
     "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
     "poolformer": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
-    "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 0.5},
+    "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 1.0},
     "esm": {"vocab_size": 120, "mask_token_id": 3, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "funnel": {"block_sizes": [2, 2], "num_decoder_layers": 1, "d_head": 12, "n_head": 4, "d_inner": 96},
     "reformer": {

@@ -81,31 +81,18 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
     return aligned
 
 
-@rules_for("pointwise")
-@rules_for(
-    aten.dropout,
-    aten.native_dropout,
-    aten.feature_dropout,
-    aten.to,
-    aten._to_copy,
-    aten.type_as,
-    aten.clone,
-    aten.contiguous,
-    aten.detach,
-    aten.alias,
-    aten.lift_fresh_copy,
-    aten.rand_like,
-    aten.randn_like,
-    aten.zeros_like,
-    aten.ones_like,
-    aten.empty_like,
-    aten.full_like,
-    aten.bernoulli,
-    aten.where,
-    aten.masked_fill,
-    aten.nan_to_num,
-    aten.hardswish,
-)
+# act on each entry by itself, and torch does not tag them so
+ELEMENTWISE: tuple[Any, ...] = (
+    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.to, aten._to_copy, aten.type_as, aten.clone,
+    aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.rand_like, aten.randn_like, aten.zeros_like,
+    aten.ones_like, aten.empty_like, aten.full_like, aten.bernoulli, aten.where, aten.masked_fill, aten.nan_to_num,
+    aten.hardswish, aten.subtract, aten.rsub, aten.multiply, aten.divide, aten.true_divide,
+    aten.floor_divide, aten.negative, aten.absolute, aten.square, aten.greater, aten.greater_equal, aten.less,
+    aten.less_equal, aten.not_equal, aten.isclose, aten.special_erf, aten.special_expit,
+)  # fmt: skip
+
+
+@rules_for("pointwise", *ELEMENTWISE)
 def pointwise(node: Node, ctx: Context) -> Transfer:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
     val = node.meta["val"]

@@ -126,7 +126,8 @@ def getitem(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(node: Node, ctx: Context) -> Transfer:
     """Joins along tokens (a class token, the patches) or along channels."""
-    inputs: Any = node.args[0]
+    given: Any = node.args[0]
+    inputs = [n for n in given if shape_of(n) != (0,)]  # torch joins an empty vector (a cache, at first) to anything
     d = wrap(argument(node, 1, "dim", 0), len(shape_of(node)))
     shapes = [ctx.sides(n) for n in inputs]
     pairs = broadcast(_Without(ctx, d), tensors(inputs), tuple(s for i, s in enumerate(shape_of(node)) if i != d))

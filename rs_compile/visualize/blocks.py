@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 from passes.branches import Block
 from passes.importance import Scoring
 from passes.patch_grid import PatchGrid, find_grid
-from passes.pipeline import SELECTIONS, protected_tokens
+from passes.pipeline import SELECTIONS
 from passes.protected import Protected
+from passes.prunable import protected_tokens
 from passes.score_outputs import KeptOutputs, ScoreOutputs
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule

@@ -158,6 +158,7 @@ def test_skip() -> None:
     assert "return x * 2" in Skip.at(node, "why").where
     assert op_name(node) == "aten.mul.Tensor"
     assert op_name(next(iter(node.graph.nodes))).startswith("placeholder ")
+    assert op_name(node.graph.call_function(graph_of, ())) == "graph_of"  # its text would hold an address
 
 
 def test_a_pass_is_named_for_its_class() -> None:

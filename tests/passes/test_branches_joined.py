@@ -96,3 +96,37 @@ def test_a_shared_first_layer_joins_nothing() -> None:
     branches = find_branches(graph_of(nn.Sequential(OneInput())))
     assert [b.kind for b in branches] == ["attention", "mlp"]
     assert len(find_blocks(graph_of(nn.Sequential(OneInput())))) == 1
+
+
+class HalfSteps(nn.Module):
+    """A sum that weighs its stream and its branch by numbers, as Conformers do: 1.5 x + 0.5 f(x)."""
+
+    def __init__(self, stream: float, branch: float) -> None:
+        super().__init__()
+        self.stream, self.branch = stream, branch
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return self.stream * x + self.branch * self.down(F.silu(self.up(x)))
+
+
+@pytest.mark.parametrize("weights", [(1.5, 0.5), (1.0, 0.5), (2, 1)])
+def test_numbers_may_weigh_stream_and_branch(weights: tuple[float, float]) -> None:
+    gm = graph_of(HalfSteps(*weights))
+    (branch,) = find_branches(gm)
+    assert branch.kind == "mlp" and branch.stream.target is torch.ops.aten.relu.default
+
+
+def test_a_scaled_value_that_goes_on_as_it_is_is_the_stream() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = HalfSteps(1.0, 1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1.5
+            return y + self.block.down(F.silu(self.block.up(y)))
+
+    (branch,) = find_branches(graph_of(Scaled()))
+    assert branch.stream.target is torch.ops.aten.mul.Tensor

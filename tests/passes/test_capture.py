@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import graph_of, leaves, sample
+from graphs import Applies, graph_of, leaves, sample
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -197,3 +197,35 @@ def test_two_inputs_of_one_batch() -> None:
     (leaf,) = leaves(gm)
     assert isinstance(leaf.meta["val"].shape[0], torch.SymInt)
     assert gm(sample(batch=5), sample(batch=5, seed=3))[0].shape == (5, 6, 8)
+
+
+class Cache:
+    """A class that torch.export does not know."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+def test_an_output_of_an_unknown_class_is_named() -> None:
+    with pytest.raises(CaptureError) as error:
+        capture(Applies(lambda x: (x, Cache(x))), (sample(),), {})
+    text = str(error.value)
+    assert f"it returns a {Cache.__module__}.Cache, which torch.export does not know" in text
+    assert "way out: call it so that it does not return that" in text and "register_pytree_node" in text
+
+
+class CastsItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router.to(torch.float32)(x)
+
+
+def test_a_layer_that_is_cast_on_the_way_is_named() -> None:
+    with pytest.raises(CaptureError) as error:
+        capture(CastsItself(), (sample(),), {})
+    first, where, way_out = str(error.value).splitlines()
+    assert first.endswith("it moves or casts a layer's own weights while it runs, which torch.export cannot record")
+    assert "test_capture.py" in where and way_out.startswith("  way out: cast the model before")

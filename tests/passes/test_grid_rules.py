@@ -45,6 +45,9 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "half the channels": lambda x: x[:, :2],
     "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
     "a side input": lambda x: x + SIDE,
+    "hard swish": F.hardswish,
+    "learned slopes": lambda x: F.prelu(x, torch.ones(4)),
+    "spelt otherwise": lambda x: torch.subtract(torch.multiply(x, CHANNELS), 1).negative(),
 }
 
 
@@ -104,6 +107,7 @@ def test_pooling_ends_the_axes(f: Callable[[Tensor], Tensor]) -> None:
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "flatten": (lambda x: x.flatten(1), r"reshapes the map of 10 x 7 to \['batch', 280\], a fixed grid"),
     "view": (lambda x: x.view(x.shape[0], 4, 70), "a fixed grid that the layers behind it need"),
+    "flatten channels last": (lambda x: x.permute(0, 2, 3, 1).flatten(1, 2), "reshapes the map of 10 x 7 to"),
     "pooled grid": (lambda x: F.adaptive_avg_pool2d(x, (5, 1)), "pools the map to a fixed grid of 5 x 1"),
     "sum": (lambda x: x.sum((2, 3)), "depends on how many there are"),
     "norm": (lambda x: x.norm(p=2, dim=(2, 3)), "depends on how many there are"),

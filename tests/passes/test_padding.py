@@ -12,9 +12,10 @@ from test_branches import MLP
 from torch import Tensor, nn
 
 from passes.base import Refusal
-from passes.branches import find_blocks
+from passes.branches import blocks_of, find_blocks, find_branches
 from passes.padding import hidden_by_mask, hidden_by_weights, masking
 from passes.pipeline import Merge, Prune, prepare, prune
+from passes.prunable import Answer, prunable
 from passes.select import keep_highest
 from passes.splice import ORIGIN
 
@@ -140,3 +141,38 @@ def test_attention_that_reads_no_mask_hides_nobody() -> None:
     gm = prepare(Encoder(turned, depth=1).eval(), (sample(), WORDS), {}, lower=True).gm
     block = find_blocks(gm)[0]
     assert block.attention is not None and masking(gm, block, 0, 0) is None
+
+
+class Convolves(nn.Module):
+    """Its keys come from a convolution over the tokens, which no shorter sequence can go through."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked, self.conv, self.mlp = masked, nn.Conv1d(8, 8, 3, padding=1), MLP()
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        keys = self.conv(x.mT).mT
+        mask = words[:, None].expand(-1, N, -1) if self.masked else None
+        x = x + F.scaled_dot_product_attention(x, keys, x, mask)
+        return x + self.mlp(x)
+
+
+def test_keys_that_cannot_be_followed_may_hide_padding():
+    """The matcher's answer and the rewrite's are one."""
+    gm = prepare(Convolves(True).eval(), (sample(), WORDS), {}, lower=True).gm
+    branches = find_branches(gm)
+    (block,) = blocks_of(branches)
+    words = "a convolution over the sequence of tokens, so which tokens the attention behind it hides as padding cannot"
+    answer = prunable(gm, block, branches)
+    assert not answer.able and answer.reason.startswith("aten.conv1d.default (conv1d): " + words)
+    assert "test_padding.py" in answer.reason
+    with pytest.raises(Refusal, match=words) as refusal:
+        prune(gm, [Prune(0, lambda n: 4)])
+    assert refusal.value.way_out.startswith("call the model without its mask")
+
+
+def test_without_a_mask_what_the_attention_does_with_keys_is_its_own():
+    gm = prepare(Convolves(False).eval(), (sample(), WORDS), {}, lower=True).gm
+    branches = find_branches(gm)
+    assert prunable(gm, blocks_of(branches)[0], branches) == Answer(True)
+    assert prune(gm, [Prune(0, lambda n: 4)]).blocks[0].tokens_out == 4

@@ -20,7 +20,8 @@ from torch.fx import GraphModule
 
 from passes.base import Refusal
 from passes.branches import find_blocks, find_branches
-from passes.pipeline import Answer, Prune, prunable, prune
+from passes.pipeline import Prune, prune
+from passes.prunable import Answer, prunable
 from passes.restore import RestoreTokens, TokenOutput
 from passes.splice import ORIGIN
 

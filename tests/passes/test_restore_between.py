@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from passes.base import Refusal
 from passes.branches import find_blocks, find_branches
 from passes.importance import Scoring
-from passes.pipeline import Answer, Compiled, Merge, Prune, prunable, prune
+from passes.pipeline import Compiled, Merge, Prune, prune
+from passes.prunable import Answer, prunable
 from passes.restore import TokenOutput
 from passes.sizes import KEY_SIZES
 from passes.token_axis import WAY_OUT

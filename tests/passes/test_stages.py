@@ -144,3 +144,18 @@ def test_no_block(f: Callable[[Tensor], Tensor]) -> None:
 
 def test_one_convolution_is_a_branch() -> None:
     assert len(find_stages(graph_of(two(lambda x, a, b: x + a), image()))) == 1
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_convolutions_that_name_their_padding_are_convolutions(padding: str) -> None:
+    """torch has an op of its own for them."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Conv2d(4, 4, 3 if padding == "same" else 1, padding=padding) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(self.a(x.sin()).relu())
+
+    assert shapes(Named()) == [(1, (4, 16, 12))]

@@ -1,0 +1,170 @@
+"""Whether the captured graph is the model: both run once, on the caller's own batch.
+
+torch.export records what the model's code does while it is traced. Code that asks whether it is traced, or does what
+tracing does not see, may do something else when it runs, and no property of the graph would tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from passes.aliasing import Memory, writes
+from passes.base import Refusal
+from passes.branches import module_path
+from rs_compile.signature import autocast_state
+
+_WAY_OUT = (
+    "let that code do the same while it is traced (what it asks of torch.compiler.is_exporting, torch.jit.is_tracing "
+    "or a global flag is the usual cause); optimize(..., verify=False) takes the graph as it is"
+)
+
+
+def check_faithful(
+    model: nn.Module, gm: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
+) -> str:
+    """Runs the model and its captured graph and holds their outputs against each other.
+
+    Both draw the same random numbers; the generators' state is put back.
+
+    Args:
+        model, args, kwargs: what was captured.
+        gm: the graph as torch.export gave it.
+        leaves: the flat inputs.
+
+    Returns:
+        Why they were not run, "" where they were and agree.
+
+    Raises:
+        Refusal: they do not agree.
+    """
+    if why := _hindrance(model, gm, leaves):
+        return why
+    with _alike(leaves):
+        wanted = pytree.tree_leaves(model(*args, **kwargs))
+    with _alike(leaves):
+        got = gm(*leaves)
+    tolerance = _tolerance([*model.parameters(), *leaves, *wanted])
+    wrong = _wrong(got, wanted, tolerance)
+    if wrong:
+        agrees, differs = _where(model, gm, args, kwargs, leaves, tolerance)
+        since = f"; up to {agrees.name} they agree" if agrees is not None else ""
+        raise Refusal(f"torch.export captured something else than the model does: {wrong}{since}", differs, _WAY_OUT)
+    return ""
+
+
+def _hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
+    """Why the model must not, or cannot, be run once more; "" where it can."""
+    if any(module.training for module in model.modules()):
+        return "in train mode a run moves batch statistics; compared in eval mode only"
+    if any(isinstance(leaf, FakeTensor) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves):
+        return "the inputs hold no values"
+    written = [n for node in gm.graph.nodes for n in writes(node)]
+    memory = Memory(gm.graph) if written else None
+    outside = next((n for n in written if memory is not None and memory.external(n)), None)
+    return f"the model writes into {outside.name}, and every run would do so again" if outside is not None else ""
+
+
+@contextlib.contextmanager
+def _alike(leaves: Sequence[Any]) -> Iterator[None]:
+    """No gradients, the same random numbers each time, and none of the kernels that torch takes in eager mode only."""
+    gpus = list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda})
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # rounds otherwise, and gives zeros for padding
+    try:
+        with torch.random.fork_rng(gpus), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _tolerance(values: Sequence[Any]) -> float:
+    """Half the digits of the shortest dtype at work: the ops are the same, their kernels need not be."""
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.element_size() > 1}
+    dtypes |= {torch.float32, *dict(autocast_state()).values()}
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
+
+
+def _wrong(got: Sequence[Any], wanted: Sequence[Any], tolerance: float) -> str:
+    """What is wrong with the outputs, "" where they agree."""
+    if len(got) != len(wanted):
+        return f"{len(got)} outputs instead of {len(wanted)}"
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {i} is {list(a.shape)} {a.dtype} instead of {list(b.shape)} {b.dtype}"
+        gap = _gap(a, b)
+        if not gap <= tolerance:
+            return f"output {i} {list(b.shape)} differs by {gap:.1e} of its largest value"
+    return ""
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference relative to the largest value; of integers the share that differs."""
+    if not b.numel() or torch.equal(a, b):
+        return 0.0
+    if not (b.is_floating_point() or b.is_complex()):
+        return (a != b).double().mean().item()
+    same = (a == b) | (a.isnan() & b.isnan())
+    finite = b[b.isfinite()]
+    scale = finite.abs().max().double().item() if finite.numel() else 0.0
+    apart = (a - b).abs().double().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    return apart.max().item() / (scale or 1.0)
+
+
+def _where(
+    model: nn.Module,
+    gm: GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[Any],
+    tolerance: float,
+) -> tuple[Node | None, Node | None]:
+    """The last value in which the two agree, and the first in which they do not, by what modules give back."""
+    given: dict[str, list[Any]] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, path=path: given.setdefault(path, []).append(out))
+        for path, module in model.named_modules()
+    ]
+    try:
+        with _alike(leaves):
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ends: dict[str, Node] = {}  # by module, the last op in it
+    for node in gm.graph.nodes:
+        names = module_path(node).split(".") if node.op == "call_function" else []
+        ends |= {".".join(names[: i + 1]): node for i in range(len(names))}
+    at = {node: path for path, node in reversed(ends.items()) if len(given.get(path, ())) == 1}
+    agrees: Node | None = None
+    with _alike(leaves):
+        for node, value in _Values(gm).of(leaves):
+            outs = pytree.tree_leaves(given[at[node]]) if node in at else []
+            wanted = next((out for out in outs if isinstance(out, Tensor)), None)
+            if wanted is None or not isinstance(value, Tensor) or value.shape != wanted.shape:
+                continue
+            if _wrong([value], [wanted], tolerance):
+                return agrees, node
+            agrees = node
+    return agrees, None
+
+
+class _Values(Interpreter):
+    """Each op of a graph with its value, in order."""
+
+    def of(self, leaves: Sequence[Any]) -> Iterator[tuple[Node, Any]]:
+        self.args_iter = iter(leaves)
+        for node in self.graph.nodes:
+            self.env[node] = self.run_node(node)
+            yield node, self.env[node]
+            for gone in self.user_to_last_uses.get(node, []):
+                del self.env[gone]
