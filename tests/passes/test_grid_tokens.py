@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from passes.base import Refusal
 from passes.branches import find_blocks, find_branches
-from passes.pipeline import Behind, Merge, Prune, prunable, prune
+from passes.pipeline import Behind, Merge, Prune, prune
+from passes.prunable import prunable
 from rs_compile import explain
 
 ROWS, COLUMNS = 2, 3
