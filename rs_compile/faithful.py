@@ -1,4 +1,4 @@
-"""Whether the captured graph is the model: both run once, on the caller's own batch.
+"""Whether the captured graph is the model: both run once, on the first samples of the caller's own batch.
 
 torch.export records what the model's code does while it is traced. Code that asks whether it is traced, or does what
 tracing does not see, may do something else when it runs, and no property of the graph would tell.
@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 from passes.aliasing import Memory, writes
 from passes.base import Refusal
 from passes.branches import module_path
+from passes.capture import FIXED_BATCH, batched
 from rs_compile.signature import autocast_state
 
+_SAMPLES = 2
 _WAY_OUT = (
     "let that code do the same while it is traced (what it asks of torch.compiler.is_exporting, torch.jit.is_tracing "
     "or a global flag is the usual cause); optimize(..., verify=False) takes the graph as it is"
@@ -47,6 +49,9 @@ def check_faithful(
     """
     if why := _hindrance(model, gm, leaves):
         return why
+    spec = pytree.tree_structure((tuple(args), dict(kwargs)))
+    leaves = _first(leaves, gm)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
     with _alike(leaves):
         wanted = pytree.tree_leaves(model(*args, **kwargs))
     with _alike(leaves):
@@ -58,6 +63,13 @@ def check_faithful(
         since = f"; up to {agrees.name} they agree" if agrees is not None else ""
         raise Refusal(f"torch.export captured something else than the model does: {wrong}{since}", differs, _WAY_OUT)
     return ""
+
+
+def _first(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
+    """Two samples of the batch, where the graph is right for any number: what is the same for two is for all."""
+    if gm.meta.get(FIXED_BATCH):
+        return list(leaves)
+    return [leaf[:_SAMPLES] if over else leaf for leaf, over in zip(leaves, batched(leaves), strict=True)]
 
 
 def _hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:

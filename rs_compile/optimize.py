@@ -244,9 +244,10 @@ def optimize(
         guard: "measure" compiles the dense graph as well, times both on the first batch of each size and keeps the
             faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Each size
             is then compiled by itself, twice. Nothing is timed in train mode or where the model writes into a buffer.
-        verify: the first call with a new input signature runs the model and its captured graph, uncompiled and without
-            gradients, and refuses where they do not agree: code may do something else while torch.export traces it.
-            Not in train mode, nor where the model writes into a buffer or an input; `report()` says so.
+        verify: the first call with a new input signature runs the model and its captured graph on two samples,
+            uncompiled and without gradients, and refuses where they do not agree: code may do something else while
+            torch.export traces it. Not in train mode, nor where the model writes into a buffer or an input;
+            `report()` says so.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.

@@ -124,3 +124,19 @@ def test_only_the_first_call_compares() -> None:
     handle(tokens())
     assert len(runs) == first
     hook.remove()
+
+
+def test_two_samples_are_compared_whatever_the_batch() -> None:
+    model, handle = optimized(Block)
+    seen: list[int] = []
+    large = tokens().repeat(5, 1, 1)
+
+    def note(_: nn.Module, args: Any) -> None:
+        if isinstance(args[0].shape[0], int):  # not the capture's
+            seen.append(args[0].shape[0])
+
+    hook = model[0].register_forward_pre_hook(note)
+    short = handle(large)
+    hook.remove()
+    assert torch.equal(short, model(large))
+    assert seen == [2]
