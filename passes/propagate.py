@@ -7,6 +7,7 @@ can be on a literal number of samples (`passes.literal_batch`). Values that are 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,7 +32,7 @@ class _Result:
     """What an op gave on tensors like these; its value is made when it is first asked for."""
 
     described: Described
-    value: FakeTensor | None = None
+    value: Callable[[], FakeTensor | None] = lambda: None  # weakly: torch's own caches keep the mode alive
 
 
 def evaluate(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
@@ -48,12 +49,14 @@ def evaluate(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:
     def value(one: Any) -> Any:
         if not isinstance(one, _Result):
             return one
-        if one.value is None:
-            one.value = one.described.fresh(mode)
-        return one.value
+        found = one.value()
+        if found is None:
+            found = one.described.fresh(mode)
+            one.value = weakref.ref(found)
+        return found
 
-    found = _recalled(mode, target, args, kwargs)
-    return [value(one) for one in found] if isinstance(found, list) else value(found)
+    result = _recalled(mode, target, args, kwargs)
+    return [value(one) for one in result] if isinstance(result, list) else value(result)
 
 
 def describe(mode: FakeTensorMode, target: Op, args: Any, kwargs: Any) -> Any:

@@ -10,25 +10,33 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-# every residual sum is stored where it is first read: kept tokens are then gathered once, by the norm that reads
+# a sum of two tensors stays open, a sum of three is stored: kept tokens are then gathered once, by the norm that reads
 # them first, the residual stream moves through memory less, and there are a third fewer kinds of kernels to compile
-_OPTIONS = {"realize_reads_threshold": 1}
+_STORE_SUMS = {"realize_reads_threshold": 2}
 
 
-def inductor_options(mode: str | None) -> dict[str, Any]:
-    """Inductor's options for a rewritten graph, those of `torch.compile`'s mode among them.
+def inductor_options(gm: GraphModule, mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a graph, those of `torch.compile`'s mode among them.
 
     Args:
+        gm: with fake values in meta["val"], which say device and dtypes.
         mode: see `torch.compile`, which takes either a mode or options.
+
+    Returns:
+        Empty where the mode says it all.
     """
-    return {**torch._inductor.list_mode_options(mode or "default"), **_OPTIONS}
+    values = [val for n in gm.graph.nodes if isinstance(val := n.meta.get("val"), torch.Tensor)]
+    half = any(val.dtype in (torch.bfloat16, torch.float16) for val in values)
+    if half and all(val.device.type == "cpu" for val in values):
+        return {}  # the C++ code would store the sum as the norm reads it, in float32
+    return {**torch._inductor.list_mode_options(mode or "default"), **_STORE_SUMS}
 
 
 def compile_graph(gm: GraphModule, backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
     """`torch.compile` of a rewritten graph; see `optimize` for backend and mode."""
     gm = flattened(gm)
-    if backend == "inductor":
-        return torch.compile(gm, backend=backend, options=inductor_options(mode))
+    if backend == "inductor" and (options := inductor_options(gm, mode)):
+        return torch.compile(gm, backend=backend, options=options)
     return torch.compile(gm, backend=backend, mode=mode)
 
 

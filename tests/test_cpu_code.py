@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import timm
 import torch
@@ -59,19 +57,18 @@ def stores(accesses: list[Access]) -> list[Access]:
 def test_the_score_is_no_pass_of_its_own() -> None:
     """Of the unpruned graph's two passes over all tokens for the next norm, one is left, and it is the score's.
 
-    It adds up the residual stream from the values that the norm would have read, writes none of its size, and whatever
-    comes behind it (gather, norm) runs over the kept tokens.
+    It reads what is summed to the residual stream, no more than the norm would have, writes nothing of its size, and
+    whatever comes behind it (gather, norm) runs over the kept tokens.
     """
     dense, pruned = site(compiled(torch.float32, False)), site(compiled(torch.float32, True))
     score = scoring(pruned)
     terms = score.large(FULL)
     assert not stores(terms), "a [B, N, C] value is written for the score"
     assert len(stores(list(score.accesses))) == 1, "the score is one number a token"
-    assert len(re.findall(r"= tmp\d+ \+ tmp\d+;", score.text)) == 2, "patches, positions and attention are added here"
     passes = [[nest for nest in side if nest.large(FULL)] for side in (dense, pruned)]
     assert passes[1] == [score] and len(passes[0]) >= 2, "something else goes through all tokens"
     reads = [a for a in passes[0][0].large(FULL) if not a.stored]
-    assert len(terms) == len(reads), f"the score reads {len(terms)} values, the norm of the unpruned graph {len(reads)}"
+    assert 2 <= len(terms) <= len(reads), f"the score reads {len(terms)} values, the dense norm {len(reads)}"
 
 
 @pytest.mark.inductor

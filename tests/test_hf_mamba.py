@@ -24,11 +24,13 @@ def test_mamba() -> None:
     model = MambaModel(MambaConfig(**SHAPE, time_step_rank=2, use_cache=False))
     text = refusal(model)
     assert text.startswith("aten.conv1d.default (conv1d): the model has no residual MLP branch")
-    assert "nearest to one comes this mixer branch (a convolution over the sequence of tokens" in text
+    assert (
+        "nearest to one comes this mixer branch (aten.conv1d.default: a convolution over the sequence of tokens" in text
+    )
     assert re.search(r"modeling_mamba\.py\", line \d+, in forward: .*conv1d", text)
     assert "an op of your own gets a rule by rs_compile.register_token_rule" in text
     (note,) = explain(model, torch.randint(0, 20, (2, 6))).notes
-    assert "mixer (a convolution over the sequence of tokens" in note
+    assert "a convolution over the sequence of tokens" in note
 
 
 def test_mamba2() -> None:

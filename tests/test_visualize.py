@@ -251,7 +251,7 @@ def test_refusals() -> None:
         rs_compile.score_maps(model, images, [0], metric="l3")  # type: ignore[arg-type]
     with pytest.raises(rs_compile.Refusal, match="the model has no stage of residual convolutions"):
         rs_compile.score_maps(model, images, schedule=rs_compile.Schedule(grid={0: rs_compile.GridPrune(1, 1)}))
-    with pytest.raises(rs_compile.Refusal, match="no residual MLP branch"):
+    with pytest.raises(rs_compile.Refusal, match="the model has no residual branch"):
         rs_compile.score_maps(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(2, 3, 2, 2))
 
 

@@ -89,7 +89,7 @@ def generate(gm: GraphModule, batch: int, capability: Capability = HOPPER, **opt
         return run
 
     settings = {
-        **inductor_options("reduce-overhead"),
+        **inductor_options(gm, "reduce-overhead"),
         "force_disable_caches": True,
         "compile_threads": 1,  # others would compile kernels that nothing runs
         "shape_padding": False,  # it times matrix products

@@ -15,12 +15,12 @@ from rs_compile import Schedule
 from rs_compile.inductor import compile_graph, inductor_options
 
 SMALL = Config(depth=1, width=16)
-READS = {"realize_reads_threshold": 1}
+READS = {"realize_reads_threshold": 2}
 
 
-def on_cpu() -> GraphModule:
+def on_cpu(dtype: torch.dtype) -> GraphModule:
     model = GeneratedViT(SMALL)
-    return prepare(model, (model.images(2),), {}, lower=True).gm
+    return prepare(model.to(dtype), (model.images(2).to(dtype),), {}, lower=True).gm
 
 
 @pytest.mark.parametrize(
@@ -33,14 +33,23 @@ def on_cpu() -> GraphModule:
     ],
 )
 def test_the_modes_options_and_ours(mode: str | None, options: dict[str, Any]) -> None:
-    assert inductor_options(mode) == options
+    assert inductor_options(on_cuda(GeneratedViT(SMALL), (3, 6, 8), torch.float16, Schedule()), mode) == options
+    assert inductor_options(on_cpu(torch.float32), mode) == options
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_half_precision_on_cpu_is_told_the_mode_alone(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda gm, **told: given.append(told) or gm)
+    compile_graph(on_cpu(torch.bfloat16), "inductor", mode)
+    assert given == [{"backend": "inductor", "mode": mode}]
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_another_backend_is_told_the_mode_alone(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda gm, **told: given.append(told) or gm)
-    compile_graph(on_cpu(), "aot_eager", mode)
+    compile_graph(on_cpu(torch.float32), "aot_eager", mode)
     assert given == [{"backend": "aot_eager", "mode": mode}]
 
 
