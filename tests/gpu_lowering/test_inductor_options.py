@@ -1,4 +1,4 @@
-"""What `torch.compile` is told: Inductor's options, with those of the mode; another backend the mode alone."""
+"""What `torch.compile` is told: Inductor's options with the mode's; half precision on CPU and other backends the mode alone."""
 
 from __future__ import annotations
 
@@ -38,19 +38,14 @@ def test_the_modes_options_and_ours(mode: str | None, options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_half_precision_on_cpu_is_told_the_mode_alone(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.bfloat16, "inductor"), (torch.float32, "aot_eager")])
+def test_half_precision_on_cpu_and_other_backends_are_told_the_mode_alone(
+    dtype: torch.dtype, backend: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda gm, **told: given.append(told) or gm)
-    compile_graph(on_cpu(torch.bfloat16), "inductor", mode)
-    assert given == [{"backend": "inductor", "mode": mode}]
-
-
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_another_backend_is_told_the_mode_alone(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda gm, **told: given.append(told) or gm)
-    compile_graph(on_cpu(torch.float32), "aot_eager", mode)
-    assert given == [{"backend": "aot_eager", "mode": mode}]
+    compile_graph(on_cpu(dtype), backend, mode)
+    assert given == [{"backend": backend, "mode": mode}]
 
 
 def test_torch_compile_takes_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
