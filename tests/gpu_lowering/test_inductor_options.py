@@ -1,4 +1,4 @@
-"""What `torch.compile` is told: Inductor's options with the mode's; half precision on CPU and other backends the mode alone."""
+"""What `torch.compile` is told: Inductor's options with the mode's, or the mode alone."""
 
 from __future__ import annotations
 
