@@ -140,3 +140,19 @@ def test_two_samples_are_compared_whatever_the_batch() -> None:
     hook.remove()
     assert torch.equal(short, model(large))
     assert seen == [2]
+
+
+class Pairs(Block):
+    """Four frames a clip, folded into the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        clips = x.view(x.shape[0] // 4, 4, *x.shape[1:])
+        return super().forward(x + clips.sum((1, 2, 3), keepdim=True)[:, 0].repeat_interleave(4, 0))
+
+
+def test_where_two_samples_do_not_run_all_are_compared() -> None:
+    model, handle = optimized(Pairs)
+    whole = torch.randn(8, 8, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        model(whole[:2])
+    assert torch.equal(handle(whole), model(whole))
