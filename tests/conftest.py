@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # the models are tiny; `pytest -n` uses the other core
 # an example exports a model: no deadline, and no database left in the working tree
 _COMMON: dict[str, Any] = {
     "deadline": None,
-    "max_examples": 15,
+    "max_examples": 10,
     "database": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
 }

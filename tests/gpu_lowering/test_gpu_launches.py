@@ -115,7 +115,7 @@ def test_inductors_own_threshold_would_gather_again() -> None:
     assert sum("gather" in launch for launch in plain.launches) > len(SITES)
 
 
-@pytest.mark.parametrize("tokens", [197, 577])
+@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_merging_with_size_bias_stays_on_flash(tokens: int) -> None:
     """A merge makes eight launches more, for any N; an attention behind one two, for its padded heads and back."""
     generated = generate(transformer(tokens, merged()), batch=64)
