@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
-from passes.gather import stretch_index, take
+from passes.gather import original_positions, stretch_index, take
 from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, tokens_in
 from passes.propagate import evaluate
 from passes.rules import Extent, Kept, Position, Transfer
@@ -23,6 +23,7 @@ from passes.token_axis import WAY_OUT, follow
 
 aten = torch.ops.aten
 Gap = Literal["compact", "decay"]
+TAKEN = "taken"  # node meta: the Taken of a value that was gathered by kept positions
 MEANS = {aten.mean.dim, aten.adaptive_avg_pool1d.default}
 
 
@@ -73,6 +74,23 @@ class RetargetTokens(Pass):
         return PassResult(gm, rewrites=len(axis.transfers))
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How a value with an entry per token was gathered.
+
+    Args:
+        source: what it was gathered from.
+        target: layout that the source broadcasts to.
+        gathered: dimensions of it.
+        indices: kept positions [B, K] by the pieces of each token factor.
+    """
+
+    source: Node
+    target: Layout
+    gathered: tuple[int, ...]
+    indices: dict[tuple[Any, ...], Node]
+
+
 class _Emitter:
     """Emits compact twins in topological order."""
 
@@ -83,6 +101,7 @@ class _Emitter:
         self.indices: dict[Any, Node] = {site.tokens.pieces: site.index}
         self.sizes: dict[Any, Node] = {site.tokens.pieces: site.sizes} if site.sizes is not None else {}
         self.taken: dict[Any, Node] = {}
+        self.chained: dict[tuple[Node, tuple[Any, ...]], Node] = {}
         self.replaced: dict[Node, Node] = {}  # values that run over tokens no more
         self.samples: Node | None = None
 
@@ -232,14 +251,37 @@ class _Emitter:
         )
         key = (node, target, gathered)
         if key not in self.taken:
-            needed = list({t.pieces: t for d in gathered if (t := tokens_in(target[d]))}.values())
-            indices = [self._index(t) for t in needed]
+            taken = self._taken(node, target, gathered)
 
             def gather(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-                return take(x, target, gathered, {t.pieces: i for t, i in zip(needed, given, strict=True)})
+                return take(x, taken.target, gathered, dict(zip(taken.indices, given, strict=True)))
 
-            self.taken[key] = splice(self.graph, "gather", gather, node, *indices)
+            self.taken[key] = splice(self.graph, "gather", gather, taken.source, *taken.indices.values())
+            self.taken[key].meta[TAKEN] = taken
         return self.taken[key]
+
+    def _taken(self, node: Node, target: Layout, gathered: tuple[int, ...]) -> Taken:
+        """What to gather: where an earlier site gathered the same dimensions, its source, so that it is done once."""
+        now = {d: t for d in gathered if (t := tokens_in(target[d]))}
+        earlier: Taken | None = node.meta.get(TAKEN)
+        if (
+            earlier is None
+            or not gathered
+            or earlier.gathered != gathered
+            or any(isinstance(t, Part) for t in now.values())
+        ):
+            return Taken(node, target, gathered, {t.pieces: self._index(t) for t in now.values()})
+        then = {d: tokens_in(earlier.target[d]) for d in gathered}
+        indices = {t.pieces: self._both(earlier.indices[t.pieces], now[d]) for d, t in then.items() if t}
+        return Taken(earlier.source, earlier.target, gathered, indices)
+
+    def _both(self, first: Node, tokens: Tokens) -> Node:
+        """Where the kept positions of a sequence are in the one it was taken out of by `first`."""
+        if (first, tokens.pieces) not in self.chained:
+            then = self._index(tokens)
+            with self.graph.inserting_before(then.next):
+                self.chained[first, tokens.pieces] = splice(self.graph, "select", original_positions, first, then)
+        return self.chained[first, tokens.pieces]
 
     def _index(self, tokens: Tokens) -> Node:
         """The kept positions along a sequence made of the site's prunable stretch."""

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from generated import Config, GeneratedViT
 from graphs import C, aten, graph_of, leave_at_input, leaves, on_short_input, sample, table
 from torch import Tensor
 from torch.fx import Node
 
+import rs_compile
 from passes.base import Refusal
 from passes.restore import RestoreTokens
 from passes.retarget import RetargetTokens
@@ -174,3 +176,19 @@ def test_a_gate_made_from_the_mean_is_gathered_like_a_table() -> None:
     for b in range(3):
         own = x[b][index[b]]
         torch.testing.assert_close(value[b], own * (own.mean(0) @ weight)[index[b], None])
+
+
+@torch.no_grad()
+def test_behind_two_sites_a_table_is_gathered_once() -> None:
+    """From the table itself, by positions in the first sequence: its rows, then its columns."""
+    model = GeneratedViT(Config(depth=3, position_bias=True))
+    fast = rs_compile.optimize(model, {0: 0.7, 1: 0.7}, backend="eager")
+    fast(model.images(2))
+    *_, last = fast.graph_module().graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
+    gathers, at = 0, last.args[3]
+    while at.op != "get_attr":
+        gathers += at.target is aten.gather.default
+        at = at.args[0]
+    assert "bias" in str(at.target) and gathers == 2
