@@ -99,7 +99,7 @@ def table(rows: list[Row]) -> str:
 
 def _line(row: Row) -> list[str]:
     ratio = f"{row['rewrite'] / row['export']:.1f}x" if row.get("rewrite") and row.get("export") else ""
-    why = re.sub(r'File "[^"]*/site-packages/', 'File "', row.get("detail", "").partition("way out:")[0])
+    why = re.sub(r'(?<=["\s])/[^"\s]*/site-packages/', "", row.get("detail", "").partition("way out:")[0])
     return [
         row["family"],
         row["name"],
