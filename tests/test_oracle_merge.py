@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis
+import merge_models
 import merge_oracle
 import oracle
 import pytest
@@ -58,7 +59,7 @@ def optimized(model: nn.Module, how: Merging, **options: Any) -> nn.Module:
 
 def check(name: str, how: Merging, batch: int = 2, seed: int = 0, tolerance: float = TOLERANCE, **options: Any) -> None:
     model, images = model_of(name), ZOO[name].images(batch, seed)
-    wanted = merge_oracle.run(merge_oracle.ZOO[name](model), images, how)
+    wanted = merge_oracle.run(merge_models.ZOO[name](model), images, how)
     assert wanted.margin > CLEAR, f"{name}: near tie {wanted.margin:.1e}, choose another seed"
     dense = model(images)
     for field, tensor in wanted.outputs.items():
@@ -128,7 +129,7 @@ def test_double_precision_leaves_no_room_for_small_errors() -> None:
     how = Merging({0: 9, 1: 9}, "tome")
     got = optimized(model, how)(images)
     oracle.assert_close(
-        got, merge_oracle.run(merge_oracle.timm_vit(model), images, how).outputs, 1e-6, "siglip, double"
+        got, merge_oracle.run(merge_models.timm_vit(model), images, how).outputs, 1e-6, "siglip, double"
     )
 
 
@@ -177,7 +178,7 @@ def mergings(draw: st.DrawFn, config: Config, prune: bool = True) -> Merging:
 
 
 def by_hand(model: GeneratedViT, images: Tensor, how: Merging) -> Result:
-    return merge_oracle.run(merge_oracle.generated(model), images, how)
+    return merge_oracle.run(merge_models.generated(model), images, how)
 
 
 def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
