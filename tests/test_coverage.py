@@ -14,7 +14,7 @@ from torch import nn
 
 import rs_compile
 from bench.coverage import check as checking
-from bench.coverage.check import BROKEN, FAULT, PRUNED, REFUSED, WRONG, Row, call, check
+from bench.coverage.check import BROKEN, FAULT, GRID, PRUNED, REFUSED, WRONG, Row, call, check
 from bench.coverage.command import table
 from bench.coverage.oracle import find_layers, prune_by_hand
 from bench.coverage.subject import Subject, subjects
@@ -139,6 +139,17 @@ def test_another_score_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checking.rs_compile, "Schedule", other)
     row = check(_tiny())
+    assert row["result"] == WRONG and "hand-made twin" in row["detail"]
+
+
+def test_another_choice_of_rows_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = next(s for s in subjects("timm") if s.name == "resnet10t")
+    found = check(subject)
+    assert found["result"] == GRID and found["error"] < 1e-9
+
+    real = rs_compile.Schedule
+    monkeypatch.setattr(checking.rs_compile, "Schedule", lambda grid: real(grid=grid, lowest=True))
+    row = check(subject)
     assert row["result"] == WRONG and "hand-made twin" in row["detail"]
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 import rs_compile
+from bench.coverage.grid_twin import cut_by_hand, same_shape
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
 from passes.base import CompileError
@@ -26,7 +27,8 @@ from passes.stages import Stage, find_stages
 BATCH = 3
 KEEP = 0.7
 TOLERANCE = 1e-4  # of the largest absolute value; models run in float64 where they can
-PRUNED, UNHOOKED, GRID, REFUSED = "prunes", "prunes, no hand-made twin", "rows and columns", "refused"
+PRUNED, UNHOOKED, REFUSED = "prunes", "prunes, no hand-made twin", "refused"
+GRID, GRID_ALONE = "rows and columns", "rows and columns, no hand-made twin"
 WRONG, FAULT, BROKEN = "WRONG", "FAULT", "does not run"
 Row = dict[str, Any]
 
@@ -75,7 +77,7 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -
         stages = [(stage, cuttable(stage)) for stage in find_stages(gm)]
         cut = next((stage for stage, (yes, _) in stages if yes and min(stage.grid) > 1), None)
         if cut is not None:
-            row |= _check_grid(model, given, dense, cut)
+            row |= _check_grid(model, given, cut)
             return
         reasons = [answer.reason for answer in answers] or [reason for _, (_, reason) in stages]
         row |= {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
@@ -167,13 +169,39 @@ def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
     return next((y for y in layers if f"{block.where}.".startswith(f"{y.path}.")), None)
 
 
-def _check_grid(model: nn.Module, given: Any, dense: Any, stage: Stage) -> Row:
+def _check_grid(model: nn.Module, given: Any, stage: Stage) -> Row:
     # powers of two, so that later stages halve what is left as they halve the whole
     gone = [2 ** max(0, (size // 4).bit_length() - 1) for size in stage.grid]
     schedule = rs_compile.Schedule(grid={stage.index: rs_compile.GridPrune(*gone)})
-    short = call(rs_compile.optimize(model, schedule, backend="eager"), given)()
-    wrong = differs(short, dense, None)[1]
-    return {"sites": [stage.index], "result": WRONG if wrong else GRID, "detail": f"outputs: {wrong}" if wrong else ""}
+    exact, inputs = _float64(model, given)
+    short, full = (call(m, inputs)() for m in (rs_compile.optimize(exact, schedule, backend="eager"), exact))
+    row: Row = {"sites": [stage.index]}
+    if wrong := differs(short, full, None)[1]:
+        return row | {"result": WRONG, "detail": f"outputs: {wrong}"}
+    args, kwargs = as_call(inputs)
+    gm = prepare(exact, args, kwargs, lower=True).gm
+    cut = find_stages(gm)[stage.index]
+    values = _values(gm, (cut.output, cut.shortcut), pytree.tree_leaves((args, kwargs)))
+    try:
+        twin = cut_by_hand(call(exact, inputs), *values, *gone)
+    except Exception as error:  # the model itself cannot go on with a smaller map
+        return row | {"result": GRID_ALONE, "detail": f"by hand: {first_line(error)}"}
+    whole = same_shape(twin, full)
+    got, wanted, before = ([pytree.tree_leaves(x)[i] for i in whole] for x in (short, twin, full))
+    if not whole or not differs(wanted, before, TOLERANCE)[1]:
+        return row | {"result": GRID_ALONE, "detail": "only maps leave the model"}
+    error, wrong = differs(got, wanted, TOLERANCE)
+    if wrong:
+        return row | {"result": WRONG, "error": error, "detail": f"against the hand-made twin: {wrong}"}
+    return row | {"result": GRID, "error": error}
+
+
+def _values(gm: GraphModule, nodes: Sequence[Node], leaves: Sequence[Any]) -> list[Tensor]:
+    """What some nodes of a graph are for these inputs."""
+    run = Interpreter(gm, garbage_collect_values=False)
+    with torch.no_grad():
+        run.run(*leaves)
+    return [run.env[node] for node in nodes]
 
 
 def _why_none(gm: GraphModule, blocks: list[Block], branches: list[Branch]) -> str:

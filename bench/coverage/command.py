@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from tabulate import tabulate
 
-from bench.coverage.check import BROKEN, FAULT, GRID, PRUNED, REFUSED, UNHOOKED, WRONG, Row
+from bench.coverage.check import BROKEN, FAULT, GRID, GRID_ALONE, PRUNED, REFUSED, UNHOOKED, WRONG, Row
 from bench.coverage.subject import Subject, subjects
 from bench.coverage.workers import checked
 from bench.tables.options import chosen, positive
@@ -34,7 +34,9 @@ One model of every architecture family in {versions}, with random weights, few l
   frozen); *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
 - **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked or an MLP
   alone, or what leaves the model does not depend on pruned tokens.
-- **{grid}**: a CNN; its output has its shape after a cut.
+- **{grid}**: a CNN; after a cut of a stage its output has its shape, and is what the model itself returns when that
+  map is made smaller by hand in its eager run (`bench/coverage/grid_twin.py`).
+- **{grid_alone}**: its output has its shape, but maps alone leave the model, or it cannot go on with a smaller one.
 - **{refused}**: no token can leave, with the op, its line and why; `rs_compile.explain` says the way out as well.
 - **{wrong}**: one of these does not hold, with what differs. Do not use it.
 
@@ -73,7 +75,14 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     if args.markdown is not None:
         versions = ", ".join(f"{name} {version(_PACKAGES.get(name, name))}" for name in args.library)
-        names = {"pruned": PRUNED, "unhooked": UNHOOKED, "grid": GRID, "refused": REFUSED, "wrong": WRONG}
+        names = {
+            "pruned": PRUNED,
+            "unhooked": UNHOOKED,
+            "grid": GRID,
+            "grid_alone": GRID_ALONE,
+            "refused": REFUSED,
+            "wrong": WRONG,
+        }
         args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, **names)}\n{text}\n")
     return int(any(row["result"] in (WRONG, FAULT) for row in rows))
 
@@ -113,8 +122,8 @@ def _line(row: Row) -> list[str]:
 
 
 def _order(result: str) -> int:
-    names = (PRUNED, UNHOOKED, REFUSED, BROKEN, FAULT, WRONG)
-    return names.index(result) if result in names else 2
+    names = (PRUNED, UNHOOKED, GRID, GRID_ALONE, REFUSED, BROKEN, FAULT, WRONG)
+    return names.index(result)
 
 
 def _identity(subject: Subject) -> dict[str, str]:

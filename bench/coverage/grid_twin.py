@@ -1,0 +1,76 @@
+"""Rows and columns cut by hand on any CNN: one map of its eager run is made smaller, and the model itself goes on.
+
+The compiler says which map and shortcut (a stage); the scores, the choice, the cut and all that follows are by hand
+here or the model's own code. Shapes: B samples, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+CLOSE = 1e-9  # of the largest value: the map is found again by its values, in float64
+
+
+def cut_by_hand(call: Callable[[], Any], stage: Tensor, shortcut: Tensor, rows: int, columns: int) -> Any:
+    """What the model returns when the lines of least representation shift leave behind a stage.
+
+    Args:
+        call: runs the model.
+        stage: the map [B, C, H, W] that it computes there.
+        shortcut: what the stage added to, the same shape.
+        rows, columns: how many leave.
+
+    Raises:
+        LookupError: no function in the model's Python code returns that map.
+        Exception: whatever the model raises on a smaller map.
+    """
+    score = (stage - shortcut).float().norm(dim=1)  # [B, H, W]
+    short = torch.stack(
+        [one[:, _best(s.mean(1), rows)][:, :, _best(s.mean(0), columns)] for one, s in zip(stage, score, strict=True)]
+    )
+    with _Swap(stage, short) as swap:
+        result = call()
+    if not swap.done:
+        raise LookupError("no function of the model returns the stage's map")
+    return result
+
+
+def same_shape(cut: Any, dense: Any) -> list[int]:
+    """Places of the outputs that have their full shape after a cut: maps have not."""
+    pairs = zip(pytree.tree_leaves(cut), pytree.tree_leaves(dense), strict=True)
+    return [i for i, (a, b) in enumerate(pairs) if isinstance(a, Tensor) and a.shape == b.shape]
+
+
+def _best(score: Tensor, gone: int) -> Tensor:
+    """Positions of all but the `gone` lowest scores, in order."""
+    return score.argsort(descending=True, stable=True)[: len(score) - gone].sort().values
+
+
+class _Swap(TorchFunctionMode):
+    """Gives back another tensor where a function first returns the one sought."""
+
+    def __init__(self, sought: Tensor, given: Tensor) -> None:
+        super().__init__()
+        self._sought, self._given = sought, given
+        self._limit = CLOSE * sought.abs().max()
+        self.done = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (
+            self.done
+            or not isinstance(out, Tensor)
+            or out.shape != self._sought.shape
+            or out.dtype != self._sought.dtype
+        ):
+            return out
+        if (out - self._sought).abs().max() > self._limit:
+            return out
+        self.done = True
+        return self._given
