@@ -8,7 +8,7 @@ theirs are taken out of the result. What stands in the places of those that are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from passes.gather import in_place, take
-from passes.layout import Batch, Dim, Layout, Part, Tokens, sequence_in, tokens_in
+from passes.layout import Batch, Layout, Part, Tokens, sequence_in, tokens_in
 from passes.rules.pointwise import Ungatherable, align, tensors
-from passes.rules.registry import Context, Kept, Transfer, Untransferable, rules_for
+from passes.rules.registry import Context, Kept, Transfer, rules_for
 
 
 @dataclass(frozen=True)
@@ -77,34 +77,29 @@ def paired(
         for n, layout in sides:
             aligned |= align(ctx, [n], layout)
     except Ungatherable:
-        if summed or node.kwargs:
+        placed = None if summed or node.kwargs else _placed(node, ctx, out)
+        if placed is None:
             raise
-        return Transfer(out, **_at_full_length(node, ctx, out), beside=dict(sides), mixes=mixes)
+        return replace(placed, beside=dict(sides), mixes=mixes)
     return Transfer(out, aligned, mixes=mixes)
 
 
-def _at_full_length(node: Node, ctx: Context, out: Layout) -> dict[str, Any]:
+def _placed(node: Node, ctx: Context, out: Layout) -> Transfer | None:
+    """The product on every token's place, or None where the places are not those of one sequence, in samples."""
     inputs = tensors(node.args)
     layouts = tuple(ctx.layout(n) for n in inputs)
     carrying = [layout for layout in (*layouts, out) if layout is not None]
-    dims = [dim for layout in carrying for dim in layout]
-    if len({_pieces(dim) for dim in dims if tokens_in(dim)}) != 1:
-        raise Untransferable("an input has an entry per token, and two sequences of tokens meet")
+    over = [t for layout in carrying for dim in layout if (t := tokens_in(dim))]
     grids = [[dim for dim in layout if isinstance(tokens_in(dim), Part)] for layout in carrying]
-    if any(len(grid) > 2 or any(len(dim) > 1 for dim in grid) for grid in grids):
-        raise Untransferable("an input with an entry per token meets a grid that is folded with another dimension")
-    if not all(any(isinstance(f, Batch) for dim in layout for f in dim) for layout in carrying):
-        raise Untransferable("an input with an entry per token has no dimension for samples to be gathered along")
-    whole = next(t for layout in carrying if (t := sequence_in(layout)))
+    apart = all(len(grid) <= 2 and all(len(dim) == 1 for dim in grid) for grid in grids)
+    samples = all(any(isinstance(f, Batch) for dim in layout for f in dim) for layout in carrying)
+    if len({t.pieces for t in over}) != 1 or not apart or not samples:
+        return None
     numbers: dict[Any, Any] = {n: Operand(i) for i, n in enumerate(inputs)}
     given = map_aggregate(node.args, lambda a: numbers.get(a, a) if isinstance(a, Node) else a)
     assert isinstance(node.target, torch._ops.OpOverload)
-    return {"target": FullLength(node.target, given, layouts, out), "args": (Kept((whole,)), *inputs), "kwargs": {}}
-
-
-def _pieces(dim: Dim) -> Any:
-    over = tokens_in(dim)
-    return over.pieces if over is not None else None
+    places = Kept((Tokens(over[0].pieces),))
+    return Transfer(out, target=FullLength(node.target, given, layouts, out), args=(places, *inputs), kwargs={})
 
 
 @rules_for(FullLength)
@@ -123,7 +118,5 @@ def again(node: Node, ctx: Context) -> Transfer:
             for gone, dim in zip(columns, layout, strict=True)
         )
 
-    for n, layout in zip(operands, how.layouts, strict=True):
-        if own[n] != (layout and now(layout)):
-            raise Untransferable("a factor of a product with an entry per token has other tokens than before")
+    assert all(own[n] == (layout and now(layout)) for n, layout in zip(operands, how.layouts, strict=True))
     return Transfer(now(how.out), {index: ((ctx.batch,), (left,))}, mixes=True)
