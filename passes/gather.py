@@ -91,6 +91,31 @@ def take(x: Tensor, target: Layout, gathered: Sequence[int], indices: Index) -> 
     return x.reshape(shape)
 
 
+def in_place(short: Tensor, layout: Layout, index: Tensor) -> Tensor:
+    """A compact value at its full length again: each token in its place, and in those of the others any token.
+
+    Args:
+        short: the value.
+        layout: of it at full length, over one sequence; its rows and columns each alone.
+        index: for each sample the places of the tokens left, [B, K].
+    """
+    tokens, kept = sequence_in(layout), Tokens((Fixed(index.shape[1]),))
+    assert tokens is not None
+    numbers = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    at = index.new_zeros(index.shape[0], tokens.dense).scatter(1, index, numbers)
+    grid = {f.at: (d, f) for d, dim in enumerate(layout) for f in dim if isinstance(f, Part)}
+    compact = tuple(
+        () if 1 in grid and grid[1][0] == d else tuple(kept if isinstance(f, Tokens) else f for f in dim)
+        for d, dim in enumerate(layout)
+    )
+    full = take(short, compact, [d for d, dim in enumerate(compact) if tokens_in(dim)], {kept.pieces: at})
+    if not grid:
+        return full
+    (rows, part), (columns, _) = grid[0], grid[1]
+    rows -= columns < rows
+    return full.squeeze(columns).unflatten(rows, part.sizes).movedim(rows + 1, columns)
+
+
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 

@@ -17,6 +17,7 @@ from passes.canonicalise import Canonicalise
 from passes.capture import capture
 from passes.cost import Cost, count
 from passes.explicit_attention import ExplicitAttention
+from passes.full_length import WriteFullLength
 from passes.importance import Scoring
 from passes.inline_regions import InlineRegions
 from passes.insert import InsertSelection
@@ -223,6 +224,7 @@ def prune(
         now = {n: moved.get(now.get(n, n), now.get(n, n)) for n in {*now, *moved}}
     if compact_outputs:
         gm = AppendKept().apply(gm).gm
+    gm = WriteFullLength().apply(gm).gm
     gm = ApplySizes().apply(gm).gm
     if behind.explicit:
         gm = ExplicitAttention().apply(gm).gm

@@ -229,6 +229,8 @@ def _step(
             for link in side.chain:
                 _step(link, axis, context, behind, anchors, alone)
             transfer = _transfer(node, context)
+        if any(normalised(n, target, axis.layouts.__contains__) for n, target in transfer.beside.items()):
+            raise Untransferable("multiplies with weights that were normalised over tokens, and cannot be again")
     except Untransferable as reason:
         axis.dense[node] = str(reason)
         behind[node] = node

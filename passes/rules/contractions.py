@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from passes.layout import Batch, Dim, Layout, tokens_in
+from passes.rules.full_length import paired
 from passes.rules.pointwise import align, broadcast, no_weights
 from passes.rules.registry import (
     Context,
@@ -61,16 +62,17 @@ class _Cut(Context):
         return None if own is None else own[:-2]
 
 
-def _product(node: Node, ctx: Context, a: Node, b: Node) -> tuple[Layout, dict[Node, Layout], bool]:
+def _product(node: Node, ctx: Context, a: Node, b: Node, *more: Node) -> Transfer:
     la, lb = ctx.sides(a), ctx.sides(b)
     if len(la) < 2 or len(lb) < 2:
         raise Untransferable("a product with a vector")
     over = _contracted(la[-1], lb[-2])
     pairs = broadcast(_Cut(ctx), [a, b], shape_of(node)[:-2])
-    aligned = align(ctx, [a], pairs + (la[-2], over)) | align(ctx, [b], pairs + (over, lb[-1]))
     out = pairs + (no_weights(la[-2]), no_weights(lb[-1]))
+    sides = [(a, pairs + (la[-2], over)), (b, pairs + (over, lb[-1])), *((n, out) for n in more)]
+    summed = tokens_in(over) is not None
     crossed = tokens_in(la[-2]) is not None and tokens_in(lb[-1]) is not None
-    return out, aligned, tokens_in(over) is not None or crossed
+    return paired(node, ctx, out, sides, summed, mixes=summed or crossed)
 
 
 @rules_for(aten.matmul.default, aten.bmm.default, aten.mm.default)
@@ -78,8 +80,7 @@ def matmul(node: Node, ctx: Context) -> Transfer:
     """[..., i, k] times [..., k, j]."""
     a, b = node.args[:2]
     assert isinstance(a, Node) and isinstance(b, Node)
-    out, aligned, mixes = _product(node, ctx, a, b)
-    return Transfer(out, aligned, mixes=mixes)
+    return _product(node, ctx, a, b)
 
 
 @rules_for(aten.addmm.default, aten.baddbmm.default)
@@ -87,8 +88,7 @@ def addmm(node: Node, ctx: Context) -> Transfer:
     """A product, and something added that pairs up with the result."""
     bias, a, b = node.args[:3]
     assert isinstance(bias, Node) and isinstance(a, Node) and isinstance(b, Node)
-    out, aligned, mixes = _product(node, ctx, a, b)
-    return Transfer(out, aligned | align(ctx, [bias], out), mixes=mixes)
+    return _product(node, ctx, a, b, bias)
 
 
 @rules_for(aten.einsum.default)
@@ -111,17 +111,17 @@ def einsum(node: Node, ctx: Context) -> Transfer:
                 weighted.add(letter)
             if letter not in dims or (over and not known):
                 dims[letter] = no_weights(dim)
-    for letter in set("".join(terms)) - set(right):
+    sums = set("".join(terms)) - set(right)
+    for letter in sums:
         if any(isinstance(f, Batch) for f in dims[letter]):
             raise Untransferable("sums over the samples of the batch")
         if tokens_in(dims[letter]) and letter not in weighted:
             raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
-    aligned: dict[Node, Layout] = {}
-    for term, n in zip(terms, operands, strict=True):
-        aligned |= align(ctx, [n], tuple(dims[letter] for letter in term))
-    token_letters = [letter for letter in dims if tokens_in(dims[letter])]
-    mixes = len(token_letters) > 1 or any(letter not in right for letter in token_letters)
-    return Transfer(tuple(dims[letter] for letter in right), aligned, mixes=mixes)
+    sides = [(n, tuple(dims[letter] for letter in term)) for term, n in zip(terms, operands, strict=True)]
+    over_tokens = {letter for letter in dims if tokens_in(dims[letter])}
+    summed = bool(sums & over_tokens)
+    out = tuple(dims[letter] for letter in right)
+    return paired(node, ctx, out, sides, summed, mixes=summed or len(over_tokens) > 1)
 
 
 @rules_for(aten.scaled_dot_product_attention.default)

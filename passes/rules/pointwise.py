@@ -59,6 +59,10 @@ def broadcast(ctx: Context, inputs: Sequence[Node], shape: Sequence[Any]) -> Lay
     return tuple(out)
 
 
+class Ungatherable(Untransferable):
+    """An input has an entry per token, and cannot be gathered by what each sample kept."""
+
+
 def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layout]:
     """The inputs that have an entry per token along a dimension in which they do not carry tokens."""
     aligned: dict[Node, Layout] = {}
@@ -73,11 +77,11 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
                 aligned[n] = out
     parts = [dim for dim in out if isinstance(tokens_in(dim), Part)]
     if aligned and not whole_grids(out):
-        raise Untransferable("an input has an entry per row or column of the tokens' grid, and those left form none")
+        raise Ungatherable("an input has an entry per row or column of the tokens' grid, and those left form none")
     if aligned and any(len(dim) > 1 for dim in parts):
-        raise Untransferable("an input with an entry per token meets a grid that is folded with another dimension")
+        raise Ungatherable("an input with an entry per token meets a grid that is folded with another dimension")
     if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
-        raise Untransferable("an input with an entry per token has no dimension for samples to be gathered along")
+        raise Ungatherable("an input with an entry per token has no dimension for samples to be gathered along")
     return aligned
 
 

@@ -49,6 +49,7 @@ class Transfer:
         aligned: inputs that pair up with tokens by position and are gathered first, with the layout that
             they broadcast to (right-aligned, as broadcasting does).
         target, args, kwargs: the op to emit, where it differs; `Extent` and `Position` become sizes.
+        beside: inputs that pair up with tokens and are read with an entry for each, with the same.
         mixes: a token's result depends on other tokens.
         ordered: and on the order that they come in (a scan, a convolution, causal attention).
         decay: the arguments to emit instead where the schedule says gap="decay", for an op that can carry
@@ -60,6 +61,7 @@ class Transfer:
     target: Callable[..., Any] | None = None
     args: tuple[Any, ...] | None = None
     kwargs: Mapping[str, Any] | None = None
+    beside: Mapping[Node, Layout] = field(default_factory=dict)
     mixes: bool = False
     ordered: bool = False
     decay: tuple[Any, ...] | None = None
@@ -106,9 +108,9 @@ def register_token_rule(op: Any, rule: Rule) -> None:
 
 
 def rule_for(target: Any) -> Rule | None:
-    """The rule of an op: its own, its packet's, or the pointwise rule where torch tags it so."""
-    if target in _RULES:
-        return _RULES[target]
+    """The rule of an op: its own, its class's, its packet's, or the pointwise rule where torch tags it so."""
+    if target in _RULES or type(target) in _RULES:
+        return _RULES.get(target) or _RULES[type(target)]
     if isinstance(target, torch._ops.OpOverload):
         if target.overloadpacket in _RULES:
             return _RULES[target.overloadpacket]

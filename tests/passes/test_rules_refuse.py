@@ -229,9 +229,19 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
         "sums over tokens with weights that no softmax over tokens has normalised",
         0,
     ),
-    "a table of rows": (
-        lambda x: torch.einsum("bhwc,hkc->bhwk", grid(x), torch.ones(2, 5, 8)),
+    "a table of rows, and two sequences": (
+        lambda x: torch.einsum("bhwc,bmc,hkc->bhwmk", x[:, 2:].reshape(-1, 2, 2, 8), x, torch.ones(2, 5, 8)),
         "an input has an entry per row or column of the tokens' grid, and those left form none",
+        2,
+    ),
+    "a table of rows that sum to one": (
+        lambda x: torch.einsum("bhwc,hkc->bhwk", grid(x), torch.ones(2, 5, 8).softmax(0)),
+        "multiplies with weights that were normalised over tokens, and cannot be again",
+        0,
+    ),
+    "a sum over a table for each token": (
+        lambda x: (x @ x.mT).softmax(-1).transpose(0, 1) @ torch.ones(6, 6, 5),
+        "an input with an entry per token has no dimension for samples to be gathered along",
         0,
     ),
     "columns as rows": (
