@@ -208,6 +208,11 @@ def sequence_in(layout: Layout) -> Tokens | None:
     return first.whole if isinstance(first, Part) else first
 
 
+def over_samples(layout: Layout) -> int | None:
+    """The dimension that runs over samples; None where there is one sample and no such dimension."""
+    return next((d for d, dim in enumerate(layout) if any(isinstance(f, Batch) for f in dim)), None)
+
+
 def on_grid(tokens: Tokens, rows: int, columns: int) -> tuple[Dim, Dim]:
     """The two dimensions of tokens on a grid; one row or column is none."""
     if rows == 1 or columns == 1:
