@@ -237,6 +237,8 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
     out: list[Dim] = []
     for size in shape:
         need, dim = expr(size), []
+        if need == 1 and rest and _one_sample(rest[0]):
+            dim.append(rest.pop(0))
         while need != 1:
             if not rest:
                 return None
@@ -259,8 +261,13 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
             dim.append(Free(need))
             rest.insert(0, Free(inner))
             need = sympy.Integer(1)
-        out.append(merged(dim))
+        out.append(merged(f for f in dim if len(dim) == 1 or not _one_sample(f)))
     return None if rest else tuple(out)
+
+
+def _one_sample(factor: Factor) -> bool:
+    """Whether a factor of samples is a single one, which may be folded into anything."""
+    return isinstance(factor, Batch) and bool(factor.size == 1)
 
 
 def _splits(factor: Factor) -> TypeGuard[Tokens]:
