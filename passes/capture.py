@@ -57,7 +57,7 @@ def capture(
 
     The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
     output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
-    the number of samples, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
+    the number of samples, or inputs are constant, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
 
     Args:
         model: any module; it is not changed.
@@ -70,15 +70,18 @@ def capture(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     runs = batched(leaves, constant)
     held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
-    # export would take a batch of one for a constant
-    doubled = [
-        torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
-        for leaf, over in zip(leaves, runs, strict=True)
-    ]
-    exported = _export(model, doubled, runs, spec, held)
-    if _fixed_batch(exported, runs):
+    exported = None
+    if held is None:
+        # export would take a batch of one for a constant
+        doubled = [
+            torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
+            for leaf, over in zip(leaves, runs, strict=True)
+        ]
+        exported = _export(model, doubled, runs, spec)
+    # what is held fast may say how much there is of everything else
+    if exported is None or _fixed_batch(exported, runs):
         exported = _export(model, leaves, [False] * len(leaves), spec, held)
-        exported.meta[FIXED_BATCH] = next(leaf.shape[0] for leaf, over in zip(leaves, runs, strict=True) if over)
+        exported.meta[FIXED_BATCH] = next((x.shape[0] for x, over in zip(leaves, runs, strict=True) if over), 0)
     return _flat(exported).train(model.training)
 
 
@@ -87,7 +90,7 @@ def _export(
     leaves: Sequence[Any],
     runs: Sequence[bool],
     spec: pytree.TreeSpec,
-    held: HeldFast | None,
+    held: HeldFast | None = None,
 ) -> GraphModule:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     dynamic = ShapesCollection()
