@@ -139,7 +139,21 @@ def find_branches(gm: GraphModule) -> list[Branch]:
                 # (x + attention) + mlp is one sum
                 found = [b for b in found if b not in inside and not (b.term is term and b.add in inner)]
                 found.append(Branch(kind, stream, term, node, nodes, reason, at))
-    return found
+    sequences = {sizes for b in found if (sizes := _flat(b)) and _mixes_tokens(gm, b)}
+    return [b for b in found if not (sizes := _flat(b)) or sizes in sequences]
+
+
+def _flat(branch: Branch) -> tuple[Any, ...]:
+    """The sizes of a stream [N, C] without a dimension for samples, () where it has one."""
+    sizes = sizes_of(branch.stream) or ()
+    return sizes if len(sizes) == 2 and not any(s.free_symbols for s in sizes) else ()
+
+
+def _mixes_tokens(gm: GraphModule, branch: Branch) -> bool:
+    """Whether a branch lets the entries of [N, C] meet; those that never meet are samples."""
+    layout, batch = stream_layout(branch.stream)
+    axis = analyse(gm, branch.stream, layout, batch, within=branch.nodes)
+    return mixing(axis, branch.nodes) is not None or (branch.kind == "attention" and bool(axis.dense))
 
 
 def find_blocks(gm: GraphModule) -> list[Block]:

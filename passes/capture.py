@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.base import CompileError, op_name, source_line
+from passes.constant_inputs import HeldFast, input_names, is_small, written_constant
 from passes.layout import expr
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -38,42 +39,59 @@ class CaptureError(CompileError):
     """torch.export cannot capture the model; the message is its own, shortened, with the model's line."""
 
 
-def batched(leaves: Sequence[Any]) -> list[bool]:
-    """Which input leaves run over samples: tensors whose first size is that of the first tensor."""
+def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]:
+    """Which input leaves run over samples: tensors whose first size is that of the first tensor.
+
+    Args:
+        constant: leaves that are the same at every call, and say nothing of samples.
+    """
     sizes = [leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.dim() else None for leaf in leaves]
-    batch = next((s for s in sizes if s is not None), None)
-    return [s is not None and s == batch for s in sizes]
+    batch = next((s for i, s in enumerate(sizes) if s is not None and i not in constant), None)
+    return [s is not None and s == batch and i not in constant for i, s in enumerate(sizes)]
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphModule:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], constant: Collection[int] = ()
+) -> GraphModule:
     """Captures `model` for inputs like these, whatever their batch size.
 
     The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
     output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
-    the number of samples, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
+    the number of samples, or inputs are constant, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
 
     Args:
         model: any module; it is not changed.
         args, kwargs: example inputs. Tensors whose first size is the batch size run over samples.
+        constant: flat input leaves that the graph has the values of; it takes them, and does not read them.
 
     Raises:
         CaptureError: torch.export gives up.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    runs = batched(leaves)
-    # export would take a batch of one for a constant
-    doubled = [
-        torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
-        for leaf, over in zip(leaves, runs, strict=True)
-    ]
-    exported = _export(model, doubled, runs, spec)
-    if _fixed_batch(exported, runs):
-        exported = _export(model, leaves, [False] * len(leaves), spec)
-        exported.meta[FIXED_BATCH] = next(leaf.shape[0] for leaf, over in zip(leaves, runs, strict=True) if over)
+    runs = batched(leaves, constant)
+    held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
+    exported = None
+    if held is None:
+        # export would take a batch of one for a constant
+        doubled = [
+            torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
+            for leaf, over in zip(leaves, runs, strict=True)
+        ]
+        exported = _export(model, doubled, runs, spec)
+    # what is held fast may say how much there is of everything else
+    if exported is None or _fixed_batch(exported, runs):
+        exported = _export(model, leaves, [False] * len(leaves), spec, held)
+        exported.meta[FIXED_BATCH] = next((x.shape[0] for x, over in zip(leaves, runs, strict=True) if over), 0)
     return _flat(exported).train(model.training)
 
 
-def _export(model: nn.Module, leaves: Sequence[Any], runs: Sequence[bool], spec: pytree.TreeSpec) -> GraphModule:
+def _export(
+    model: nn.Module,
+    leaves: Sequence[Any],
+    runs: Sequence[bool],
+    spec: pytree.TreeSpec,
+    held: HeldFast | None = None,
+) -> GraphModule:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     dynamic = ShapesCollection()
     for leaf, over in zip(leaves, runs, strict=True):
@@ -81,12 +99,35 @@ def _export(model: nn.Module, leaves: Sequence[Any], runs: Sequence[bool], spec:
             dynamic[leaf] = {0: Dim.AUTO}
     try:
         with torch.enable_grad():
-            program = export(model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
+            program = export(held or model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
             exported: GraphModule = program.module(check_guards=False)
     except Exception as error:
-        raise CaptureError(_shortened(model, error)) from error
+        raise CaptureError(_shortened(model, error, _readable(model, leaves, args, kwargs, held))) from error
     _no_vmap(model, exported)
+    if held is not None:
+        _no_writes(model, held, exported)
     return exported
+
+
+def _readable(model: nn.Module, leaves: Sequence[Any], args: Any, kwargs: Any, held: HeldFast | None) -> list[str]:
+    """The names of inputs whose values code may ask for: few whole numbers, beside the first tensor, not held yet."""
+    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)), None)
+    known = {first, *(held.held if held is not None else ())}
+    names = input_names(model, args, kwargs)
+    return [names[i][-1] for i, leaf in enumerate(leaves) if names[i] and is_small(leaf) and i not in known]
+
+
+def _no_writes(model: nn.Module, held: HeldFast, exported: GraphModule) -> None:
+    """Refuses a model that writes into a constant input, or into what it computed from one."""
+    node = written_constant(exported, model)
+    line = source_line(node) if node is not None else ""
+    if node is not None or held.written():
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: "
+            f"{op_name(node) + ' writes' if node is not None else 'it writes'} into a value of its constant_inputs\n"
+            + (f"  in the model: {line}\n" if line else "")
+            + "  way out: write that line out of place, or name fewer inputs in constant_inputs"
+        )
 
 
 def _no_vmap(model: nn.Module, exported: GraphModule) -> None:
@@ -122,7 +163,7 @@ def _flat(exported: GraphModule) -> GraphModule:
     return gm
 
 
-def _shortened(model: nn.Module, error: Exception) -> str:
+def _shortened(model: nn.Module, error: Exception, constants: Sequence[str]) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
@@ -135,6 +176,12 @@ def _shortened(model: nn.Module, error: Exception) -> str:
     where = next((f for f in reversed(frames) if not f[0].startswith((_TORCH, "<", __file__))), None)
     said = lines[0] if lines else type(error).__name__
     reason, way_out = next(((r, w) for words, r, w in _KNOWN if words in said), ("", _ANY))
+    if constants and re.search("data.?dependent", f"{type(error).__name__} {said}", re.IGNORECASE):
+        named = "".join(f'"{name}", ' for name in constants).strip()
+        way_out = (
+            f"pass constant_inputs=({named}): the graph then holds the value of such an input fast, "
+            "and another value is another capture"
+        )
     if found := re.search(r"<class '([\w.]+)'> in output", said):
         reason, way_out = f"it returns a {found[1]}, which torch.export does not know", _KNOWN_OUTPUTS
     return "\n".join(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.layout import Batch, Dim, Fixed, Layout, Part, Tokens, dim_size, sequence_in, tokens_in
+from passes.layout import Batch, Fixed, Layout, Part, Tokens, dim_size, over_samples, sequence_in, tokens_in
 
 Index = Mapping[tuple[Any, ...], Tensor]
 
@@ -21,14 +21,17 @@ def _size(factor: Any, batch: Any) -> Any:
     return factor.dense if isinstance(factor, Tokens) else int(factor.size)
 
 
-def _over_samples(dim: Dim) -> bool:
-    return any(isinstance(f, Batch) for f in dim)
+def _over_tokens(layout: Layout) -> int:
+    return next(d for d, dim in enumerate(layout) if tokens_in(dim))
 
 
-def _along(index: Tensor, rank: int, samples: int, tokens: int) -> Tensor:
+def along(index: Tensor, rank: int, samples: int | None, tokens: int) -> Tensor:
     """[B, K] laid out over a value of `rank` dimensions, of which two run over samples and tokens."""
-    index = index if samples < tokens else index.t()
     shape = [1] * rank
+    if samples is None:
+        shape[tokens] = index.shape[1]
+        return index.reshape(shape)
+    index = index if samples < tokens else index.t()
     shape[samples], shape[tokens] = (index.shape[0], index.shape[1])[:: 1 if samples < tokens else -1]
     return index.reshape(shape)
 
@@ -63,7 +66,7 @@ def take(x: Tensor, target: Layout, gathered: Sequence[int], indices: Index) -> 
     sizes: list[Any] = []
     folds: list[int] = []
     for d, dim in enumerate(target):
-        unfold = d in gathered or _over_samples(dim)
+        unfold = d in gathered or any(isinstance(f, Batch) for f in dim)
         parts = list(dim) if unfold else [None]
         if len(parts) == 1:
             sizes.append(x.shape[d])
@@ -72,18 +75,18 @@ def take(x: Tensor, target: Layout, gathered: Sequence[int], indices: Index) -> 
         roles += parts
         folds.append(len(parts))
     x = x.reshape(sizes)
-    samples = next(i for i, f in enumerate(roles) if isinstance(f, Batch))
+    samples = next((i for i, f in enumerate(roles) if isinstance(f, Batch)), None)
     for i, f in enumerate(roles):
         if not isinstance(f, Tokens) or f.pieces not in indices or _is_one(x.shape[i]):
             continue
-        index = _along(indices[f.pieces], x.dim(), samples, i)
+        index = along(indices[f.pieces], x.dim(), samples, i)
         spread = [batch if d == samples else s for d, s in enumerate(x.shape)]
         kept = [index.shape[i] if d == i else s for d, s in enumerate(spread)]
         x = torch.gather(x.expand(spread), i, index.expand(kept))
     shape, at = [], 0
     for n, dim in zip(folds, target, strict=True):
         part = list(x.shape[at : at + n])
-        if n > 1 and _over_samples(dim):  # a folded dimension cannot broadcast in part
+        if n > 1 and any(isinstance(f, Batch) for f in dim):  # a folded dimension cannot broadcast in part
             part = [s if isinstance(f, Batch | Tokens) else _size(f, batch) for s, f in zip(part, dim, strict=True)]
             x = x.expand([*x.shape[:at], *part, *x.shape[at + n :]])
         shape.append(math.prod(part))
@@ -130,18 +133,16 @@ def tokens_first(x: Tensor, layout: Layout) -> Tensor:
     """A value of a stream's layout as [B, N, ...]: for scores, whatever order the model keeps."""
     if len(layout) == 4:  # on a grid
         return x.flatten(1, 2)
-    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
-    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
-    return x.movedim((samples, tokens), (0, 1))
+    samples, tokens = over_samples(layout), _over_tokens(layout)
+    return x.movedim(tokens, 0).unsqueeze(0) if samples is None else x.movedim((samples, tokens), (0, 1))
 
 
 def tokens_back(x: Tensor, layout: Layout) -> Tensor:
     """What `tokens_first` made, in the layout's own order again; on a grid they are as many rows."""
     if len(layout) == 4:
         return x.unsqueeze(2 if layout[1] else 1)
-    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
-    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
-    return x.movedim((0, 1), (samples, tokens))
+    samples, tokens = over_samples(layout), _over_tokens(layout)
+    return x.squeeze(0).movedim(0, tokens) if samples is None else x.movedim((0, 1), (samples, tokens))
 
 
 def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
@@ -151,13 +152,13 @@ def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
         full: a value of `layout`, at full length.
         short: the same at its compact length.
         index: kept positions [B, K], in order.
-        layout: has one dimension for samples and one for tokens, each alone, or is that of a grid [B, H, W, C].
+        layout: has one dimension for samples (or none: one sample) and one for tokens, each alone, or is that of a
+            grid [B, H, W, C].
     """
     if len(layout) == 4:
         return put(full.flatten(1, 2), short.flatten(1, 2), index, _in_row(layout)).unflatten(1, full.shape[1:3])
-    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
-    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
-    return full.scatter(tokens, _along(index, full.dim(), samples, tokens).expand(short.shape), short)
+    samples, tokens = over_samples(layout), _over_tokens(layout)
+    return full.scatter(tokens, along(index, full.dim(), samples, tokens).expand(short.shape), short)
 
 
 def spread(short: Tensor, place: Tensor, layout: Layout) -> Tensor:
@@ -166,14 +167,14 @@ def spread(short: Tensor, place: Tensor, layout: Layout) -> Tensor:
     Args:
         short: a value of `layout`, at its compact length.
         place: [B, N], for each token a position in `short`.
-        layout: has one dimension for samples and one for tokens, each alone, or is that of a grid [B, H, W, C].
+        layout: has one dimension for samples (or none: one sample) and one for tokens, each alone, or is that of a
+            grid [B, H, W, C].
     """
     if len(layout) == 4:
         sizes = [int(dim_size(dim)) for dim in layout[1:3]]
         return spread(short.flatten(1, 2), place, _in_row(layout)).unflatten(1, sizes)
-    samples = next(d for d, dim in enumerate(layout) if _over_samples(dim))
-    tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
-    at = _along(place, short.dim(), samples, tokens)
+    samples, tokens = over_samples(layout), _over_tokens(layout)
+    at = along(place, short.dim(), samples, tokens)
     shape = [place.shape[1] if d == tokens else size for d, size in enumerate(short.shape)]
     return short.gather(tokens, at.expand(shape))
 

@@ -134,5 +134,5 @@ def by_sample(op: Node, layout: Layout) -> bool:
         layout: of the stream, which names the batch.
     """
     shape = op.meta["val"].shape
-    batch = next(f for dim in layout for f in dim if isinstance(f, Batch))
-    return len(shape) == 4 and bool(expr(shape[0]) == batch.size)
+    batch = next((f.size for dim in layout for f in dim if isinstance(f, Batch)), 1)
+    return len(shape) == 4 and bool(expr(shape[0]) == batch)

@@ -208,6 +208,11 @@ def sequence_in(layout: Layout) -> Tokens | None:
     return first.whole if isinstance(first, Part) else first
 
 
+def over_samples(layout: Layout) -> int | None:
+    """The dimension that runs over samples; None where there is one sample and no such dimension."""
+    return next((d for d, dim in enumerate(layout) if any(isinstance(f, Batch) for f in dim)), None)
+
+
 def on_grid(tokens: Tokens, rows: int, columns: int) -> tuple[Dim, Dim]:
     """The two dimensions of tokens on a grid; one row or column is none."""
     if rows == 1 or columns == 1:
@@ -232,6 +237,8 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
     out: list[Dim] = []
     for size in shape:
         need, dim = expr(size), []
+        if need == 1 and rest and _one_sample(rest[0]):
+            dim.append(rest.pop(0))
         while need != 1:
             if not rest:
                 return None
@@ -254,8 +261,13 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
             dim.append(Free(need))
             rest.insert(0, Free(inner))
             need = sympy.Integer(1)
-        out.append(merged(dim))
+        out.append(merged(f for f in dim if len(dim) == 1 or not _one_sample(f)))
     return None if rest else tuple(out)
+
+
+def _one_sample(factor: Factor) -> bool:
+    """Whether a factor of samples is a single one, which may be folded into anything."""
+    return isinstance(factor, Batch) and bool(factor.size == 1)
 
 
 def _splits(factor: Factor) -> TypeGuard[Tokens]:

@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from passes.base import Refusal
 from passes.branches import CONV, LINEAR, Branch
 from passes.stages import find_stages
+from passes.token_axis import stream_layout
 
 
 def no_block(gm: GraphModule, branches: list[Branch]) -> Refusal:
@@ -26,8 +27,18 @@ def no_block(gm: GraphModule, branches: list[Branch]) -> Refusal:
         "the model has no residual MLP branch on [batch, tokens, channels]; nearest to one comes this "
         f"{nearest.kind} branch ({why})",
         nearest.at or nearest.add,
-        "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
-        if find_stages(gm)
-        else "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
-        "rs_compile.register_token_rule; a layer with windows needs every token of them",
+        _way_out(gm, nearest),
+    )
+
+
+def _way_out(gm: GraphModule, nearest: Branch) -> str:
+    if find_stages(gm):
+        return "a CNN's stages lose rows and columns with Schedule(grid={stage: GridPrune(rows, columns)})"
+    try:
+        stream_layout(nearest.stream)
+    except Refusal as refusal:
+        return refusal.way_out
+    return (
+        "rs_compile.explain(model, inputs) shows what was found; an op of your own gets a rule by "
+        "rs_compile.register_token_rule; a layer with windows needs every token of them"
     )

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Refusal
 from passes.branches import LIKE, SOFTMAX, Block, ancestors
 from passes.contraction import arguments
-from passes.layout import Batch, Layout, sequence_in, tokens_in
+from passes.layout import Layout, over_samples, sequence_in, tokens_in
 from passes.rules.pointwise import pointwise
 from passes.rules.registry import argument, rule_for, shape_of, wrap
 from passes.splice import splice
@@ -40,8 +40,12 @@ def insert_padding(gm: GraphModule, block: Block, prefix: int = 0, suffix: int =
         return None
     value, hidden = found
     layout, _ = stream_layout(block.entry)
-    samples = next(d for d, dim in enumerate(layout) if any(isinstance(f, Batch) for f in dim))
-    node: Node = splice(gm.graph, "padding", lambda m, x: hidden(m, x.shape[samples]), value, block.entry)
+    samples = over_samples(layout)
+
+    def padding(mask: Tensor, x: Tensor) -> Tensor:
+        return hidden(mask, 1 if samples is None else x.shape[samples])
+
+    node: Node = splice(gm.graph, "padding", padding, value, block.entry)
     return node
 
 

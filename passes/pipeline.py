@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,6 +132,7 @@ def prepare(
     lower: bool,
     ambient_autocast: Mapping[str, torch.dtype] | None = None,
     say: Progress = lambda _: None,
+    constant: Collection[int] = (),
 ) -> PassResult:
     """Capture and clean-up: what every model goes through, pruned or not.
 
@@ -141,9 +142,10 @@ def prepare(
         ambient_autocast: the autocast that the graph will run under, its dtype by device type; regions that
             switch it off must then stay.
         say: called with a line of text at each stage.
+        constant: see `capture`.
     """
     say("capturing the model")
-    return cleaned(capture(model, args, kwargs), lower, ambient_autocast, say)
+    return cleaned(capture(model, args, kwargs, constant), lower, ambient_autocast, say)
 
 
 def cleaned(

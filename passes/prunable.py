@@ -21,7 +21,7 @@ def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | Non
     layout, _ = stream_layout(block.output)
     dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
     found = Protected(0, 0)  # learned tokens lie in no grid
-    if len(layout) == 3:
+    if len(layout) < 4:
         found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
     if not given:
         return found

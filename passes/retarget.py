@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.branches import SOFTMAX
 from passes.gather import original_positions, stretch_index, take
-from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, tokens_in
+from passes.layout import Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
 from passes.propagate import evaluate
 from passes.rules import Extent, Kept, Position, Transfer
 from passes.site import SITE, Site
@@ -104,6 +104,7 @@ class _Emitter:
         self.chained: dict[tuple[Node, tuple[Any, ...]], Node] = {}
         self.replaced: dict[Node, Node] = {}  # values that run over tokens no more
         self.samples: Node | None = None
+        self.one_sample = over_samples(site.layout) is None
 
     def __call__(self, node: Node, transfer: Transfer) -> None:
         with self.graph.inserting_before(node):
@@ -153,7 +154,7 @@ class _Emitter:
             key: Any = node.args[1]
             if key in layouts and (keys := tokens_in(layouts[key][-2])):
                 out: Any = transfer.out
-                check_biasable(node, out)
+                check_biasable(node, out, self.one_sample)
                 twin.meta[KEY_SIZES] = self._sizes(keys)
         elif node.target in SOFTMAX and self.site.size_bias and transfer.mixes:
             raise Refusal(
@@ -163,9 +164,10 @@ class _Emitter:
             )
         elif node.target in MEANS and self.site.weighted_mean and transfer.mixes and layout is not None:
             tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
-            samples = next((d for d, dim in enumerate(layout) if len(dim) == 1 and isinstance(dim[0], Batch)), None)
+            samples = over_samples(layout)
+            alone = self.one_sample if samples is None else len(layout[samples]) == 1
             over = tokens_in(layout[tokens])
-            if samples is None or over is None or isinstance(over, Part):
+            if not alone or over is None or isinstance(over, Part):
                 raise Refusal(
                     "a mean over tokens folded with samples, or on a grid", node, "use Schedule(weighted_mean=False)"
                 )
@@ -223,7 +225,8 @@ class _Emitter:
         if not any(isinstance(f, Batch) for f in dim):
             return int(rest)
         if self.samples is None:
-            at = next(d for d, dim in enumerate(self.site.layout) if any(isinstance(f, Batch) for f in dim))
+            at = over_samples(self.site.layout)
+            assert at is not None
             with self.graph.inserting_before(self.site.full.next):
                 self.samples = splice(self.graph, "batch size", lambda x: x.shape[at], self.site.stream)
         if rest == 1:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from passes.attention_kernel import ALIGN
 from passes.base import ALIVE, Pass, PassResult, Refusal
 from passes.contraction import arguments
+from passes.gather import along
 from passes.layout import Batch, Layout, Piece, Prunable, Tokens
 from passes.splice import replace_by, splice
 
@@ -94,12 +95,9 @@ def _widened(x: Tensor, channels: Tensor) -> Tensor:
     return torch.cat([x, channels.to(x.dtype).expand(*x.shape[:-1], channels.shape[-1])], -1)
 
 
-def weighed(x: Tensor, sizes: Tensor, samples: int, tokens: int) -> Tensor:
+def weighed(x: Tensor, sizes: Tensor, samples: int | None, tokens: int) -> Tensor:
     """x times size over mean size, so that its mean over tokens is the weighted mean."""
-    weight = (sizes / sizes.mean(1, keepdim=True)).to(x.dtype)
-    shape = [1] * x.dim()
-    shape[samples], shape[tokens] = x.shape[samples], x.shape[tokens]
-    return x * (weight if samples < tokens else weight.t()).reshape(shape)
+    return x * along((sizes / sizes.mean(1, keepdim=True)).to(x.dtype), x.dim(), samples, tokens)
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,13 @@ def _bias(gm: GraphModule, node: Node) -> str:
     return "channel" if channel else "mask"
 
 
-def check_biasable(node: Node, pairs: Layout) -> None:
+def check_biasable(node: Node, pairs: Layout, one_sample: bool) -> None:
     """Refuses an attention that cannot take a bias per key.
 
     Args:
         node: the attention op.
         pairs: the layout of its result.
+        one_sample: the stream has no dimension for samples.
     """
     given: dict[str, Any] = arguments(node)
     way_out = "use Schedule(size_bias=False), or prune instead of merging"
@@ -158,5 +157,6 @@ def check_biasable(node: Node, pairs: Layout) -> None:
         raise Refusal("causal attention, in which a merged token would stand at two places", node, way_out)
     if given["dropout_p"]:
         raise Refusal("attention with dropout does not take a size bias", node, "call model.eval() first")
-    if len(pairs) != 4 or len(pairs[0]) != 1 or not isinstance(pairs[0][0], Batch):
+    alone = len(pairs) == 4 and (isinstance(pairs[0][0], Batch) if len(pairs[0]) == 1 else one_sample and not pairs[0])
+    if not alone:
         raise Refusal("this attention is not on [batch, heads, tokens, channels]", node, way_out)

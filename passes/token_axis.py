@@ -18,6 +18,7 @@ from passes.base import Refusal, op_name
 from passes.capture import FIXED_BATCH
 from passes.layout import (
     Batch,
+    Dim,
     Fixed,
     Free,
     Layout,
@@ -27,6 +28,7 @@ from passes.layout import (
     expr,
     merged,
     on_grid,
+    over_samples,
     runs_over_tokens,
     show,
     whole_grids,
@@ -75,7 +77,9 @@ class Needed(Refusal):
     """
 
     def __init__(self, axis: TokenAxis, consumer: Node, more: str = "") -> None:
-        super().__init__(f"{axis.dense[consumer]}, and later layers depend on it{more}", consumer, WAY_OUT)
+        # a sequence without a dimension for samples may hold several
+        one = "call the model with one image, " if over_samples(axis.layouts[axis.start]) is None else ""
+        super().__init__(f"{axis.dense[consumer]}, and later layers depend on it{more}", consumer, one + WAY_OUT)
         self.axis, self.consumer = axis, consumer
 
     def at_once(self) -> Needed:
@@ -86,10 +90,14 @@ class Needed(Refusal):
 def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layout, Batch]:
     """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C], or on a grid [B, H, W, C].
 
+    A stream [N, C] of literal sizes is one sample: no dimension runs over samples, and index maps are [1, K].
+
     Raises:
         Refusal: the stream has no separate sample and token dimension.
     """
     shape = stream.meta["val"].shape
+    if len(shape) == 2 and all(isinstance(size, int) for size in shape):
+        return (_sequence(shape[0], prefix, suffix), merged((Free(expr(shape[1])),))), Batch(expr(1))
     owner = stream.graph.owning_module
     samples = owner.meta.get(FIXED_BATCH, 0) if owner is not None else 0
     over = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
@@ -109,10 +117,13 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
         rows, columns = int(shape[1]), int(shape[2])
         whole = Tokens.of([Fixed(prefix), Prunable(rows * columns - prefix - suffix), Fixed(suffix)])
         return ((batch,), *on_grid(whole, rows, columns), merged((Free(expr(shape[3])),))), batch
-    count = int(shape[1 - over[0]])
-    pieces = Tokens.of([Fixed(prefix), Prunable(count - prefix - suffix), Fixed(suffix)])
-    tokens, channels = merged((pieces,)), merged((Free(expr(shape[2])),))
+    tokens, channels = _sequence(shape[1 - over[0]], prefix, suffix), merged((Free(expr(shape[2])),))
     return ((batch,), tokens, channels) if over[0] == 0 else (tokens, (batch,), channels), batch
+
+
+def _sequence(count: int, prefix: int, suffix: int) -> Dim:
+    """The dimension of so many tokens, of which some at either end always stay."""
+    return merged((Tokens.of([Fixed(prefix), Prunable(int(count) - prefix - suffix), Fixed(suffix)]),))
 
 
 def analyse(

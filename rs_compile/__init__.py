@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from passes.restore import TokenOutput
     from passes.rules import register_token_rule
     from rs_compile.errors import ScheduleError
+    from rs_compile.explain import explain
     from rs_compile.grid_prune import GridPrune
-    from rs_compile.optimize import OptimizedModel, explain, optimize, plan
+    from rs_compile.optimize import OptimizedModel, optimize, plan
     from rs_compile.report import Explanation, Report
     from rs_compile.schedule import Schedule
     from rs_compile.signature import InputError
@@ -56,8 +57,9 @@ _HOMES = {
     "passes.restore": ("TokenOutput",),
     "passes.rules": ("register_token_rule",),
     "rs_compile.errors": ("ScheduleError",),
+    "rs_compile.explain": ("explain",),
     "rs_compile.grid_prune": ("GridPrune",),
-    "rs_compile.optimize": ("OptimizedModel", "explain", "optimize", "plan"),
+    "rs_compile.optimize": ("OptimizedModel", "optimize", "plan"),
     "rs_compile.report": ("Explanation", "Report"),
     "rs_compile.schedule": ("Schedule",),
     "rs_compile.signature": ("InputError",),

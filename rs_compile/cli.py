@@ -23,7 +23,8 @@ from torch import nn
 from passes.base import CompileError
 from passes.score import Metric, Operation
 from rs_compile import comparison, demo, models, timing
-from rs_compile.optimize import explain, optimize
+from rs_compile.explain import explain
+from rs_compile.optimize import optimize
 from rs_compile.predict import predict
 from rs_compile.schedule import Schedule
 from rs_compile.visualize import command as visualize

@@ -37,6 +37,7 @@ class Options:
     explicit_attention: bool
     guard: Guard | None
     verify: bool
+    constant_inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

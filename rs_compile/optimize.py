@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from passes.attention_kernel import KernelChoice
-from passes.base import CompileError, PassResult, Skip, source_line
-from passes.branches import Block, module_path
+from passes.base import CompileError, PassResult, Skip
 from passes.capture import FIXED_BATCH, capture
-from passes.grid_pipeline import cuttable
-from passes.pipeline import Compiled, Progress, block_kernels, cleaned, prepare
-from passes.prunable import prunable
-from passes.stages import find_stages
+from passes.pipeline import Compiled, Progress, cleaned
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
 from rs_compile.faithful import check_faithful
 from rs_compile.guard import Guard, hindrance
-from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report, StageExplanation, StageRow
+from rs_compile.report import BlockRow, Report, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
 from rs_compile.signature import (
+    Call,
     State,
     StateReader,
     autocast_state,
     batch_sizes,
     check_inputs,
-    flatten,
     in_words,
-    leaf_key,
 )
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
@@ -72,17 +64,18 @@ class OptimizedModel(nn.Module):
             InputError: no input is a tensor.
             CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
         """
-        leaves, spec = flatten(args, kwargs)
-        plan = self._find(leaves, spec)
+        call = self._read(args, kwargs)
+        leaves = call.leaves
+        plan = self._find(call)
         if plan is None:
             with _CAPTURING:
                 # the model's state may have been read while another thread was capturing
-                plan, before = self._find(leaves, spec), self._state()
+                plan, before = self._find(call), self._state()
                 if plan is None:
                     verify = self._options.verify
-                    plan = self._plan(leaves, spec, lambda: self._prepare(leaves, args, kwargs, verify))
+                    plan = self._plan(call, lambda: self._prepare(call, verify))
                 outputs = plan.run(*leaves)
-                self._keep(before, leaves, spec, plan)
+                self._keep(before, call, plan)
         else:
             outputs = plan.run(*leaves)
         self.__dict__["_last"] = plan
@@ -133,20 +126,23 @@ class OptimizedModel(nn.Module):
         options: Options = self._options
         return options.schedule.prunes if options.lower_attention is None else options.lower_attention
 
-    def _prepare(self, leaves: Sequence[Any], args: Any, kwargs: Any, verify: bool = False) -> PassResult:
-        check_inputs(self._model, leaves)
+    def _read(self, args: Any, kwargs: Any) -> Call:
+        return Call.of(self._model, args, kwargs, self._options.constant_inputs)
+
+    def _prepare(self, call: Call, verify: bool = False) -> PassResult:
+        check_inputs(self._model, call.leaves)
         ambient = dict(autocast_state())
         self._say("capturing the model")
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
         with torch._C._DisableAutocast():
-            gm = capture(self._model, args, kwargs)
-        why = check_faithful(self._model, gm, args, kwargs, leaves) if verify else ""
+            gm = capture(self._model, call.args, call.kwargs, call.constant)
+        why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
         unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
         return replace(prepared, skips=unchecked + prepared.skips)
 
-    def _rewrite(self, leaves: Sequence[Any], prepared: PassResult) -> Graphs:
+    def _rewrite(self, call: Call, prepared: PassResult) -> Graphs:
         options: Options = self._options
         schedule, gm = options.schedule, prepared.gm
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
@@ -156,22 +152,22 @@ class OptimizedModel(nn.Module):
                 unmeasured = hindrance(self._model, gm, schedule.prunes)
             if options.guard is not None and not unmeasured:
                 rest = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
-                dense = self._reported(leaves, prepared, rest, "")
+                dense = self._reported(call, prepared, rest, "")
             compiled = rewrite(
                 gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
             )
-        pruned = self._reported(leaves, prepared, compiled, merging_text(schedule, compiled.size_bias))
+        pruned = self._reported(call, prepared, compiled, merging_text(schedule, compiled.size_bias))
         return Graphs(pruned, dense, out_spec, fixed, unmeasured)
 
-    def _reported(self, leaves: Sequence[Any], prepared: PassResult, c: Compiled, merging: str) -> Rewritten:
+    def _reported(self, call: Call, prepared: PassResult, c: Compiled, merging: str) -> Rewritten:
         """What is kept of a rewrite: its graph, and the report in place of the graphs on the way."""
         rows = tuple(
-            BlockRow(r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *_kernel(r.kernel))
+            BlockRow(r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *kernel_cells(r.kernel))
             for r in c.blocks
         )
         report = Report(
             type(self._model).__name__,
-            in_words(leaves),
+            in_words(call.leaves, call.constant),
             rows,
             c.dense.macs,
             c.cost.macs,
@@ -183,21 +179,20 @@ class OptimizedModel(nn.Module):
         )
         return Rewritten(c.gm, report)
 
-    def _find(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Plan | None:
-        key = (self._state(), leaf_key(leaves), spec)
+    def _find(self, call: Call) -> Plan | None:
+        key = (self._state(), *call.key)
         plan = self._plans.get(key)
-        return self._plans.get((*key, batch_sizes(leaves))) if plan is _BY_SIZE else plan
+        return self._plans.get((*key, batch_sizes(call.leaves))) if plan is _BY_SIZE else plan
 
-    def _plan(self, leaves: Sequence[Any], spec: pytree.TreeSpec, prepared: Callable[[], PassResult]) -> Plan:
+    def _plan(self, call: Call, prepared: Callable[[], PassResult]) -> Plan:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""
-        key = (self._state(), leaf_key(leaves), spec)
-        graphs: Graphs = self._graphs.get(key) or self._rewrite(leaves, prepared())
-        return make_plan(graphs, self._options, leaves)
+        graphs: Graphs = self._graphs.get((self._state(), *call.key)) or self._rewrite(call, prepared())
+        return make_plan(graphs, self._options, call.leaves)
 
-    def _keep(self, before: State, leaves: Sequence[Any], spec: pytree.TreeSpec, plan: Plan) -> None:
+    def _keep(self, before: State, call: Call, plan: Plan) -> None:
         """Files a plan. What its capture left on the model (hooks, a count of calls) is no change of the model."""
         state = self._state()
-        key: tuple[Any, ...] = (state, leaf_key(leaves), spec)
+        key: tuple[Any, ...] = (state, *call.key)
         for name in ("_plans", "_graphs"):
             # what is for parameters that the model has no more would keep these alive
             table = {k: v for k, v in self.__dict__[name].items() if k[0].identities == state.identities}
@@ -207,7 +202,7 @@ class OptimizedModel(nn.Module):
             self._graphs[key] = plan.graphs
         if guarded or fixed:
             self._plans[key] = _BY_SIZE
-            key = (*key, batch_sizes(leaves))
+            key = (*key, batch_sizes(call.leaves))
         self._plans[key] = plan
 
 
@@ -224,6 +219,7 @@ def optimize(
     explicit_attention: bool = False,
     guard: Guard | None = None,
     verify: bool = True,
+    constant_inputs: Collection[str] = (),
 ) -> OptimizedModel:
     """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
 
@@ -248,6 +244,9 @@ def optimize(
             uncompiled and without gradients, and refuses where they do not agree: code may do something else while
             torch.export traces it. Not in train mode, nor where the model writes into a buffer or an input;
             `report()` says so.
+        constant_inputs: names of inputs whose values the model's Python code reads (Qwen2-VL's `grid_thw`), which
+            torch.export cannot follow: small tensors of whole numbers. A capture holds their values fast, and
+            another value is another capture. On a GPU reading them waits for it at every call.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -277,6 +276,7 @@ def optimize(
         explicit_attention,
         guard,
         verify,
+        (constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
     )
     return OptimizedModel(model, options)
 
@@ -318,80 +318,18 @@ def plans(
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    leaves, spec = flatten(args, kwargs)
-    prepared: dict[bool, PassResult] = {}
+    prepared: dict[Any, PassResult] = {}
     for handle in handles:
-        if handle._lowers not in prepared:
-            prepared[handle._lowers] = handle._prepare(leaves, args, kwargs)
-        found = handle._plan(leaves, spec, partial(copied, prepared[handle._lowers]))
-        handle._keep(handle._state(), leaves, spec, found)
+        call = handle._read(args, kwargs)
+        case = (handle._lowers, call.constant)
+        if case not in prepared:
+            prepared[case] = handle._prepare(call)
+        found = handle._plan(call, partial(copied, prepared[case]))
+        handle._keep(handle._state(), call, found)
         handle.__dict__["_last"] = found
         yield handle.report()
 
 
-def explain(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Explanation:
-    """What the matcher finds in a model, with nothing changed or compiled.
-
-    Args:
-        model: any module.
-        example_inputs: a tensor [B, ...], or a tuple of the model's positional inputs.
-        example_kwargs: its keyword inputs.
-
-    Returns:
-        A table of blocks: index, where, kind, tokens, attention kernel, and whether tokens can leave after it,
-        or the reason why not.
-
-    Raises:
-        CaptureError: torch.export cannot capture the model.
-    """
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
-    check_inputs(model, flatten(args, kwargs)[0])
-    with torch._C._DisableAutocast():
-        prepared = prepare(model, args, kwargs, lower=True)
-    rows = []
-    blocks, branches, choices = block_kernels(prepared.gm)
-    for block in blocks:
-        answer = prunable(prepared.gm, block, branches)
-        kinds = [b.kind for b in (block.attention, block.mlp) if b is not None]
-        shape = block.output.meta["val"].shape
-        tokens = (
-            math.prod(int(size) for size in shape[1:-1])
-            if len(shape) in (3, 4) and isinstance(shape[1], int)
-            else (int(shape[0]) if isinstance(shape[0], int) else None)
-        )
-        rows.append(
-            ExplanationRow(
-                block.index,
-                block.where,
-                " + ".join(kinds),
-                tokens,
-                *_kernel(choices.get(block.index)),
-                answer.able,
-                answer.reason,
-                ", ".join(_place(blocks, node) for node in answer.until),
-            )
-        )
-    stages = []
-    for stage in find_stages(prepared.gm):
-        able, reason = cuttable(stage)
-        stages.append(StageExplanation(stage.index, stage.where, len(stage.blocks), stage.grid, able, reason))
-    notes = []
-    if not blocks and not stages:
-        found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
-        notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
-    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
-
-
-def _place(blocks: Sequence[Block], add: Node) -> str:
-    """A residual sum in words."""
-    for block in blocks:
-        if block.output is add:
-            return f"the end of block {block.index}"
-        if block.attention is not None and block.attention.add is add:
-            return f"the middle of block {block.index}"
-    return module_path(add) or source_line(add)
-
-
-def _kernel(choice: KernelChoice | None) -> tuple[str, str]:
+def kernel_cells(choice: KernelChoice | None) -> tuple[str, str]:
+    """An attention kernel and, where it is not flash, why, for a row of a report."""
     return (choice.name, "" if choice.name == "flash" else choice.reason) if choice is not None else ("", "")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from passes.base import CompileError
 from passes.capture import batched
+from passes.constant_inputs import LARGEST, input_names, is_small
 
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
@@ -35,6 +37,41 @@ def check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:
         given = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
         name = type(model).__name__
         raise InputError(f"{name} was called with {given}; pass tensors, [batch, ...], or a dict of them")
+
+
+def constant_leaves(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], names: Collection[str]
+) -> tuple[int, ...]:
+    """The flat input leaves under these names that are tensors; Python values are constants anyway.
+
+    Args:
+        names: of arguments, or keys of mappings among the inputs.
+
+    Raises:
+        InputError: there is none under a name, or it is not a small tensor of whole numbers with values.
+    """
+    if not names:
+        return ()
+    leaves = flatten(args, kwargs)[0]
+    paths = input_names(model, args, kwargs)
+    known = {name for path in paths for name in path}
+    if missing := sorted(set(names) - known):
+        raise InputError(
+            f"constant_inputs names {', '.join(missing)}, and {type(model).__name__} was called with "
+            f"{', '.join(sorted(known)) or 'inputs without names; pass them by keyword'}"
+        )
+    found = []
+    for i, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
+        if not isinstance(leaf, torch.Tensor) or not set(path) & set(names):
+            continue
+        if not is_small(leaf) or leaf.is_meta or isinstance(leaf, FakeTensor):
+            kind = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+            raise InputError(
+                f"constant_inputs names {path[-1]}, which is {kind}; its values are compared at every call, so it must "
+                f"hold whole numbers or booleans, at most {LARGEST}"
+            )
+        found.append(i)
+    return tuple(found)
 
 
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
@@ -181,15 +218,16 @@ def _plain(value: Any, depth: int) -> Any:
     return (id(value), _plain(held, depth - 1)) if held else id(value)
 
 
-def leaf_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The input signature: everything but the number of samples."""
-    runs = batched(leaves)
-    return tuple(
+def leaf_key(leaves: Sequence[Any], constant: Collection[int] = ()) -> tuple[Any, ...]:
+    """The input signature: everything but the number of samples; of constant leaves the values too."""
+    runs = batched(leaves, constant)
+    key: list[Any] = [
         (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
         if isinstance(leaf, torch.Tensor)
         else repr(leaf)
         for leaf, over in zip(leaves, runs, strict=True)
-    )
+    ]
+    return (*key, *((i, *leaves[i].flatten().tolist()) for i in constant))
 
 
 def batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
@@ -197,12 +235,36 @@ def batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:
     return tuple(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
 
 
-def in_words(leaves: Sequence[Any]) -> str:
+def in_words(leaves: Sequence[Any], constant: Collection[int] = ()) -> str:
     """The input signature for a report: `float32[B, 3, 224, 224] on cpu`."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    runs = batched(tensors)
     texts = []
-    for t, over in zip(tensors, runs, strict=True):
+    for i, (t, over) in enumerate(zip(leaves, batched(leaves, constant), strict=True)):
+        if not isinstance(t, torch.Tensor):
+            continue
         sizes = ", ".join("B" if over and d == 0 else str(s) for d, s in enumerate(t.shape))
-        texts.append(f"{str(t.dtype).removeprefix('torch.')}[{sizes}] on {t.device}")
+        held = f", always {t.tolist()}" if i in constant else ""
+        texts.append(f"{str(t.dtype).removeprefix('torch.')}[{sizes}] on {t.device}{held}")
     return ", ".join(texts)
+
+
+class Call(NamedTuple):
+    """The inputs of one call of a model.
+
+    Args:
+        leaves: flat.
+        constant: which of them the graph has the values of.
+        key: the input signature, and how the leaves are nested.
+    """
+
+    args: Any
+    kwargs: Any
+    leaves: list[Any]
+    constant: tuple[int, ...]
+    key: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, args: Any, kwargs: Any, names: Collection[str] = ()) -> Call:
+        """Reads a call's inputs; see `constant_leaves`."""
+        leaves, spec = flatten(args, kwargs)
+        constant = constant_leaves(model, args, kwargs, names)
+        return cls(args, kwargs, leaves, constant, (leaf_key(leaves, constant), spec))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rs_compile.signature import StateReader, flatten
+from rs_compile.signature import StateReader, flatten, leaf_key
 
 
 class Model(nn.Module):
@@ -105,3 +105,10 @@ def test_flatten_knows_mappings_inside_containers() -> None:
     assert args[0][0]["y"][0] is b
     assert flatten(([Inputs(x=a, y=[b, 3])],), {"z": Inputs(x=b)})[1] == spec
     assert flatten(([Inputs(x=a, w=[b, 3])],), {"z": Inputs(x=b)})[1] != spec
+
+
+def test_a_constant_leaf_is_known_by_its_value() -> None:
+    x, grid = torch.zeros(6, 4), torch.tensor([[1, 2, 3]])
+    assert leaf_key([x, grid], (1,)) == leaf_key([x, grid.clone()], (1,))
+    assert leaf_key([x, grid], (1,)) != leaf_key([x, grid + 1], (1,))
+    assert leaf_key([x, grid]) == leaf_key([x, grid + 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,8 +81,20 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
     if aligned and any(len(dim) > 1 for dim in parts):
         raise Ungatherable("an input with an entry per token meets a grid that is folded with another dimension")
     if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
-        raise Ungatherable("an input with an entry per token has no dimension for samples to be gathered along")
+        _check_one_sample(ctx, aligned, out)
     return aligned
+
+
+def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> None:
+    """Declines where inputs with an entry per token meet a value without samples, unless there is but one sample."""
+    if ctx.batch.size != 1:
+        raise Ungatherable("an input with an entry per token has no dimension for samples to be gathered along")
+    for n in aligned:
+        shape = shape_of(n)
+        if sum(shape[at] != 1 and tokens_in(out[at]) is not None for at in range(-len(shape), 0)) > 1:
+            raise Untransferable(
+                "an input has an entry per pair of tokens, which may keep several images in one sequence apart"
+            )
 
 
 # act on each entry by itself, and torch does not tag them so

@@ -207,3 +207,10 @@ def test_regroup_agrees_with_torch(view: tuple[Layout, list[sympy.Expr | int]]) 
         whole &= isinstance(f, Free) or all(inner % b == 0 or b % outer == 0 for b in borders)
         inner = outer
     assert (found is not None) == whole, f"{show(layout)} to {shape}"
+
+
+def test_a_lone_sample_keeps_its_place_in_a_view_and_folds_into_anything() -> None:
+    one = Batch(sympy.Integer(1))
+    stream = dims(one, PATCHES, free(8))
+    assert regroup(stream, (1, 6, 2, 4)) == dims(one, PATCHES, free(2), free(4))
+    assert regroup(stream, (6, 8)) == dims(PATCHES, free(8))

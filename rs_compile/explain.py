@@ -1,0 +1,92 @@
+"""What the matcher finds in a model, with nothing changed or compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from passes.base import source_line
+from passes.branches import Block, module_path
+from passes.grid_pipeline import cuttable
+from passes.pipeline import block_kernels, prepare
+from passes.prunable import prunable
+from passes.stages import find_stages
+from rs_compile.optimize import kernel_cells
+from rs_compile.report import Explanation, ExplanationRow, StageExplanation
+from rs_compile.signature import check_inputs, constant_leaves, flatten
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    constant_inputs: Collection[str] = (),
+) -> Explanation:
+    """What the matcher finds in a model, with nothing changed or compiled.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor [B, ...], or a tuple of the model's positional inputs.
+        example_kwargs: its keyword inputs.
+        constant_inputs: see `optimize`.
+
+    Returns:
+        A table of blocks: index, where, kind, tokens, attention kernel, and whether tokens can leave after it,
+        or the reason why not.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    check_inputs(model, flatten(args, kwargs)[0])
+    constant = constant_leaves(model, args, kwargs, constant_inputs)
+    with torch._C._DisableAutocast():
+        prepared = prepare(model, args, kwargs, lower=True, constant=constant)
+    rows = []
+    blocks, branches, choices = block_kernels(prepared.gm)
+    for block in blocks:
+        answer = prunable(prepared.gm, block, branches)
+        kinds = [b.kind for b in (block.attention, block.mlp) if b is not None]
+        shape = block.output.meta["val"].shape
+        tokens = (
+            math.prod(int(size) for size in shape[1:-1])
+            if len(shape) in (3, 4) and isinstance(shape[1], int)
+            else (int(shape[0]) if isinstance(shape[0], int) else None)
+        )
+        rows.append(
+            ExplanationRow(
+                block.index,
+                block.where,
+                " + ".join(kinds),
+                tokens,
+                *kernel_cells(choices.get(block.index)),
+                answer.able,
+                answer.reason,
+                ", ".join(_place(blocks, node) for node in answer.until),
+            )
+        )
+    stages = []
+    for stage in find_stages(prepared.gm):
+        able, reason = cuttable(stage)
+        stages.append(StageExplanation(stage.index, stage.where, len(stage.blocks), stage.grid, able, reason))
+    notes = []
+    if not blocks and not stages:
+        found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
+        notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))
+    return Explanation(type(model).__name__, tuple(rows), prepared.skips, tuple(notes), tuple(stages))
+
+
+def _place(blocks: Sequence[Block], add: Node) -> str:
+    """A residual sum in words."""
+    for block in blocks:
+        if block.output is add:
+            return f"the end of block {block.index}"
+        if block.attention is not None and block.attention.add is add:
+            return f"the middle of block {block.index}"
+    return module_path(add) or source_line(add)
