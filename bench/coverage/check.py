@@ -23,6 +23,7 @@ from passes.pipeline import check_blocks, prepare
 from passes.protected import Protected
 from passes.prunable import protected_tokens, prunable
 from passes.stages import Stage, find_stages
+from rs_compile.report import BlockRow
 
 BATCH = 3
 KEEP = 0.7
@@ -109,7 +110,10 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -
         row |= {"result": WRONG, "detail": f"outputs: {wrong}"}
         return
     until = {node for i in sites for node in answers[i].until}
-    row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard, until)
+    if sites == [len(blocks) - 1] and not differs(short, full, TOLERANCE)[1]:
+        row |= {"result": UNHOOKED, "detail": "behind the last block every token is needed: nothing changes"}
+    else:
+        row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard, until, handle.report().blocks)
     if compiled:
         fused = call(rs_compile.optimize(exact, schedule), inputs)()
         if wrong := differs(fused, short, TOLERANCE)[1]:
@@ -126,6 +130,7 @@ def _by_hand(
     blocks: list[Block],
     guard: Protected,
     until: Collection[Node],
+    report: Sequence[BlockRow],
 ) -> Row:
     """Holds the pruned outputs against pruning by hand, where the blocks are modules."""
     found = find_layers(model, call(model, given), BATCH)
@@ -140,6 +145,9 @@ def _by_hand(
     keep = {hooked.index(mine[i]): ratio for i, ratio in schedule.keep.items() if i in mine}
     if len(hooked) < len(mine) or len(keep) < len(schedule.keep):
         return {"result": UNHOOKED}  # a module that is more than one block
+    last = max(schedule.keep)
+    if any(r.block > last and r.block not in mine and r.tokens_in == report[last].tokens_out for r in report):
+        return {"result": UNHOOKED}  # layers of another kind run on what is left
     ends = {block.index for block in blocks if block.output in until}
     if len(ends) < len(until) or not ends <= mine.keys():
         return {"result": UNHOOKED}  # tokens come back inside a module

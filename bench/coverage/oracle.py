@@ -82,15 +82,15 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
         ):
             continue
         parent = paths[module].rpartition(".")[0]
-        ends = [
+        inside = [
             m
             for m, g, r in calls[:i]
-            if r.data_ptr() == result.data_ptr()
+            if r.data_ptr() == result.data_ptr() != g.data_ptr()  # no identity
             and tuple(g.shape) == tuple(r.shape) == shape
             and paths[m].startswith(f"{paths[module]}.")
-            and not any(m.children())  # a norm, not a part of the layer
-            and sum(other is m for other, _, _ in calls) == 1  # no identity that the layer calls elsewhere too
         ]
+        # a norm, not a part of the layer that ends with it
+        ends = [m for m in inside if not any(paths[other].startswith(f"{paths[m]}.") for other in inside)]
         tokens = 1 - shape[:2].index(batch)
         layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
         groups.setdefault((parent, type(module)), []).append(layer)
