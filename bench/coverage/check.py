@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from passes.protected import Protected
 from passes.prunable import protected_tokens, prunable
 from passes.stages import Stage, find_stages
 from rs_compile.report import BlockRow
+from rs_compile.signature import constant_leaves
 
 BATCH = 3
 KEEP = 0.7
@@ -57,7 +59,7 @@ def check(subject: Subject, compiled: bool = False) -> Row:
     except Exception as error:
         return {"result": BROKEN, "detail": first_line(error)}
     try:
-        _check(model, given, dense, compiled, row)
+        _check(subject, model, given, dense, compiled, row)
     except CompileError as refusal:
         row |= {"result": REFUSED, "detail": str(refusal)}
     except Exception as error:
@@ -65,10 +67,11 @@ def check(subject: Subject, compiled: bool = False) -> Row:
     return row
 
 
-def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -> None:
+def _check(subject: Subject, model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -> None:
     """Fills the row as it finds out, so that what was found before a refusal stays."""
+    optimize = partial(rs_compile.optimize, constant_inputs=subject.constant)
     args, kwargs = as_call(given)
-    gm = prepare(model, args, kwargs, lower=True).gm
+    gm = prepare(model, args, kwargs, lower=True, constant=constant_leaves(model, args, kwargs, subject.constant)).gm
     branches = find_branches(gm)
     blocks = blocks_of(branches)
     answers = [prunable(gm, block, branches) for block in blocks]
@@ -83,7 +86,7 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -
         reasons = [answer.reason for answer in answers] or [reason for _, (_, reason) in stages]
         row |= {"result": REFUSED, "detail": reasons[0] if reasons else _why_none(gm, blocks, branches)}
         return
-    same = call(rs_compile.optimize(model, {able[0]: 1.0}, backend="eager"), given)()
+    same = call(optimize(model, {able[0]: 1.0}, backend="eager"), given)()
     if wrong := differs(same, dense, 0.0)[1]:
         row |= {"result": WRONG, "detail": f"keep ratio 1: {wrong}"}
         return
@@ -93,7 +96,7 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -
     exact, inputs = _float64(model, given)
     schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP), operation="block")
     marks: list[float] = []
-    handle = rs_compile.optimize(
+    handle = optimize(
         exact,
         schedule,
         backend="eager",
@@ -115,7 +118,7 @@ def _check(model: nn.Module, given: Any, dense: Any, compiled: bool, row: Row) -
     else:
         row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard, until, handle.report().blocks)
     if compiled:
-        fused = call(rs_compile.optimize(exact, schedule), inputs)()
+        fused = call(optimize(exact, schedule), inputs)()
         if wrong := differs(fused, short, TOLERANCE)[1]:
             row |= {"result": WRONG, "detail": f"compiled: {wrong}"}
         row["compiled"] = True

@@ -23,6 +23,7 @@ class Subject:
         name: the model, as its library calls it.
         build: makes it, in eval mode; weights are drawn afterwards by the caller.
         inputs: makes its inputs for a number of samples: keyword arguments, or one tensor [B, ...].
+        constant: inputs whose values the graph holds fast, `optimize(constant_inputs=...)`.
     """
 
     library: str
@@ -30,6 +31,7 @@ class Subject:
     name: str
     build: Callable[[], nn.Module] = field(repr=False)
     inputs: Callable[[int], Tensor | Mapping[str, Any]] = field(repr=False)
+    constant: tuple[str, ...] = ()
 
 
 @cache

@@ -28,11 +28,10 @@ def text(batch: int) -> dict[str, Tensor]:
 
 
 def native(name: str, patch: int, temporal: int = 2, **more: Any) -> Inputs:
-    """Patches of images of one size in one sequence without a batch, and the grids that they come from."""
+    """The patches of one image, a sequence without a batch, and the grid that they come from."""
 
-    def make(batch: int) -> Mapping[str, Any]:
-        patches = noise(batch * 64, 3 * temporal * patch * patch)
-        return {name: patches, "grid_thw": torch.tensor([[1, 8, 8]] * batch), **more}
+    def make(_: int) -> Mapping[str, Any]:
+        return {name: noise(64, 3 * temporal * patch * patch), "grid_thw": torch.tensor([[1, 8, 8]]), **more}
 
     return make
 
@@ -91,6 +90,7 @@ BY_FAMILY: dict[str, Inputs] = {
         ),
         native("hidden_states", 8),
     ),
+    "pixtral": lambda _: _IMAGE(1),  # several are one sequence, kept apart by a mask
     "siglip2_vision_model": _patches,
     "audio-spectrogram-transformer": lambda batch: {"input_values": noise(batch, 64, 32)},
     "clap_audio_model": lambda batch: {"input_features": noise(batch, 1, 256, 16)},

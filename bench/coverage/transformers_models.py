@@ -38,7 +38,9 @@ def families() -> list[str]:
 def subjects() -> Iterator[Subject]:
     """One subject for each family, in the order of their names."""
     for family in families():
-        yield Subject("transformers", family, class_name(family), partial(build, family), partial(inputs, family))
+        make = partial(inputs, family)
+        constant = ("grid_thw",) if "grid_thw" in make(1) else ()
+        yield Subject("transformers", family, class_name(family), partial(build, family), make, constant)
     for family in ALL_LAYERS:
         name = f"{class_name(family)}, output_hidden_states"
         yield Subject("transformers", family, name, partial(build, family), partial(inputs, family, all_layers=True))
