@@ -13,6 +13,7 @@ from PIL import Image
 from bench.__main__ import main
 from bench.tables.methods import ATTENTION, BASE, COMPILED, COMPILED_WRITTEN, OURS, STREAM
 from bench.throughput.networks import NETWORKS
+from bench.throughput.picture import plot
 from bench.throughput.sweep import NAMES, methods_of
 from rs_compile import plan
 
@@ -105,3 +106,9 @@ def test_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert merged["share"]["median"] == pytest.approx((both - cut) / dense)
     assert captured["seconds"]["median"] == captured["rounds_seconds"][1] > 0
     assert f"{captured['seconds']['median']:.2f} s" in capsys.readouterr().out
+
+
+def test_a_line_of_the_picture_that_is_not_full_shows_no_empty_panel() -> None:
+    row = {"dtype": "float32", "batch": 1, "method": COMPILED, "macs_ratio": 1.0, "speedup": 1.0}
+    rows = [row | {"model": str(i), "speedup_quartiles": (1.0, 1.0)} for i in range(5)]
+    assert [axis.axison for axis in plot(rows, COMPILED).axes] == [True] * 5 + [False] * 3

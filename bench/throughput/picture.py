@@ -30,7 +30,7 @@ def plot(rows: Sequence[Row], baseline: str) -> Figure:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns + 2.6, 3.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis, (model, dtype) in zip(axes, panels, strict=False):  # the rest of the last line stays empty
+    for (model, dtype), axis in zip(panels, axes, strict=False):  # panels first: no axis is taken for nothing
         mine = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
         limit = max(row["macs_ratio"] for row in mine)
         axis.plot([1, limit], [1, limit], color="black", linestyle="--", linewidth=1)
