@@ -270,7 +270,7 @@ class _Emitter:
         if (
             earlier is None
             or not gathered
-            or earlier.gathered != gathered
+            or (earlier.gathered, len(earlier.target)) != (gathered, len(target))
             or any(isinstance(t, Part) for t in now.values())
         ):
             return Taken(node, target, gathered, {t.pieces: self._index(t) for t in now.values()})

@@ -51,25 +51,24 @@ def check_faithful(
         return why
     spec = pytree.tree_structure((tuple(args), dict(kwargs)))
     whole, leaves = leaves, _first(leaves, gm)
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
     try:
-        wanted = _outputs(model, args, kwargs, leaves)
+        wanted = _outputs(model, leaves, spec)
     except Exception:  # frames or crops of one clip in the batch: not every number of them runs
         leaves = whole
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        wanted = _outputs(model, args, kwargs, leaves)
+        wanted = _outputs(model, leaves, spec)
     with _alike(leaves):
         got = gm(*leaves)
     tolerance = _tolerance([*model.parameters(), *leaves, *wanted])
     wrong = _wrong(got, wanted, tolerance)
     if wrong:
-        agrees, differs = _where(model, gm, args, kwargs, leaves, tolerance)
+        agrees, differs = _where(model, gm, leaves, spec, tolerance)
         since = f"; up to {agrees.name} they agree" if agrees is not None else ""
         raise Refusal(f"torch.export captured something else than the model does: {wrong}{since}", differs, _WAY_OUT)
     return ""
 
 
-def _outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]) -> list[Any]:
+def _outputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[Any]:
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
     with _alike(leaves):
         return pytree.tree_leaves(model(*args, **kwargs))
 
@@ -142,12 +141,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 
 def _where(
-    model: nn.Module,
-    gm: GraphModule,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[Any],
-    tolerance: float,
+    model: nn.Module, gm: GraphModule, leaves: Sequence[Any], spec: pytree.TreeSpec, tolerance: float
 ) -> tuple[Node | None, Node | None]:
     """The last value in which the two agree, and the first in which they do not, by what modules give back."""
     given: dict[str, list[Any]] = {}
@@ -156,8 +150,7 @@ def _where(
         for path, module in model.named_modules()
     ]
     try:
-        with _alike(leaves):
-            model(*args, **kwargs)
+        _outputs(model, leaves, spec)
     finally:
         for hook in hooks:
             hook.remove()

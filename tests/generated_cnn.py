@@ -106,8 +106,8 @@ class GeneratedCNN(nn.Module):
 
 
 def parts(model: GeneratedCNN) -> Parts:
-    stages = list(zip(model.downs, model.stages, strict=True))
-    return Parts(model.stem, stages, model.pooled, lambda block: block.project)  # type: ignore[arg-type]
+    stages = [(down, list(stage.children())) for down, stage in zip(model.downs, model.stages, strict=True)]
+    return Parts(model.stem, stages, model.pooled, lambda block: block.project)
 
 
 @st.composite

@@ -8,6 +8,7 @@ Shapes: B samples, n current tokens (of N at first), H heads, C channels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -267,9 +268,7 @@ def run(parts: Parts, images: Tensor, how: Merging) -> Result:
             stream.merge(how, r, stream.tokens, weights)
         if i in how.keep:
             stream.prune(how, scores(**late), how.keep[i])
-    end = Stream.__new__(Stream)
-    end.__dict__ = dict(stream.__dict__)
-    restored = stream.restored()
+    end = copy.copy(stream)
     end.tokens = parts.end_norm(last, stream.tokens)
-    end.restored = lambda: parts.end_norm(last, restored)  # type: ignore[method-assign]
+    end.stands = [[s if isinstance(s, int) else parts.end_norm(last, s) for s in stands] for stands in stream.stands]
     return Result(parts.outputs(end, how), stream)

@@ -104,7 +104,11 @@ def walk(parts: Parts, images: Tensor, cuts: Mapping[int, Cut]) -> Walked:
             shortcut = [x]
             projection = parts.projection(block)
             # called once only, for its batch norm counts
-            hooks = [] if projection is None else [projection.register_forward_hook(lambda *a: shortcut.append(a[2]))]  # noqa: B023
+            hooks = (
+                []
+                if projection is None
+                else [projection.register_forward_hook(lambda *a, to=shortcut: to.append(a[2]))]
+            )
             x = block(x)
             for hook in hooks:
                 hook.remove()

@@ -50,8 +50,9 @@ SCHEDULES = st.builds(
 )
 
 
-def refused(text: str) -> Any:
-    return pytest.raises(ScheduleError, match=f"^{re.escape(text)}")
+def says(text: str) -> str:
+    """A pattern for an error that begins like this."""
+    return f"^{re.escape(text)}"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_some_token_always_stays(keep_ratio: float, n: int) -> None:
 
 @pytest.mark.parametrize("n", [-1, 1.5, True])
 def test_removed_refuses_a_count_that_is_none(n: Any) -> None:
-    with refused(f"the token count is {n!r}; pass an integer of at least 0"):
+    with pytest.raises(ScheduleError, match=says(f"the token count is {n!r}; pass an integer of at least 0")):
         removed(n, 0.5)
 
 
@@ -176,7 +177,7 @@ def test_uniform() -> None:
     ],
 )
 def test_uniform_refuses(options: dict[str, Any], message: str) -> None:
-    with refused(message):
+    with pytest.raises(ScheduleError, match=says(message)):
         Schedule.uniform(**({"depth": 12, "keep_ratio": 0.8} | options))
 
 
@@ -185,7 +186,10 @@ def test_of() -> None:
     assert Schedule.of(schedule) is schedule
     assert Schedule.of({0: 0.8}) == schedule
     no_schedule: Any = 0.8
-    with refused("0.8 is no schedule; pass a Schedule, a dict like {0: 0.8, 3: 0.8}, or Schedule.parse("):
+    with pytest.raises(
+        ScheduleError,
+        match=says("0.8 is no schedule; pass a Schedule, a dict like {0: 0.8, 3: 0.8}, or Schedule.parse("),
+    ):
         Schedule.of(no_schedule)
 
 
@@ -210,7 +214,7 @@ def test_parse() -> None:
     ],
 )
 def test_parse_refuses(text: str, message: str) -> None:
-    with refused(message):
+    with pytest.raises(ScheduleError, match=says(message)):
         Schedule.parse(text)
 
 
@@ -233,13 +237,20 @@ def test_parse_refuses(text: str, message: str) -> None:
     ],
 )
 def test_refuses_a_keep_ratio(ratio: Any) -> None:
-    with refused(f"the keep ratio of block 3 is {ratio!r}; write a number above 0 and at most 1, like 0.8 to keep 80%"):
+    with pytest.raises(
+        ScheduleError,
+        match=says(
+            f"the keep ratio of block 3 is {ratio!r}; write a number above 0 and at most 1, like 0.8 to keep 80%"
+        ),
+    ):
         Schedule({3: ratio})
 
 
 @pytest.mark.parametrize("block", [-1, 1.0, "0", None, True])
 def test_refuses_a_block_index(block: Any) -> None:
-    with refused(f"block index {block!r} in keep; write an integer of at least 0, counted from 0"):
+    with pytest.raises(
+        ScheduleError, match=says(f"block index {block!r} in keep; write an integer of at least 0, counted from 0")
+    ):
         Schedule({block: 0.8})
 
 
@@ -268,7 +279,7 @@ def test_refuses_a_block_index(block: Any) -> None:
     ],
 )
 def test_refuses(options: dict[str, Any], message: str) -> None:
-    with refused(message):
+    with pytest.raises(ScheduleError, match=says(message)):
         Schedule(**({"keep": {0: 0.8}} | options))
 
 
@@ -295,7 +306,7 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_from_json_refuses(text: str, message: str) -> None:
-    with refused(message):
+    with pytest.raises(ScheduleError, match=says(message)):
         Schedule.from_json(text)
 
 
@@ -316,7 +327,10 @@ def test_a_merge_is_a_count_or_a_share() -> None:
 
 @pytest.mark.parametrize("r", [-1, 1.0, 1.5, True, "13", float("nan")])
 def test_refuses_a_merge(r: Any) -> None:
-    with refused(f"merge of block 2 is {r!r}; write how many tokens merge away, like 13, or a share below 1"):
+    with pytest.raises(
+        ScheduleError,
+        match=says(f"merge of block 2 is {r!r}; write how many tokens merge away, like 13, or a share below 1"),
+    ):
         Schedule(merge={2: r})
 
 
@@ -334,7 +348,7 @@ def test_refuses_a_merge(r: Any) -> None:
     ],
 )
 def test_refuses_what_cannot_go_together(options: dict[str, Any], text: str) -> None:
-    with refused(text):
+    with pytest.raises(ScheduleError, match=says(text)):
         Schedule(**options)
 
 
@@ -348,5 +362,5 @@ def test_refuses_what_cannot_go_together(options: dict[str, Any], text: str) -> 
     ],
 )
 def test_refuses_a_grid_prune(options: dict[str, Any], text: str) -> None:
-    with refused(text):
+    with pytest.raises(ScheduleError, match=says(text)):
         GridPrune(**options)

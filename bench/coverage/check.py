@@ -192,11 +192,11 @@ def _check_grid(model: nn.Module, given: Any, stage: Stage) -> Row:
     args, kwargs = as_call(inputs)
     gm = prepare(exact, args, kwargs, lower=True).gm
     cut = find_stages(gm)[stage.index]
-    values = _values(gm, (cut.output, cut.shortcut), pytree.tree_leaves((args, kwargs)))
+    output, shortcut = _values(gm, (cut.output, cut.shortcut), pytree.tree_leaves((args, kwargs)))
     try:
-        twin = cut_by_hand(call(exact, inputs), *values, *gone)
-    except Exception as error:  # the model itself cannot go on with a smaller map
-        return row | {"result": GRID_ALONE, "detail": f"by hand: {first_line(error)}"}
+        twin = cut_by_hand(call(exact, inputs), output, shortcut, *gone)
+    except Exception as stopped:  # the model itself cannot go on with a smaller map
+        return row | {"result": GRID_ALONE, "detail": f"by hand: {first_line(stopped)}"}
     whole = same_shape(twin, full)
     got, wanted, before = ([pytree.tree_leaves(x)[i] for i in whole] for x in (short, twin, full))
     if not whole or not differs(wanted, before, TOLERANCE)[1]:

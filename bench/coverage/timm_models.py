@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -59,7 +60,7 @@ def _rank(name: str) -> tuple[int, list[int], str]:
 
 def _build(name: str) -> nn.Module:
     """The model in eval mode, of few layers and of a small image where its constructor takes them."""
-    sizes = {"img_size": _side(name)}
+    sizes: dict[str, Any] = {"img_size": _side(name)}
     for options in ({"depth": _DEPTH, **sizes}, {"depth": _DEPTH}, sizes):
         try:
             return timm.create_model(name, pretrained=False, **options).eval()

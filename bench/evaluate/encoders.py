@@ -96,7 +96,8 @@ class UmtEncoder(nn.Module):
         self.vision = vision
         try:
             with safetensors.safe_open(str(texts), "pt") as file:
-                held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
+                names = file.keys()
+                held = {name: file.get_tensor(name) for name in names}
                 captions = json.loads((file.metadata() or {}).get("captions", "null"))
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise EvaluationError(f"{texts} cannot be read as text features ({error}); give a .safetensors") from None

@@ -74,9 +74,10 @@ def selective_scan_backward(
     """Gradients of u, delta, A, B and C. The gradient of the states is a scan as well, the other way round."""
     if grad.is_cuda and selective_scan_fn is not None:
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (u, delta, A, B, C)]
-            y = by_mamba(*inputs, positions, reverse)  # type: ignore[call-arg, arg-type]
-            return torch.autograd.grad(y, inputs, grad)  # type: ignore[return-value]
+            u, delta, A, B, C = (t.detach().requires_grad_() for t in (u, delta, A, B, C))
+            y = by_mamba(u, delta, A, B, C, positions, reverse)
+            du, dd, dA, dB, dC = torch.autograd.grad(y, (u, delta, A, B, C), grad)
+            return du, dd, dA, dB, dC
     given = (u, delta, A, B, C)
     grad, u, delta, A, B, C = _wide(grad, *given)
     steps = _steps(positions, reverse)
@@ -97,14 +98,16 @@ def selective_scan_backward(
         du[rows, :, channels] = dx * d
         dd[rows, :, channels] = dx * x + (exponent * a).sum(-1)
         dA[channels] += (exponent * d.unsqueeze(-1)).sum((0, 1))
-    return tuple(d.to(t.dtype) for d, t in zip((du, dd, dA, dB, dC), given, strict=True))  # type: ignore[return-value]
+    du, dd, dA, dB, dC = (d.to(t.dtype) for d, t in zip((du, dd, dA, dB, dC), given, strict=True))
+    return du, dd, dA, dB, dC
 
 
 @selective_scan_backward.register_fake
 def _(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, positions: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(map(torch.empty_like, (u, delta, A, B, C)))  # type: ignore[return-value]
+    du, dd, dA, dB, dC = map(torch.empty_like, (u, delta, A, B, C))
+    return du, dd, dA, dB, dC
 
 
 @torch.library.custom_op("vim::causal_conv1d", mutates_args=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,10 +80,11 @@ def with_attention(model: nn.Module, fused: bool) -> nn.Module:
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    for module in twin.modules():
-        if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", fused)  # noqa: B010  (of whatever class)
-    if isinstance(switch := getattr(twin, "set_attn_implementation", None), Callable):
+    layers: Iterable[Any] = twin.modules()
+    for layer in layers:
+        if hasattr(layer, "fused_attn"):
+            layer.fused_attn = fused
+    if callable(switch := getattr(twin, "set_attn_implementation", None)):
         switch("sdpa" if fused else "eager")
     return twin
 

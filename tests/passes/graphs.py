@@ -81,7 +81,8 @@ def only(gm: GraphModule, target: Any, at: int = 0) -> Node:
 
 
 def leaves(gm: GraphModule) -> list[Any]:
-    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs: Any = gm.graph.output_node().args[0]
+    return list(outputs)
 
 
 def first_input(gm: GraphModule) -> Node:

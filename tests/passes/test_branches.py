@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -378,11 +379,11 @@ def test_ancestors() -> None:
     """Bit 0 says whether a value holds what is in the image: its size alone does not count."""
     gm = graph_of(lambda x, t: (x.relu(), t * 2, t.expand(x.shape[0], -1, -1)), tables=(torch.randn(1, 2, 8),))
     above = ancestors(gm)
-    outputs = gm.graph.output_node().args[0]
-    assert [above[n] & 1 for n in outputs] == [1, 0, 0]  # type: ignore[union-attr, index]
+    outputs: Any = gm.graph.output_node().args[0]
+    assert [above[n] & 1 for n in outputs] == [1, 0, 0]
     order = {n: i + 1 for i, n in enumerate(gm.graph.nodes)}
-    relu = outputs[0]  # type: ignore[index]
-    assert above[relu] >> order[relu.args[0]] & 1 and not above[relu] >> order[relu] & 1  # type: ignore[index, union-attr]
+    relu = outputs[0]
+    assert above[relu] >> order[relu.args[0]] & 1 and not above[relu] >> order[relu] & 1
 
 
 def test_hand_written_attention_that_cannot_be_lowered_is_attention() -> None:

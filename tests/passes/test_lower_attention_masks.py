@@ -68,7 +68,10 @@ def test_rows_masked_by_an_added_mask_give_what_softmax_gives() -> None:
 def test_a_constant_mask_is_looked_at_before_nan_is_put_back() -> None:
     full = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
     full[3] = True
-    mask = lambda hole: lambda m, q, k, v: (q @ k.mT).masked_fill(hole, -INF).softmax(-1) @ v  # noqa: E731
+
+    def mask(hole: Tensor) -> Core:
+        return lambda m, q, k, v: (q @ k.mT).masked_fill(hole, -INF).softmax(-1) @ v
+
     model, x, result = lower(mask(full))
     assert "amax" in names(result.gm)
     torch.testing.assert_close(result.gm(x), model(x), atol=1e-5, rtol=0, equal_nan=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from graphs import aten, axis_from_input, graph_of, leaves, on_short_input, refusals, rows, sample
 
-from passes.layout import Dim, Layout
+from passes.layout import Dim
 from passes.rules import Context, Transfer, register_token_rule, registry
 
 NO_RULE = "no rule says what this op does to a shorter sequence of tokens"
@@ -46,8 +46,9 @@ def keep_layout(node: Any, ctx: Context) -> Transfer:
 
 
 def other_layout(node: Any, ctx: Context) -> Transfer:
-    swapped: Layout = tuple(reversed(keep_layout(node, ctx).out))  # type: ignore[arg-type]
-    return Transfer(swapped)
+    layout = ctx.layout(node.args[0])
+    assert layout is not None
+    return Transfer(layout[::-1])
 
 
 def broken(node: Any, ctx: Context) -> Transfer:

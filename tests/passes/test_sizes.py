@@ -80,8 +80,7 @@ def one_channel(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> Tensor:
     """The bias rounded into a single channel, padded by 8."""
     d = q.shape[-1]
     bias = (sizes.log() * math.sqrt(d))[:, None, :, None].expand(-1, k.shape[1], -1, 1).to(k.dtype)
-    pad = lambda t: F.pad(t, (0, 7))  # noqa: E731
-    q, k = pad(torch.cat([q, torch.ones_like(q[..., :1])], -1)), pad(torch.cat([k, bias], -1))
+    q, k = (F.pad(torch.cat(pair, -1), (0, 7)) for pair in ((q, torch.ones_like(q[..., :1])), (k, bias)))
     return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=1 / math.sqrt(d))[..., :d]
 
 

@@ -36,10 +36,24 @@ aten = torch.ops.aten
 Network = Callable[..., Tensor]
 Cut = Callable[[Tensor, Tensor], Tensor]
 
-by_token: Cut = lambda t, i: t[i]  # noqa: E731  a table [N, ...]
-by_pair: Cut = lambda t, i: t[i][:, i]  # noqa: E731  [N, N]
-by_head_and_pair: Cut = lambda t, i: t[:, i][:, :, i]  # noqa: E731  [H, N, N]
-whole: Cut = lambda t, i: t  # noqa: E731
+
+def by_token(t: Tensor, i: Tensor) -> Tensor:
+    """Of a table [N, ...]."""
+    return t[i]
+
+
+def by_pair(t: Tensor, i: Tensor) -> Tensor:
+    """[N, N]."""
+    return t[i][:, i]
+
+
+def by_head_and_pair(t: Tensor, i: Tensor) -> Tensor:
+    """[H, N, N]."""
+    return t[:, i][:, :, i]
+
+
+def whole(t: Tensor, i: Tensor) -> Tensor:
+    return t
 
 
 def attention(x: Tensor, mask: Tensor | None = None, heads: int = 2) -> Tensor:
