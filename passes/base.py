@@ -96,12 +96,12 @@ class Pass(abc.ABC):
         self._run(self.requires, gm, "before")
         result = self.call(gm)
         try:
-            if not self.leaves_dead_code:  # lints as well
-                # a random op that nothing reads may go; torch counts attention among them
+            if self.leaves_dead_code:
+                result.gm.graph.lint()
+            else:  # lints first; a random op that nothing reads may go, torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
                     is_impure_node=lambda n: ALIVE in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
                 )
-            result.gm.graph.lint()
         except RuntimeError as error:
             raise CompileError(f"pass {self.name} left a malformed graph: {error}") from error
         self._run(self.ensures, result.gm, "after")

@@ -148,7 +148,7 @@ class Schedule:
         """How many of `n` tokens stay at `keep_ratio`, in exact arithmetic; see `rounding`."""
         if self.rounding == "removed":
             return n - removed(n, keep_ratio)
-        return max(1, int(Fraction(str(keep_ratio)) * n))
+        return max(1, int(_exact(keep_ratio) * n))
 
     @classmethod
     def uniform(cls, depth: int, keep_ratio: float, every: int = 1, start: int = 0) -> Schedule:
@@ -231,20 +231,26 @@ class Schedule:
 
 def merged(n: int, r: int | float) -> int:
     """How many of `n` tokens merge away: r where it is a count, else int(n * r) in exact arithmetic."""
-    return r if isinstance(r, int) else int(n * Fraction(str(r)))
+    return r if isinstance(r, int) else int(n * _exact(r))
 
 
 def removed(n: int, keep_ratio: float) -> int:
     """How many of `n` tokens leave at `keep_ratio`: int((1 - keep_ratio) * n), in exact arithmetic.
 
-    The ratio counts as the decimal that the user wrote: 0.8 of 10 removes 2, where floats say 1.
+    The ratio counts as the decimal or the fraction that the user wrote: 0.8 of 10 removes 2, where floats say 1, and
+    8 / 11 of 11 removes 3.
 
     Raises:
         ScheduleError: n is negative or not an integer, or keep_ratio is not in (0, 1].
     """
     if not _is_int(n) or n < 0:
         raise ScheduleError(f"the token count is {n!r}; pass an integer of at least 0")
-    return int((1 - Fraction(str(_ratio(keep_ratio)))) * n)
+    return int((1 - _exact(_ratio(keep_ratio))) * n)
+
+
+def _exact(share: float) -> Fraction:
+    """A float has digits enough for any fraction with such a denominator; 0 is not meant by a share above it."""
+    return Fraction(str(share)).limit_denominator(10**9) or Fraction(str(share))
 
 
 def _is_int(value: Any) -> bool:

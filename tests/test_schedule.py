@@ -76,6 +76,11 @@ def test_removed_is_exact_in_decimals(n: int, per_mille: int) -> None:
     assert removed(n, per_mille / 1000) == (1000 - per_mille) * n // 1000
 
 
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 40))
+def test_removed_is_exact_in_fractions(kept: int, gone: int, times: int) -> None:
+    assert removed((kept + gone) * times, kept / (kept + gone)) == gone * times
+
+
 def test_removed_reads_a_float32_as_it_was_written() -> None:
     ratio: Any = np.float32(0.8)
     assert removed(10, ratio) == 2
