@@ -30,10 +30,11 @@ from torch.export import Dim, export
 import passes
 from bench.memory import peak_bytes
 from bench.models.umt import umt
-from bench.tables.options import chosen, positive
+from bench.tables.options import chosen
 from bench.tables.results import environment
 from passes.pipeline import prepare
 from rs_compile import Schedule, optimize
+from rs_compile.arguments import positive
 from rs_compile.rewrite import rewrite
 
 PARTS = ("compile", "passes", "growth", "memory")

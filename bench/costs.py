@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from bench.tables.options import chosen, positive
+from bench.tables.options import chosen
 from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS, Network
 from rs_compile import Schedule, optimize, plan
+from rs_compile.arguments import positive
 from rs_compile.timing import Call, Spread, compiled, interleaved
 
 CAPTURED = Schedule({0: 0.8, 3: 0.8, 6: 0.8})

@@ -23,6 +23,7 @@ from torch import nn
 from passes.base import CompileError
 from passes.score import Metric, Operation
 from rs_compile import comparison, demo, models, timing
+from rs_compile.arguments import count, positive
 from rs_compile.explain import explain
 from rs_compile.optimize import optimize
 from rs_compile.predict import predict
@@ -167,12 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(sub)
     _add_schedule(sub)
     sub.add_argument(
-        "--batch-size", type=_positive, nargs="+", metavar="N", default=BATCHES, help="one or more (default 1 4 16 64)"
+        "--batch-size", type=positive, nargs="+", metavar="N", default=BATCHES, help="one or more (default 1 4 16 64)"
     )
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
-    sub.add_argument("--threads", type=_positive, help="CPU threads, torch's own choice if not given")
-    sub.add_argument("--rounds", type=_positive, default=15, help="of all variants, interleaved")
+    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    sub.add_argument("--rounds", type=positive, default=15, help="of all variants, interleaved")
     _add_backend(sub, "inductor")
     _add_json(sub)
 
@@ -217,9 +218,9 @@ def _add_images(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--img-size", type=_positive, help="side of the images in pixels, the model's own if not given")
+    sub.add_argument("--img-size", type=positive, help="side of the images in pixels, the model's own if not given")
     sub.add_argument(
-        "--num-classes", type=_count, help="of the classifier, 0 for features; the model's own if not given"
+        "--num-classes", type=count, help="of the classifier, 0 for features; the model's own if not given"
     )
 
 
@@ -268,20 +269,6 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: write cpu, cuda or cuda:0")
     return device
-
-
-def _positive(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def _count(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
-    return int(text)
 
 
 def _check_json(target: str | None) -> None:

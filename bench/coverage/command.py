@@ -19,8 +19,9 @@ from tabulate import tabulate
 from bench.coverage.check import BROKEN, FAULT, GRID, GRID_ALONE, PRUNED, REFUSED, UNHOOKED, WRONG, Row
 from bench.coverage.subject import Subject, subjects
 from bench.coverage.workers import checked
-from bench.tables.options import chosen, positive
+from bench.tables.options import chosen
 from bench.tables.results import Results, UsageError, environment
+from rs_compile.arguments import positive
 
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 _INTRODUCTION = """\

@@ -29,6 +29,7 @@ from bench.evaluate.sweep import skipped_text
 from bench.models import umt
 from passes.base import CompileError
 from rs_compile import cli, models, optimize
+from rs_compile.arguments import count, positive
 
 DENSE, PRUNED = "dense", "pruned"
 KS = (1, 5, 10)
@@ -216,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         help='{"video.mp4": ["a caption", ...]} or [{"video": ..., "caption": ...}, ...]',
     )
     sub.add_argument("--texts", type=Path, metavar="FILE", help="for UMT: its text features as .safetensors")
-    sub.add_argument("--frames", type=cli._positive, default=12, help="of each video, evenly spaced (default 12)")
+    sub.add_argument("--frames", type=positive, default=12, help="of each video, evenly spaced (default 12)")
     _add_weights(sub, "allow transformers to ask the hub", required=False)
     _add_common(sub, batch_size=4)
     return parser
@@ -232,14 +233,12 @@ def _add_weights(sub: argparse.ArgumentParser, pretrained: str, required: bool) 
 def _add_common(sub: argparse.ArgumentParser, batch_size: int) -> None:
     cli._add_schedule(sub)
     cli._add_backend(sub, "eager")
-    sub.add_argument("--batch-size", type=cli._positive, default=batch_size, help=f"default {batch_size}")
+    sub.add_argument("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     workers = min(4, os.cpu_count() or 1)
-    sub.add_argument(
-        "--workers", type=cli._count, default=workers, help=f"processes that read files (default {workers})"
-    )
+    sub.add_argument("--workers", type=count, default=workers, help=f"processes that read files (default {workers})")
     sub.add_argument("--dtype", choices=cli.DTYPES, default="float32")
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0; under torchrun cuda is each process's own")
-    sub.add_argument("--limit", type=cli._positive, help="so many files at most, evenly spaced")
+    sub.add_argument("--limit", type=positive, help="so many files at most, evenly spaced")
     sub.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done there, and go on from it")
     cli._add_json(sub)
 

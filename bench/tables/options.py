@@ -11,6 +11,7 @@ import torch
 
 from bench.tables.results import UsageError
 from bench.tables.subjects import Subject
+from rs_compile.arguments import count, positive
 from rs_compile.cli import DTYPES
 
 COLUMNS = ("gflops", "throughput", "accuracy")
@@ -71,7 +72,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, vi
         metavar="MODEL=FILE",
         help="weights of a model of the table; if not given DeiT has timm's pretrained ones, UMT random ones",
     )
-    parser.add_argument("--workers", type=_count, default=4, help="processes that read files (default 4)")
+    parser.add_argument("--workers", type=count, default=4, help="processes that read files (default 4)")
     parser.add_argument("--limit", type=positive, help="so many files at most")
 
 
@@ -138,21 +139,6 @@ class Setting:
         """Samples of a timed call."""
         on_cpu, elsewhere = subject.batch
         return self.batch_size or (on_cpu if self.device.type == "cpu" else elsewhere)
-
-
-def positive(text: str) -> int:
-    """For argparse: an integer of at least 1."""
-    return _at_least(text, 1)
-
-
-def _count(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
-    return int(text)
 
 
 def _named_file(text: str) -> tuple[str, Path]:

@@ -7,8 +7,9 @@ import argparse
 from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import ATTENTION, BASE, OURS
 from bench.tables.options import add_arguments as add_shared
-from bench.tables.options import add_data_arguments, positive
+from bench.tables.options import add_data_arguments
 from bench.tables.subjects import UMT, Paper, digits, dual_encoder, umt_encoder
+from rs_compile.arguments import positive
 
 BLOCKS, KEEP = (0, 1, 2), 0.8
 SPEED = {

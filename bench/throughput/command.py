@@ -18,11 +18,12 @@ from tabulate import tabulate
 
 from bench.tables.layer_plot import check_out, save
 from bench.tables.methods import COMPILED, METHODS, OURS
-from bench.tables.options import chosen, positive, usable
+from bench.tables.options import chosen, usable
 from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS
 from bench.throughput.picture import plot
 from bench.throughput.sweep import NAMES, Cell, measure, methods_of
+from rs_compile.arguments import positive
 from rs_compile.cli import DTYPES
 
 KEEPS = (0.8, 0.9, 0.7)
