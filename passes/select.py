@@ -32,6 +32,11 @@ def in_registers(device: torch.device, count: int) -> bool:
     return device.type != "cpu" and count <= _IN_REGISTERS
 
 
+def shortest_row(device: torch.device) -> int:
+    """Such a row Inductor sorts by itself, of shorter ones up to 4096 entries at once: ptxas needs minutes for that."""
+    return 0 if device.type == "cpu" else 129
+
+
 def keep_highest(
     score: Tensor, protected: Tensor | None, keep: int, lowest: bool = False, padding: Tensor | None = None
 ) -> Tensor:
@@ -54,9 +59,20 @@ def keep_highest(
     count = score.shape[1]
     at = torch.arange(count, device=score.device)
     if not in_registers(score.device, count):
-        return _ordered_keys(score, count - at).topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
-    order = score.sort(dim=1, descending=True, stable=True).indices
+        kept = _ordered_keys(score, count - at).topk(keep, dim=1, sorted=False).indices
+        return _by_itself(kept, count).sort(dim=1).values[:, :keep]
+    order = _by_itself(score, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    at = torch.arange(order.shape[1], device=score.device)
     return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
+
+
+def _by_itself(x: Tensor, last: float) -> Tensor:
+    """[B, N], where rows are too short with what a stable sort leaves last behind them."""
+    count, least = x.shape[1], shortest_row(x.device)
+    if not 0 < count < least:
+        return x
+    at = torch.arange(least, device=x.device)
+    return torch.where(at < count, x.gather(1, at.clamp(max=count - 1).expand(x.shape[0], -1)), last)
 
 
 def _marked(score: Tensor, protected: Tensor, lowest: bool, padding: Tensor | None) -> Tensor:

@@ -43,6 +43,13 @@ def check_all_on_the_gpu(generated: Generated, attentions: int) -> None:
     assert generated.records_cuda_graph
 
 
+def check_rows_are_sorted_one_by_one(generated: Generated) -> None:
+    """Of rows below 256 entries Inductor tries many in one program too, and ptxas takes minutes for each such."""
+    sorting = [source for source in sources(generated).values() if "sort_with_index" in source]
+    rows = [re.search(r"size_hints=\{'x': \d+, 'r0_': (\d+)\}", source) for source in sorting]
+    assert rows and all(row is not None and int(row.group(1)) >= 256 for row in rows)
+
+
 def behind(launches: list[str], site: int) -> list[str]:
     """The launches from the end of a block to the first matrix product of the next one."""
     products = [i for i, launch in enumerate(launches) if launch == "extern_kernels.addmm"]
@@ -61,6 +68,7 @@ def test_two_more_launches_a_site() -> None:
     generated = pruned(197)
     assert len(generated.launches) - len(dense(197).launches) == 2 * len(SITES)
     check_all_on_the_gpu(generated, DEPTH)
+    check_rows_are_sorted_one_by_one(generated)
 
 
 def test_three_more_launches_a_site_above_512_tokens() -> None:
@@ -68,6 +76,7 @@ def test_three_more_launches_a_site_above_512_tokens() -> None:
     # block by block as at 197 tokens: the dense graph's launches do not depend on N
     assert len(generated.launches) - len(dense(197).launches) == 3 * len(SITES)
     check_all_on_the_gpu(generated, DEPTH)
+    check_rows_are_sorted_one_by_one(generated)
 
 
 @pytest.mark.slow
@@ -141,6 +150,7 @@ def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) 
     of both, one gather. Cells: columns of each row, rows of each column left, one gather."""
     generated = generate(cnn(tokens, cut(mode)), batch=8)
     check_all_on_the_gpu(generated, 0)
+    check_rows_are_sorted_one_by_one(generated)
     launches = generated.launches
     assert len(launches) - len(whole_cnn().launches) == 3 * len(SITES)
     assert len([launch for launch in launches if "relu" in launch and "linalg_vector_norm" in launch]) == len(SITES)

@@ -72,15 +72,23 @@ def test_half_precision_scores() -> None:
     assert keep_highest(score, NONE[:4], 2).tolist() == [[1, 2]]
 
 
-@pytest.fixture(params=["topk", "sorts"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of selecting, the second of which only a GPU takes."""
-    monkeypatch.setattr(select, "in_registers", lambda *_: request.param == "sorts")
-    return str(request.param)
+WAYS = [("topk", 0), ("topk", 16), ("sorts", 0), ("sorts", 16)]  # with the least length of a row that is sorted
+
+
+def choose(patch: pytest.MonkeyPatch, way: tuple[str, int]) -> None:
+    """A way of selecting, all but the first of which only a GPU takes."""
+    patch.setattr(select, "in_registers", lambda *_: way[0] == "sorts")
+    patch.setattr(select, "shortest_row", lambda _: way[1])
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
+    choose(monkeypatch, request.param)
+    return tuple(request.param)
 
 
 @pytest.mark.parametrize("metric", ["l2", "l1", "cosine"])
-def test_marked_in_the_score_or_after_it_the_same_tokens_stay(way: str, metric: scores.Metric) -> None:
+def test_marked_in_the_score_or_after_it_the_same_tokens_stay(way: tuple[str, int], metric: scores.Metric) -> None:
     """A protected token at either end; what is not finite; an overflow; ties."""
     generator = torch.Generator().manual_seed(0)
     after, before = (torch.randn(4, 12, 8, generator=generator) for _ in range(2))
@@ -100,11 +108,11 @@ SCORES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("sorts", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @given(data=st.data(), count=st.integers(1, 9), batch=st.integers(1, 3), lowest=st.booleans())
-def test_against_a_plain_sort(sorts: bool, data: st.DataObject, count: int, batch: int, lowest: bool) -> None:
+def test_against_a_plain_sort(way: tuple[str, int], data: st.DataObject, count: int, batch: int, lowest: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "in_registers", lambda *_: sorts)
+        choose(patch, way)
         check_against_a_plain_sort(data, count, batch, lowest)
 
 
