@@ -18,7 +18,7 @@ from bench.coverage.grid_twin import cut_by_hand, same_shape
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
 from passes.base import CompileError
-from passes.branches import LINEAR, Block, Branch, blocks_of, find_branches, module_path
+from passes.branches import ATTENTION, SOFTMAX, Block, Branch, blocks_of, find_branches, module_path
 from passes.grid_pipeline import cuttable
 from passes.pipeline import check_blocks, prepare
 from passes.protected import Protected
@@ -176,9 +176,9 @@ def _padding(given: Any, length: int, guard: Protected) -> Tensor | None:
 
 
 def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
-    """The layer that a block of the compiler is, by its place in the model: all of the block's weights are in it."""
-    nodes = block.mlp.nodes | (block.attention.nodes if block.attention is not None else frozenset())
-    places = [block.where, *(path for n in nodes if n.target in LINEAR and (path := module_path(n)))]
+    """The layer that a block of the compiler is, by its place in the model, where its attention is in it as well."""
+    attention = block.attention.nodes if block.attention is not None else frozenset()
+    places = [block.where, *(path for n in attention if n.target in ATTENTION | SOFTMAX and (path := module_path(n)))]
     return next((y for y in layers if all(f"{place}.".startswith(f"{y.path}.") for place in places)), None)
 
 
