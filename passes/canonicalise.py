@@ -21,6 +21,7 @@ from passes.aliasing import EXTERNAL, Memory, may_require_grad, same_kind
 from passes.base import Pass, PassResult
 from passes.out_of_place import functionalise
 from passes.spelled_out import spell_out
+from passes.transposed_sums import turn_sums
 
 aten = torch.ops.aten
 
@@ -108,7 +109,7 @@ def returns_input(node: Node) -> bool:
 @dataclass(frozen=True)
 class Canonicalise(Pass):
     """Removes idle dropout, casts, copies, views and checks; in-place ops on intermediates go out-of-place; what reads
-    another tensor's sizes or dtype alone gets these.
+    another tensor's sizes or dtype alone gets these; a sum [B, C, N] that is only transposed is taken behind that.
 
     In-place ops that write to a parameter, a buffer or an input stay as they are, without a word: they are
     what the model does. Those that write through a view which is read again stay with a `Skip`.
@@ -116,6 +117,7 @@ class Canonicalise(Pass):
 
     def call(self, gm: GraphModule) -> PassResult:
         rewrites = spell_out(gm.graph)
+        rewrites += turn_sums(gm.graph)
         while True:  # a removed view can free an in-place op, and that in turn a copy
             converted, skips = functionalise(gm.graph)
             removed = _Sweep(gm.graph).run()

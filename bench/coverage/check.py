@@ -140,7 +140,8 @@ def _by_hand(
     layers = {block.index: layer_of(block, found) for block in blocks}
     stream = layers[min(schedule.keep)]
     alone = any(blocks[i].attention is None for i in schedule.keep)  # an MLP, and not all of a layer
-    if stream is None or guard.extra or alone:
+    turned = stream is not None and stream.length != report[min(schedule.keep)].tokens_in  # [B, C, N]
+    if stream is None or guard.extra or alone or turned:
         return {"result": UNHOOKED}
     own = stream.path.rpartition(".")[0]
     mine = {i: layer for i, layer in layers.items() if layer is not None and layer.path.rpartition(".")[0] == own}
