@@ -8,7 +8,6 @@ gives the same, bit for bit, and means the same when queries and keys leave.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from passes.splice import replace_by
 
 aten = torch.ops.aten
 _RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
-_PICKS = {aten.slice.Tensor, aten.index_select.default}
+_PICKS = {aten.slice.Tensor}
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class WriteRelativeShifts(Pass):
         count = 0
         for node in reversed(found):
             shift = _shift(node)
-            if shift is not None and (not memory.written(node) or _own(node, shift[0], memory, order)):
+            if shift is not None and _alone(node, memory, order):
                 source, start, down, across = shift
                 n, c = (int(size) for size in node.meta["val"].shape[-2:])
 
@@ -47,10 +46,11 @@ class WriteRelativeShifts(Pass):
         return PassResult(gm, rewrites=count)
 
 
-def _own(last: Node, source: Node, memory: Memory, order: dict[Node, int]) -> bool:
-    """Whether nothing before the pick but what it is picked from shares its memory, and nobody else reads that."""
+def _alone(last: Node, memory: Memory, order: dict[Node, int]) -> bool:
+    """Whether nobody can tell that the pick is a copy: no caller has it, and who writes into it writes for itself."""
     before = [m for m in memory.members(last) if order.get(m, -1) < order[last]]
-    return all(len(m.users) == 1 and m.op == "call_function" for m in before)
+    private = all(len(m.users) == 1 and m.op == "call_function" for m in before)
+    return not memory.returned(last) and (private or not memory.written(last))
 
 
 def _shift(last: Node) -> tuple[Node, int, int, int] | None:
@@ -74,27 +74,19 @@ def _shift(last: Node) -> tuple[Node, int, int, int] | None:
     n, r = int(whole[-2]), int(whole[-1])
     table = torch.arange(n * r).reshape(n, r)
     for node in reversed(chain):
-        moved = _moved(table, node, len(lead))
-        if moved is None:
-            return None
-        table = moved
+        table = _moved(table, node, len(lead))
     return _affine(source, table, r)
 
 
-def _moved(table: Tensor, node: Node, lead: int) -> Tensor | None:
+def _moved(table: Tensor, node: Node, lead: int) -> Tensor:
     """A matrix behind an op of the chain."""
     if node.target in _RESHAPES:
         return table.reshape([int(s) for s in node.meta["val"].shape[-2:]])
     d = wrap(argument(node, 1, "dim", 0), table.dim() + lead) - lead
     if d < 0:  # the sizes in front are equal, so it takes all of them
-        return table if node.target is aten.slice.Tensor else None
-    if node.target is aten.slice.Tensor:
-        start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
-        return aten.slice.Tensor(table, d, start, end, step)
-    index: Any = argument(node, 2, "index")
-    if index.target is not aten.arange.default or not isinstance(index.args[0], int):
-        return None
-    return table.index_select(d, torch.arange(index.args[0]))
+        return table
+    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    return aten.slice.Tensor(table, d, start, end, step)
 
 
 def _affine(source: Node, table: Tensor, r: int) -> tuple[Node, int, int, int] | None:
