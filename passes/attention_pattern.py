@@ -280,7 +280,9 @@ def fed_by_product(softmax: Node) -> bool:
         val = node.meta.get("val")
         if not isinstance(val, Tensor) or val.dim() < 3:
             return False
-        return all(size in val.shape for size in logits.shape[-2:]) or _equal([val.numel()], [logits.numel()])
+        # a comparison of symbols that is not static would fix the batch where it happens to hold
+        has = all(any(_equal([size], [other]) for other in val.shape) for size in logits.shape[-2:])
+        return has or _equal([val.numel()], [logits.numel()])
 
     front = [softmax]
     for _ in range(12):

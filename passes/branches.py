@@ -132,7 +132,7 @@ def find_branches(gm: GraphModule) -> list[Branch]:
         for term in _joined(node, spans, above, order):
             nodes = spans[term] if term in spans else _between(gm, stream, term, above, order)
             inside = [b for b in found if b.add in nodes]
-            if any(b.whole for b in inside):
+            if any(b.whole and not _part_of(b, stream, term, nodes, order) for b in inside):
                 continue  # a long skip around whole blocks
             kind, reason, at = _kind(gm, stream, term, nodes)
             if kind:
@@ -141,6 +141,21 @@ def find_branches(gm: GraphModule) -> list[Branch]:
                 found.append(Branch(kind, stream, term, node, nodes, reason, at))
     sequences = {sizes for b in found if (sizes := _flat(b)) and _mixes_tokens(gm, b)}
     return [b for b in found if not (sizes := _flat(b)) or sizes in sequences]
+
+
+def _part_of(branch: Branch, stream: Node, term: Node, nodes: frozenset[Node], order: dict[Node, int]) -> bool:
+    """Whether a branch is no layer but a part of the attention around it: what makes its queries and keys.
+
+    The attention is none of its own, and its sum is no stream: the term is computed from the stream past it as well.
+    """
+    attention = {n for n in nodes if n.target in ATTENTION}
+    if not attention or attention & branch.nodes or branch.kind != "mlp":
+        return False
+    past = {stream}
+    for n in sorted(nodes - {branch.add}, key=order.__getitem__):
+        if not past.isdisjoint(n.all_input_nodes):
+            past.add(n)
+    return term in past
 
 
 def _flat(branch: Branch) -> tuple[Any, ...]:

@@ -20,6 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from passes.aliasing import EXTERNAL, Memory, may_require_grad, same_kind
 from passes.base import Pass, PassResult
 from passes.out_of_place import functionalise
+from passes.spelled_out import spell_out
+from passes.transposed_sums import turn_sums
 
 aten = torch.ops.aten
 
@@ -68,7 +70,6 @@ Rule = Callable[[Node], bool]
 RETURNS_INPUT: dict[Any, Rule] = {
     **dict.fromkeys(_DROPOUTS, _idle_dropout),
     **dict.fromkeys(_CASTS, _idle_cast),
-    aten.type_as.default: _unchanged,
     aten.contiguous.default: _unchanged,
 }
 # The op copies: safe if nobody writes to either side and the copy is not what the caller gets to own.
@@ -83,10 +84,8 @@ VIEWS: dict[Any, Rule] = {
     aten.alias.default: _unchanged,
     aten.slice.Tensor: _unchanged,
     aten.expand.default: _unchanged,
-    aten.expand_as.default: _unchanged,
     aten.reshape.default: _unchanged,
     aten.view.default: _unchanged,
-    aten.view_as.default: _unchanged,
     aten.flatten.using_ints: _unchanged,
 }
 # The op lays out the same values in the same order: undone by a later one that gives the first shape back.
@@ -109,14 +108,16 @@ def returns_input(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class Canonicalise(Pass):
-    """Removes idle dropout, casts, copies, views and checks; in-place ops on intermediates go out-of-place.
+    """Removes idle dropout, casts, copies, views and checks; in-place ops on intermediates go out-of-place; what reads
+    another tensor's sizes or dtype alone gets these; a sum [B, C, N] that is only transposed is taken behind that.
 
     In-place ops that write to a parameter, a buffer or an input stay as they are, without a word: they are
     what the model does. Those that write through a view which is read again stay with a `Skip`.
     """
 
     def call(self, gm: GraphModule) -> PassResult:
-        rewrites = 0
+        rewrites = spell_out(gm.graph)
+        rewrites += turn_sums(gm.graph)
         while True:  # a removed view can free an in-place op, and that in turn a copy
             converted, skips = functionalise(gm.graph)
             removed = _Sweep(gm.graph).run()

@@ -30,6 +30,7 @@ from passes.no_block import no_block
 from passes.padding import masking
 from passes.protected import Protected
 from passes.prunable import protected_tokens
+from passes.relative_shift import WriteRelativeShifts
 from passes.restore import AppendKept, RestoreTokens
 from passes.retarget import Gap, RetargetTokens
 from passes.site import SITE, Site
@@ -160,6 +161,7 @@ def cleaned(
     skips: list[Skip] = []
     passes = [
         InlineRegions(ambient_autocast=bool(ambient_autocast)),
+        WriteRelativeShifts(),  # first: what is written into its result is then no view
         Canonicalise(),  # before the matcher, which should not see dropouts and casts that do nothing
         *([LowerAttention()] if lower else []),
     ]

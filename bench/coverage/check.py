@@ -18,7 +18,7 @@ from bench.coverage.grid_twin import cut_by_hand, same_shape
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
 from passes.base import CompileError
-from passes.branches import Block, Branch, blocks_of, find_branches
+from passes.branches import ATTENTION, SOFTMAX, Block, Branch, blocks_of, find_branches, module_path
 from passes.grid_pipeline import cuttable
 from passes.pipeline import check_blocks, prepare
 from passes.protected import Protected
@@ -140,7 +140,8 @@ def _by_hand(
     layers = {block.index: layer_of(block, found) for block in blocks}
     stream = layers[min(schedule.keep)]
     alone = any(blocks[i].attention is None for i in schedule.keep)  # an MLP, and not all of a layer
-    if stream is None or guard.extra or alone:
+    turned = stream is not None and stream.length != report[min(schedule.keep)].tokens_in  # [B, C, N]
+    if stream is None or guard.extra or alone or turned:
         return {"result": UNHOOKED}
     own = stream.path.rpartition(".")[0]
     mine = {i: layer for i, layer in layers.items() if layer is not None and layer.path.rpartition(".")[0] == own}
@@ -176,8 +177,10 @@ def _padding(given: Any, length: int, guard: Protected) -> Tensor | None:
 
 
 def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
-    """The layer that a block of the compiler is, by its place in the model."""
-    return next((y for y in layers if f"{block.where}.".startswith(f"{y.path}.")), None)
+    """The layer that a block of the compiler is, by its place in the model, where its attention is in it as well."""
+    attention = block.attention.nodes if block.attention is not None else frozenset()
+    places = [block.where, *(path for n in attention if n.target in ATTENTION | SOFTMAX and (path := module_path(n)))]
+    return next((y for y in layers if all(f"{place}.".startswith(f"{y.path}.") for place in places)), None)
 
 
 def _check_grid(model: nn.Module, given: Any, stage: Stage) -> Row:

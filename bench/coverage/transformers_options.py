@@ -159,7 +159,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "xclip_vision_model": {"num_frames": 2, "mit_num_attention_heads": 4, "mit_hidden_size": 48},
     "yolos": {"image_size": [64, 64], "num_detection_tokens": 5},
     "dpt": {
-        "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 24, 24], "fusion_hidden_size": 16,
+        "num_hidden_layers": 8, "backbone_out_indices": [1, 3, 5, 7], "neck_hidden_sizes": [16, 24, 32, 48],
+        "fusion_hidden_size": 16,
     },
     "depth_anything": {
         "backbone_config": {"model_type": "dinov2", **_VIT, **_TAPS},

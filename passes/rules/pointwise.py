@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from passes.layout import Batch, Dim, Layout, Part, Tokens, tokens_in, whole_grids
-from passes.rules.registry import Context, Transfer, Untransferable, rules_for, shape_of
+from passes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for, shape_of
 
 aten = torch.ops.aten
 
@@ -157,3 +157,14 @@ def _still_weights(node: Node, weighted: set[Node]) -> bool:
 def _like_only(node: Node, other: Node) -> bool:
     """`type_as` reads only its second input's dtype."""
     return node.target is aten.type_as.default and other is not node.args[0]
+
+
+@rules_for(aten.prelu.default)
+def prelu(node: Node, ctx: Context) -> Transfer:
+    """One slope for every entry, or one for each entry of dimension 1."""
+    layout, slopes = ctx.layout(node.args[0]), node.args[1]
+    if layout is None or ctx.layout(slopes) is not None:
+        raise Untransferable("only a side input of it carries tokens")
+    if shape_of(slopes) != (1,):
+        need_free(layout, [1], "a slope for each entry of what")
+    return Transfer(tuple(no_weights(dim) for dim in layout))

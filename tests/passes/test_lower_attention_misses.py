@@ -14,6 +14,7 @@ from attentions import (
     Core,
     capture,
     lower,
+    make,
 )
 from torch import Tensor
 
@@ -160,3 +161,17 @@ def test_other_softmaxes_are_neither_lowered_nor_reported(core: Core) -> None:
     model, x, result = lower(core)
     assert (result.rewrites, result.skips) == (0, ())
     torch.testing.assert_close(result.gm(x), model(x), atol=0, rtol=0)
+
+
+def test_a_look_at_sizes_leaves_the_batch_a_symbol() -> None:
+    """Three samples of two heads are six, as many as there are tokens."""
+
+    def folded(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        return ((q @ k.mT).abs().softmax(-1) @ v).unflatten(0, (-1, 2))
+
+    model, x = make(folded, heads=2, tokens=6)
+    gm = capture(model, x)
+    LowerAttention()(gm)
+    symbols = next(n for n in gm.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+    assert not symbols.node.expr.is_Integer

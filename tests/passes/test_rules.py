@@ -67,6 +67,8 @@ def by_hand(x: Tensor) -> Tensor:
 POINTWISE = {
     "relu": Carries(lambda x: x.relu(), STREAM),
     "gelu": Carries(F.gelu, STREAM),
+    "prelu": Carries(lambda x: F.prelu(x, torch.full((1,), 0.25)), STREAM),
+    "prelu of channels": Carries(lambda x: F.prelu(x.mT, torch.arange(8.0)).mT, STREAM),
     "with numbers": Carries(lambda x: (x * 2 + 1) / 3, STREAM),
     "clamp": Carries(lambda x: x.clamp(-1, 1), STREAM),
     "where": Carries(lambda x: torch.where(x > 0, x, 0.1 * x), STREAM),

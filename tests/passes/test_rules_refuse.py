@@ -91,6 +91,11 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
         "keys and values belong to different sequences",
         0,
     ),
+    "slopes per token": (
+        lambda x: F.prelu(x, torch.arange(6.0)),
+        "a slope for each entry of what runs over the token axis",
+        0,
+    ),
     "causal across": (
         lambda x: F.scaled_dot_product_attention(x, x[:, 1:], x[:, 1:], is_causal=True),
         "causal attention between different sequences",
