@@ -100,6 +100,8 @@ def test_hidden_by_a_mask():
     assert hidden_by_mask(mask.expand(B, 1, 2, 3), B).tolist() == [[False, False, True]] * B
     assert hidden_by_mask(mask > -1, 1).tolist() == [[False, False, True]]
     assert hidden_by_mask(mask[None], B).tolist() == [[False, False, True]]  # one for all samples
+    # the last word of a causal model is seen by itself alone, and is what the model reads
+    assert not hidden_by_mask(torch.ones(1, 3, 3, dtype=torch.bool).tril(), 1).any()
 
 
 def test_hidden_by_weights():
