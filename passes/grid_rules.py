@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from passes.grid_layout import GRID_RULES, Follow, Grid, GridAxes, Rule, grid_rules_for
-from passes.rules.pointwise import ELEMENTWISE, tensors
+from passes.rules.pointwise import ELEMENTWISE, SHAPED_LIKE, tensors
 from passes.rules.registry import Untransferable, argument, shape_of, wrap
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def _per_cell(n: Node, grid: Grid, axes: GridAxes, out: Sequence[Any], rank: int
     return True
 
 
-@grid_rules_for("pointwise", *ELEMENTWISE)
+@grid_rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE)
 def pointwise(node: Node, axes: GridAxes) -> Follow:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
     val = node.meta["val"]
