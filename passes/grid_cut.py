@@ -170,6 +170,14 @@ class _Cut:
             same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
             if not all(same):
                 raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+            gone = [before.shape[d] - after.shape[d] for d in free]
+            if any(n % period for n, period in zip(gone, follow.period, strict=False)):
+                raise Refusal(
+                    f"pads the map by amounts that may be others on the smaller grid, from which {gone[0]} rows and "
+                    f"{gone[1]} columns are gone",
+                    node,
+                    self.axes.fitting,
+                )
 
     def _same_cells(self, node: Node) -> None:
         """Maps that meet must be equally large, lest one of a single row be broadcast."""
@@ -177,7 +185,11 @@ class _Cut:
         grids = {n: self.axes.grid(start if n is self.now[start] else n) for n in node.all_input_nodes}
         sizes = {tuple(n.meta["val"].shape[d] for d in g.dims) for n, g in grids.items() if isinstance(g, Grid)}
         if len(sizes) > 1:
-            raise Refusal(f"maps of different sizes meet on the smaller grid: {sorted(sizes)}", node, WAY_OUT)
+            raise Refusal(
+                f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
+                node,
+                f"{self.axes.fitting}, or {WAY_OUT}",
+            )
 
     def restored(self, value: Node) -> Node:
         """The value at full size, from the nearest cells that are left."""
