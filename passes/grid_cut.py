@@ -158,6 +158,11 @@ class _Cut:
                     self.taken[n] = splice(self.graph, "gather", take, n, self.rows, self.columns)
             node.replace_input_with(n, self.taken[n])
         self._same_cells(node)
+        if follow.cells is not None:
+            rows, columns = node.args[0].meta["val"].shape[follow.cells : follow.cells + 2]
+            sizes = list(node.args[1])
+            sizes[follow.cells] = rows * columns
+            node.args = (node.args[0], sizes)
         before = node.meta["val"]
         try:
             op: Any = node.target

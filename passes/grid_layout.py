@@ -19,7 +19,8 @@ class Grid:
     """Where a value holds the rows and columns of the map that was cut.
 
     Args:
-        rows, columns: the dimensions; None for an axis that a reduction ended.
+        rows, columns: the dimensions, the same one where they are folded into it; None for an axis that a
+            reduction ended.
         step: rows and columns of the cut map from one row or column of this value to the next.
         start: the row and column of the cut map that this value's first ones are centred on.
         mixed: a cell depends on other cells of the cut map.
@@ -33,7 +34,7 @@ class Grid:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        return tuple(d for d in (self.rows, self.columns) if d is not None)
+        return tuple(dict.fromkeys(d for d in (self.rows, self.columns) if d is not None))
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Follow:
     Args:
         out: the result's grid, a tuple of them for a tuple result, None where it has none any more.
         aligned: inputs from before the cut that have an entry per cell and are cut alike.
+        cells: the place in the op's list of sizes that is their number, to be rewritten.
         period: the op's arguments are right where rows and columns shrink by multiples of these.
         fixed: the result is a grid of a fixed size instead.
     """
 
     out: Grid | tuple[Grid | None, ...] | None
     aligned: tuple[Node, ...] = ()
+    cells: int | None = None
     period: tuple[int, int] = (1, 1)
     fixed: bool = False
 

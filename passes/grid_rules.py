@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from passes.grid_layout import Follow, Grid, GridAxes, carried, grid_rules_for
+from passes.layout import expr
 from passes.rules.pointwise import ELEMENTWISE, SHAPED_LIKE, tensors
 from passes.rules.registry import Untransferable, argument, shape_of, wrap
 
@@ -220,6 +221,8 @@ def slice_(node: Node, axes: GridAxes) -> Follow:
     start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     if start not in (None, 0) or not (end is None or end == torch.iinfo(torch.int64).max):
         raise Untransferable("takes rows or columns by their number")
+    if step != 1 and grid.rows == grid.columns:
+        raise Untransferable("takes every n-th cell of a map that is folded into one dimension")
     steps = (step, 1) if dim == grid.rows else (1, step)
     return Follow(replace(grid, step=(grid.step[0] * steps[0], grid.step[1] * steps[1]), mixed=grid.mixed or step != 1))
 
@@ -241,8 +244,16 @@ def new(node: Node, axes: GridAxes) -> Follow:
 
 @grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
 def view(node: Node, axes: GridAxes) -> Follow:
-    """Rows and columns folded into another dimension: what reads that has a size for each cell."""
+    """Rows and columns folded into a dimension of their own; in any other, what reads that has a size for each cell."""
     grid, shape, out = axes.grid(node.args[0]), shape_of(node.args[0]), shape_of(node)
+    if isinstance(grid, Grid) and grid.rows is not None and grid.columns == grid.rows + 1:
+        at = grid.rows
+        folded = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+        if [*map(expr, out)] == [*map(expr, folded)]:
+            sizes: Any = [-1] * len(out) if node.target is aten.flatten.using_ints else node.args[1]
+            # a number beside an open size may be the model's own; where none is open, only the number of cells fits
+            if sizes[at] == -1 or -1 not in sizes:
+                return Follow(replace(grid, columns=at), cells=None if sizes[at] == -1 else at)
     size = " x ".join(str(shape[d]) for d in (grid.dims if isinstance(grid, Grid) else ()))
     raise Untransferable(
         f"reshapes the map of {size} to {[s if isinstance(s, int) else 'batch' for s in out]}, "

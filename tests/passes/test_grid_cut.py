@@ -96,6 +96,8 @@ HEADS: dict[str, tuple[Any, list[nn.Module]]] = {
     "circular": (lambda m, a: m.more(a), [nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")]),
     "as tensorflow": (lambda m, a: padded_as_tensorflow(a, m.wide.weight), []),
     "as tensorflow, stride 1": (lambda m, a: nn.functional.conv2d(nn.functional.pad(a, [1] * 4), m.wide.weight), []),
+    "cells in one dimension": (lambda m, a: m.more(a.flatten(2).transpose(1, 2)).mean(1), [nn.LayerNorm(4), nn.GELU()]),
+    "sizes written": (lambda m, a: a.view(len(a), 4, a.shape[2] * a.shape[3]).tanh().amax(2), []),
     "fixed grid": (lambda m, a: m.more(a), [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 5)]),
     "fixed grid of maxima": (lambda m, a: m.more(a), [nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)]),
     "one window": (lambda m, a: m.more(a).reshape(a.shape[:2]), [nn.AvgPool2d(20, ceil_mode=True, padding=4)]),
