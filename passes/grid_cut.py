@@ -14,6 +14,7 @@ from passes.grid_axes import RESTORE, WAY_OUT, follow_grid
 from passes.grid_layout import Follow, Grid, GridAxes
 from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
 from passes.propagate import evaluate
+from passes.rules.registry import argument, shape_of
 from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
@@ -159,8 +160,8 @@ class _Cut:
             node.replace_input_with(n, self.taken[n])
         self._same_cells(node)
         if follow.cells is not None:
-            rows, columns = node.args[0].meta["val"].shape[follow.cells : follow.cells + 2]
-            sizes = list(node.args[1])
+            rows, columns = shape_of(node.args[0])[follow.cells : follow.cells + 2]
+            sizes: Any = [*argument(node, 1, "shape")]
             sizes[follow.cells] = rows * columns
             node.args = (node.args[0], sizes)
         before = node.meta["val"]
