@@ -1,6 +1,6 @@
 """The grid axes: from one [B, C, H, W] map onwards, which dimensions of which values are its rows and columns.
 
-A forward dataflow analysis with one rule per op (`passes.grid_rules`). It changes nothing. A convolution
+A forward dataflow analysis with one rule per op (`grid_rules`, `grid_windows`). It changes nothing. A convolution
 reads the smaller map as it would read a smaller image, so most ops carry the axes on with no argument
 rewritten; what names a size of the grid, or an op without a rule, refuses.
 """
@@ -12,12 +12,13 @@ from collections.abc import Collection
 import torch
 from torch.fx import Node
 
+from passes import grid_rules, grid_windows
 from passes.base import Refusal, op_name
-from passes.grid_layout import Follow, Grid, GridAxes
-from passes.grid_rules import rule_for
+from passes.grid_layout import Follow, Grid, GridAxes, rule_for
 from passes.rules.registry import Untransferable
 from passes.splice import ORIGIN
 
+RULES = (grid_rules, grid_windows)  # to import them fills the table
 RESTORE = "restore"  # origin of what reads a cut map and gives it back at full size
 WAY_OUT = "cut a later stage, whose map no such op reads, or give the part of the model before it"
 
@@ -37,6 +38,10 @@ def follow_grid(start: Node, grid: Grid | None = None, within: Collection[Node] 
     node = start.next
     while node.op != "root":
         carries = any(n in axes.grids for n in node.all_input_nodes)
+        if any(n in axes.fixed for n in node.all_input_nodes):
+            if within is None:
+                _need_no_size(node)
+            axes.fixed.add(node)
         if not carries or (within is not None and node not in within):
             pass
         elif node.op == "output" or node.meta.get(ORIGIN) == RESTORE:
@@ -49,10 +54,17 @@ def follow_grid(start: Node, grid: Grid | None = None, within: Collection[Node] 
                     raise Refusal(str(reason), node, WAY_OUT) from reason
             else:
                 axes.follows[node] = follow
+                if follow.fixed:
+                    axes.fixed.add(node)
                 if follow.out is not None:
                     axes.grids[node] = follow.out
         node = node.next
     return axes
+
+
+def _need_no_size(node: Node) -> None:
+    if op_name(node).startswith("aten.upsample"):
+        raise Refusal("resizes what was pooled to a fixed grid to a size that may be the map's", node, WAY_OUT)
 
 
 def _follow(node: Node, axes: GridAxes) -> Follow:

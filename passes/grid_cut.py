@@ -14,6 +14,7 @@ from passes.grid_axes import RESTORE, WAY_OUT, follow_grid
 from passes.grid_layout import Follow, Grid, GridAxes
 from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
 from passes.propagate import evaluate
+from passes.rules.registry import argument, shape_of
 from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
@@ -158,6 +159,11 @@ class _Cut:
                     self.taken[n] = splice(self.graph, "gather", take, n, self.rows, self.columns)
             node.replace_input_with(n, self.taken[n])
         self._same_cells(node)
+        if follow.cells is not None:
+            rows, columns = shape_of(node.args[0])[follow.cells : follow.cells + 2]
+            sizes: Any = [*argument(node, 1, "shape")]
+            sizes[follow.cells] = rows * columns
+            node.args = (node.args[0], sizes)
         before = node.meta["val"]
         try:
             op: Any = node.target
@@ -170,6 +176,14 @@ class _Cut:
             same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
             if not all(same):
                 raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+            gone = [before.shape[d] - after.shape[d] for d in free]
+            if any(n % period for n, period in zip(gone, follow.period, strict=False)):
+                raise Refusal(
+                    f"pads the map by amounts that may be others on the smaller grid, from which {gone[0]} rows and "
+                    f"{gone[1]} columns are gone",
+                    node,
+                    self.axes.fitting,
+                )
 
     def _same_cells(self, node: Node) -> None:
         """Maps that meet must be equally large, lest one of a single row be broadcast."""
@@ -177,7 +191,11 @@ class _Cut:
         grids = {n: self.axes.grid(start if n is self.now[start] else n) for n in node.all_input_nodes}
         sizes = {tuple(n.meta["val"].shape[d] for d in g.dims) for n, g in grids.items() if isinstance(g, Grid)}
         if len(sizes) > 1:
-            raise Refusal(f"maps of different sizes meet on the smaller grid: {sorted(sizes)}", node, WAY_OUT)
+            raise Refusal(
+                f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
+                node,
+                f"{self.axes.fitting}, or {WAY_OUT}",
+            )
 
     def restored(self, value: Node) -> Node:
         """The value at full size, from the nearest cells that are left."""

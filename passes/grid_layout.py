@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias
 
+import torch
 from torch.fx import Node
+
+from passes.rules.registry import Untransferable
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,8 @@ class Grid:
     """Where a value holds the rows and columns of the map that was cut.
 
     Args:
-        rows, columns: the dimensions; None for an axis that a reduction ended.
+        rows, columns: the dimensions, the same one where they are folded into it; None for an axis that a
+            reduction ended.
         step: rows and columns of the cut map from one row or column of this value to the next.
         start: the row and column of the cut map that this value's first ones are centred on.
         mixed: a cell depends on other cells of the cut map.
@@ -29,7 +34,7 @@ class Grid:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        return tuple(d for d in (self.rows, self.columns) if d is not None)
+        return tuple(dict.fromkeys(d for d in (self.rows, self.columns) if d is not None))
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,16 @@ class Follow:
     Args:
         out: the result's grid, a tuple of them for a tuple result, None where it has none any more.
         aligned: inputs from before the cut that have an entry per cell and are cut alike.
+        cells: the place in the op's list of sizes that is their number, to be rewritten.
+        period: the op's arguments are right where rows and columns shrink by multiples of these.
+        fixed: the result is a grid of a fixed size instead.
     """
 
     out: Grid | tuple[Grid | None, ...] | None
     aligned: tuple[Node, ...] = ()
+    cells: int | None = None
+    period: tuple[int, int] = (1, 1)
+    fixed: bool = False
 
 
 @dataclass
@@ -54,12 +65,14 @@ class GridAxes:
         grids: for each value that holds them, where (a tuple for a tuple value).
         follows: for each op that was carried through, what it does; includes ops that end the axes.
         dense: consumers that need every row and column: outputs, and what restores an earlier cut.
+        fixed: values made from the map pooled to a grid of a fixed size.
     """
 
     start: Node
     grids: dict[Node, Any] = field(default_factory=dict)
     follows: dict[Node, Follow] = field(default_factory=dict)
     dense: list[Node] = field(default_factory=list)
+    fixed: set[Node] = field(default_factory=set)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -69,6 +82,13 @@ class GridAxes:
     def grid(self, node: Any) -> Any:
         """The grid of an input that holds rows and columns, else None."""
         return self.grids.get(node) if isinstance(node, Node) else None
+
+    @property
+    def fitting(self) -> str:
+        """How many rows and columns can leave so that every layer's map loses its share of them."""
+        steps = [g.step for grids in self.grids.values() for g in (grids if isinstance(grids, tuple) else [grids]) if g]
+        rows, columns = (math.lcm(*(step[i] for step in steps)) for i in (0, 1))
+        return f"let a multiple of {rows} rows and of {columns} columns leave"
 
 
 Rule: TypeAlias = Callable[[Node, GridAxes], Follow]
@@ -83,3 +103,23 @@ def grid_rules_for(*ops: Any) -> Callable[[Rule], Rule]:
         return rule
 
     return add
+
+
+def carried(node: Node, axes: GridAxes) -> Grid:
+    """The grid of the first input, which must be the only one that holds it."""
+    grid = axes.grid(node.args[0])
+    if not isinstance(grid, Grid) or sum(n in axes.grids for n in node.all_input_nodes) != 1:
+        raise Untransferable("the rows and columns do not come in by its first input alone")
+    return grid
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op, its packet's, or the pointwise rule where torch tags it so."""
+    if target in GRID_RULES:
+        return GRID_RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable:
+        if target.overloadpacket in GRID_RULES:
+            return GRID_RULES[target.overloadpacket]
+        if torch.Tag.pointwise in target.tags:
+            return GRID_RULES["pointwise"]
+    return None

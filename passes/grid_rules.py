@@ -9,37 +9,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from passes.grid_layout import GRID_RULES, Follow, Grid, GridAxes, Rule, grid_rules_for
-from passes.rules.pointwise import ELEMENTWISE, tensors
+from passes.grid_layout import Follow, Grid, GridAxes, carried, grid_rules_for
+from passes.layout import expr
+from passes.rules.pointwise import ELEMENTWISE, SHAPED_LIKE, tensors
 from passes.rules.registry import Untransferable, argument, shape_of, wrap
 
 aten = torch.ops.aten
-
-
-def rule_for(target: Any) -> Rule | None:
-    """The rule of an op, its packet's, or the pointwise rule where torch tags it so."""
-    if target in GRID_RULES:
-        return GRID_RULES[target]
-    if isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable:
-        if target.overloadpacket in GRID_RULES:
-            return GRID_RULES[target.overloadpacket]
-        if torch.Tag.pointwise in target.tags:
-            return GRID_RULES["pointwise"]
-    return None
-
-
-def _carried(node: Node, axes: GridAxes) -> Grid:
-    """The grid of the first input, which must be the only one that holds it."""
-    grid = axes.grid(node.args[0])
-    if not isinstance(grid, Grid) or sum(n in axes.grids for n in node.all_input_nodes) != 1:
-        raise Untransferable("the rows and columns do not come in by its first input alone")
-    return grid
 
 
 def _need_free(grid: Grid, dims: Sequence[int], doing: str) -> None:
@@ -79,13 +59,15 @@ def _per_cell(n: Node, grid: Grid, axes: GridAxes, out: Sequence[Any], rank: int
     full = [d >= 0 and not (isinstance(shape[d], int) and shape[d] == 1) for d in at]
     if not any(full):
         return False
+    if n in axes.fixed:
+        raise Untransferable("meets what was pooled to a fixed grid and given rows and columns again")
     same = grid.step == (1, 1) and grid.start == (0, 0) and (grid.rows, grid.columns) == (2, 3)
     if not (same and all(full) and len(shape) == 4 and tuple(out[2:]) == axes.size):
         raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
     return True
 
 
-@grid_rules_for("pointwise", *ELEMENTWISE)
+@grid_rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE)
 def pointwise(node: Node, axes: GridAxes) -> Follow:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
     val = node.meta["val"]
@@ -93,61 +75,6 @@ def pointwise(node: Node, axes: GridAxes) -> Follow:
     joined = _joined(node, axes, tensors((node.args, node.kwargs)), values[0].dim())
     out: Any = joined.out
     return replace(joined, out=tuple(out for _ in values)) if isinstance(val, (tuple, list)) else joined
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, *rest = value
-    return first, (rest or [first])[0]
-
-
-def _window(grid: Grid, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Grid:
-    """After a window that slides over rows and columns."""
-    if (grid.rows, grid.columns) != (2, 3):
-        raise Untransferable("a window slides over other dimensions than rows and columns")
-    k, s, p, d = map(_pair, (kernel, stride, padding, dilation))
-    centre = [Fraction(d[i] * (k[i] - 1), 2) - p[i] for i in (0, 1)]
-    return replace(
-        grid,
-        step=(grid.step[0] * s[0], grid.step[1] * s[1]),
-        start=(grid.start[0] + grid.step[0] * centre[0], grid.start[1] + grid.step[1] * centre[1]),
-        mixed=grid.mixed or k != (1, 1) or s != (1, 1),
-    )
-
-
-@grid_rules_for(aten.conv2d.default, aten.conv2d.padding)
-def convolution(node: Node, axes: GridAxes) -> Follow:
-    """Any stride, padding, dilation and groups: it slides over a smaller map as over a smaller image."""
-    grid = _carried(node, axes)
-    kernel = shape_of(node.args[1])[2:]
-    stride, dilation = argument(node, 3, "stride", 1), argument(node, 5, "dilation", 1)
-    padding = argument(node, 4, "padding", 0)
-    if padding == "same":  # pads (k - 1) d in all, the odd one behind
-        padding = [d * (k - 1) // 2 for k, d in zip(kernel, _pair(dilation), strict=True)]
-    elif padding == "valid":
-        padding = 0
-    return Follow(_window(grid, kernel, stride, padding, dilation))
-
-
-@grid_rules_for(aten.max_pool2d.default, aten.avg_pool2d.default)
-def pool(node: Node, axes: GridAxes) -> Follow:
-    """A window that slides."""
-    kernel = argument(node, 1, "kernel_size")
-    stride = argument(node, 2, "stride") or kernel
-    dilation = argument(node, 4, "dilation", 1) if node.target is aten.max_pool2d.default else 1
-    return Follow(_window(_carried(node, axes), kernel, stride, argument(node, 3, "padding", 0), dilation))
-
-
-@grid_rules_for(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
-def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
-    """To one cell it is the mean or the maximum of the map."""
-    grid, size = _carried(node, axes), argument(node, 1, "output_size")
-    if grid.dims != (2, 3):
-        raise Untransferable("pools other dimensions than rows and columns")
-    if _pair(size) != (1, 1):
-        raise Untransferable(f"pools the map to a fixed grid of {_pair(size)[0]} x {_pair(size)[1]}")
-    return Follow((None, None) if isinstance(node.meta["val"], (tuple, list)) else None)
 
 
 # mean the same on a smaller map: where each takes its dimensions, and whether to keep them
@@ -165,7 +92,7 @@ _CHANNELS_ONLY: dict[Any, tuple[int, int]] = {
 @grid_rules_for(*_DIMS, *_CHANNELS_ONLY)
 def reduction(node: Node, axes: GridAxes) -> Follow:
     """Over channels anything goes; over rows and columns a mean, an extremum, a variance, which end the axis."""
-    grid, rank = _carried(node, axes), len(shape_of(node.args[0]))
+    grid, rank = carried(node, axes), len(shape_of(node.args[0]))
     at, keep = (_DIMS | _CHANNELS_ONLY)[node.target]
     given: Any = argument(node, at, "dim")
     dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
@@ -190,7 +117,7 @@ def reduction(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.batch_norm.default)
 def batch_norm(node: Node, axes: GridAxes) -> Follow:
     """An affine map of channels from running statistics; in training its statistics are the smaller map's."""
-    grid = _carried(node, axes)
+    grid = carried(node, axes)
     _need_free(grid, [0, 1], "batch norm")
     return Follow(replace(grid, mixed=grid.mixed or bool(argument(node, 5, "training"))))
 
@@ -198,7 +125,7 @@ def batch_norm(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.group_norm.default)
 def group_norm(node: Node, axes: GridAxes) -> Follow:
     """Statistics over channels and cells of one sample: the smaller map's."""
-    grid = _carried(node, axes)
+    grid = carried(node, axes)
     _need_free(grid, [0, 1], "group norm")
     return Follow(replace(grid, mixed=True))
 
@@ -206,7 +133,7 @@ def group_norm(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.layer_norm.default, aten.rms_norm.default)
 def layer_norm(node: Node, axes: GridAxes) -> Follow:
     """Normalises the last dimensions, which must be channels."""
-    grid, rank = _carried(node, axes), len(shape_of(node))
+    grid, rank = carried(node, axes), len(shape_of(node))
     _need_free(grid, range(rank - len(argument(node, 1, "normalized_shape")), rank), "a norm")
     return Follow(grid)
 
@@ -214,7 +141,7 @@ def layer_norm(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.linear.default)
 def linear(node: Node, axes: GridAxes) -> Follow:
     """Channels last: every cell by itself."""
-    grid = _carried(node, axes)
+    grid = carried(node, axes)
     _need_free(grid, [len(shape_of(node)) - 1], "a linear layer")
     return Follow(grid)
 
@@ -222,7 +149,7 @@ def linear(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.prelu.default)
 def prelu(node: Node, axes: GridAxes) -> Follow:
     """Its slopes are one, or one for each entry of dimension 1."""
-    grid = _carried(node, axes)
+    grid = carried(node, axes)
     _need_free(grid, [1], "an activation with learned slopes")
     return Follow(grid)
 
@@ -230,7 +157,7 @@ def prelu(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.softmax.int, aten.log_softmax.int, aten.glu.default)
 def along(node: Node, axes: GridAxes) -> Follow:
     """Works along one dimension, which must be channels."""
-    grid = _carried(node, axes)
+    grid = carried(node, axes)
     _need_free(grid, [wrap(argument(node, 1, "dim", -1), len(shape_of(node)))], "an op along a dimension that")
     return Follow(grid)
 
@@ -246,7 +173,7 @@ def _reordered(grid: Grid, order: Sequence[int]) -> Grid:
 def permute(node: Node, axes: GridAxes) -> Follow:
     """Dimensions in another order."""
     rank = len(shape_of(node))
-    return Follow(_reordered(_carried(node, axes), [wrap(d, rank) for d in argument(node, 1, "dims")]))
+    return Follow(_reordered(carried(node, axes), [wrap(d, rank) for d in argument(node, 1, "dims")]))
 
 
 @grid_rules_for(aten.transpose.int)
@@ -255,7 +182,7 @@ def transpose(node: Node, axes: GridAxes) -> Follow:
     order = list(range(len(shape_of(node))))
     a, b = (wrap(argument(node, i, f"dim{i - 1}"), len(order)) for i in (1, 2))
     order[a], order[b] = order[b], order[a]
-    return Follow(_reordered(_carried(node, axes), order))
+    return Follow(_reordered(carried(node, axes), order))
 
 
 @grid_rules_for(aten.cat.default)
@@ -272,7 +199,7 @@ def cat(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
 def split(node: Node, axes: GridAxes) -> Follow:
     """Parts of the channels."""
-    grid, val = _carried(node, axes), node.meta["val"]
+    grid, val = carried(node, axes), node.meta["val"]
     default = argument(node, 2, "dim", 0)
     _need_free(grid, [wrap(default, val[0].dim())], "a split")
     return Follow(tuple(grid for _ in val))
@@ -287,31 +214,23 @@ def getitem(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.slice.Tensor)
 def slice_(node: Node, axes: GridAxes) -> Follow:
     """Part of the channels, or every n-th row or column from the first to the last."""
-    grid, shape = _carried(node, axes), shape_of(node.args[0])
+    grid, shape = carried(node, axes), shape_of(node.args[0])
     dim = wrap(argument(node, 1, "dim", 0), len(shape))
     if dim not in grid.dims:
         return Follow(grid)
     start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     if start not in (None, 0) or not (end is None or end == torch.iinfo(torch.int64).max):
         raise Untransferable("takes rows or columns by their number")
+    if step != 1 and grid.rows == grid.columns:
+        raise Untransferable("takes every n-th cell of a map that is folded into one dimension")
     steps = (step, 1) if dim == grid.rows else (1, step)
     return Follow(replace(grid, step=(grid.step[0] * steps[0], grid.step[1] * steps[1]), mixed=grid.mixed or step != 1))
-
-
-@grid_rules_for(aten.pad.default, aten.constant_pad_nd.default)
-def pad(node: Node, axes: GridAxes) -> Follow:
-    """More channels; padding of rows and columns may have been computed from their number."""
-    grid, rank = _carried(node, axes), len(shape_of(node))
-    given = argument(node, 1, "pad")
-    padded = [rank - 1 - i // 2 for i, amount in enumerate(given) if amount]
-    _need_free(grid, padded, "padding of a fixed width that")
-    return Follow(grid)
 
 
 @grid_rules_for(aten.sym_size.int)
 def size(node: Node, axes: GridAxes) -> Follow:
     """The number of samples; a number of rows or columns would be a literal."""
-    _need_free(_carried(node, axes), [argument(node, 1, "dim")], "a size that")
+    _need_free(carried(node, axes), [argument(node, 1, "dim")], "a size that")
     return Follow(None)
 
 
@@ -325,8 +244,16 @@ def new(node: Node, axes: GridAxes) -> Follow:
 
 @grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
 def view(node: Node, axes: GridAxes) -> Follow:
-    """Rows and columns folded into another dimension: what reads that has a size for each cell."""
+    """Rows and columns folded into a dimension of their own; in any other, what reads that has a size for each cell."""
     grid, shape, out = axes.grid(node.args[0]), shape_of(node.args[0]), shape_of(node)
+    if isinstance(grid, Grid) and grid.rows is not None and grid.columns == grid.rows + 1:
+        at = grid.rows
+        folded = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+        if [*map(expr, out)] == [*map(expr, folded)]:
+            sizes: Any = [-1] * len(out) if node.target is aten.flatten.using_ints else node.args[1]
+            # a number beside an open size may be the model's own; where none is open, only the number of cells fits
+            if sizes[at] == -1 or -1 not in sizes:
+                return Follow(replace(grid, columns=at), cells=None if sizes[at] == -1 else at)
     size = " x ".join(str(shape[d]) for d in (grid.dims if isinstance(grid, Grid) else ()))
     raise Untransferable(
         f"reshapes the map of {size} to {[s if isinstance(s, int) else 'batch' for s in out]}, "

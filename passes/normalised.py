@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from passes.layout import Layout, tokens_in
-from passes.rules.pointwise import tensors
+from passes.rules.pointwise import elementwise, tensors
 from passes.rules.registry import argument, shape_of, sizes_of, wrap
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def normalised(side: Node, target: Layout, carries: Callable[[Node], bool]) -> N
         if node.target in _SOFTMAX:
             over = wrap(argument(node, 1, "dim"), len(layout))
             return Normalised(same[0], layout, tuple(reversed(chain))) if tokens_in(layout[over]) else None
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        pointwise = elementwise(node.target)
         if not pointwise or len(same) != 1:
             return None
         node = same[0]

@@ -18,7 +18,7 @@ from passes.base import Refusal, op_name
 from passes.branches import ancestors
 from passes.layout import expr
 from passes.protected import origins
-from passes.rules.pointwise import tensors
+from passes.rules.pointwise import elementwise, tensors
 from passes.rules.registry import argument, shape_of, wrap
 from passes.rules.views import permuted
 
@@ -29,8 +29,7 @@ _RESHAPES = {
 }  # fmt: skip
 _SAME_PLACE = {  # a position of the result comes from the same position of the first input
     aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default,
-    aten.instance_norm.default, aten.dropout.default, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default,
-    aten.clone.default, aten.detach.default, aten.alias.default, aten.linear.default, aten.expand.default,
+    aten.instance_norm.default, aten.linear.default, aten.expand.default,
 }  # fmt: skip
 _WINDOWS: dict[Any, tuple[int, int, int]] = {  # where stride, padding and dilation stand among the arguments
     aten.conv2d.default: (3, 4, 5),
@@ -229,7 +228,7 @@ def _back(node: Node, dim: int, above: Mapping[Node, int]) -> tuple[Node, int]:
     if inputs and (order := permuted(node)) is not None:
         return inputs[0], order[dim]
     channels = node.target is aten.linear.default and dim == rank - 1
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    pointwise = elementwise(node.target)
     joined = node.target is aten.cat.default and wrap(argument(node, 1, "dim", 0), rank) != dim
     if inputs and not channels and (pointwise or joined or node.target in _SAME_PLACE):
         for n in inputs:

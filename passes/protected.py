@@ -15,16 +15,13 @@ from torch.fx import GraphModule, Node
 from passes.base import Refusal
 from passes.branches import ancestors, positions, stream_of
 from passes.layout import tokens_in
-from passes.rules.pointwise import tensors
+from passes.rules.pointwise import elementwise, tensors
 from passes.rules.registry import argument, shape_of, wrap
 from passes.rules.views import permuted
 from passes.token_axis import TokenAxis, analyse, stream_layout
 
 aten = torch.ops.aten
-_PER_TOKEN = {
-    aten.layer_norm.default, aten.rms_norm.default, aten.dropout.default, aten.to.dtype, aten.to.dtype_layout,
-    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
-}  # fmt: skip
+_PER_TOKEN = {aten.layer_norm.default, aten.rms_norm.default}
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def _origins(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[Nod
         return of(first, order[dim])
     if node.target is aten.expand.default and isinstance(first, Node) and len(shape_of(first)) == rank:
         return of(first, dim)
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    pointwise = elementwise(node.target)
     if pointwise or node.target in _PER_TOKEN:
         found = [
             of(n, dim - rank + len(shape_of(n)))

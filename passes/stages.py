@@ -18,12 +18,10 @@ from passes.base import source_line
 from passes.branches import CONV, LINEAR, ancestors, module_path, positions
 from passes.grid_axes import follow_grid
 from passes.layout import expr
+from passes.rules.pointwise import elementwise
 
 aten = torch.ops.aten
 WEIGHTED = CONV | LINEAR
-ENDS_IN = {  # besides ops that torch tags as pointwise
-    aten.dropout.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.hardswish.default,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,10 +161,7 @@ def _output(add: Node) -> Node:
     node = add
     while len(node.users) == 1:
         (user,) = node.users
-        elementwise = isinstance(user.target, torch._ops.OpOverload) and (
-            (torch.Tag.pointwise in user.target.tags and not user.target._schema.is_mutable) or user.target in ENDS_IN
-        )
-        if not elementwise or user.all_input_nodes != [node]:
+        if not elementwise(user.target) or user.all_input_nodes != [node]:
             break
         node = user
     return node

@@ -111,7 +111,7 @@ BY_FAMILY: dict[str, Inputs] = {
     **dict.fromkeys(
         (
             "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "align_vision_model", "mobilenet_v1",
-            "mobilenet_v2", "pp_lcnet", "pp_lcnet_v3",
+            "mobilenet_v2", "pp_lcnet", "pp_lcnet_v3", "textnet", "upernet",
         ),
         lambda batch: {"pixel_values": noise(batch, 3, 224, 224)},
     ),

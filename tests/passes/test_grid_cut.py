@@ -82,6 +82,82 @@ def test_feature_maps_come_back_at_full_size(cut: Cut) -> None:
     oracle.assert_close(later, back, 1e-5)
 
 
+def padded_as_tensorflow(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution of stride 2 that gives (size / 2) rows and columns, rounded up."""
+    h, w = (max((-(-n // 2) - 1) * 2 + weight.shape[2] - n, 0) for n in x.shape[2:])
+    return nn.functional.conv2d(nn.functional.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2)), weight, stride=2)
+
+
+HEADS: dict[str, tuple[Any, list[nn.Module]]] = {
+    "zero padding": (lambda m, a: m.more(a), [nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3)]),
+    "uneven zero padding": (lambda m, a: m.more(a), [nn.ZeroPad2d((0, 1, 0, 2)), nn.Conv2d(4, 4, 3, stride=2)]),
+    "reflected": (lambda m, a: m.more(a), [nn.ReflectionPad2d((1, 2, 0, 1)), nn.Tanh()]),
+    "cropped": (lambda m, a: m.more(a), [nn.ZeroPad2d((-1, 1, 0, -1)), nn.Tanh()]),
+    "circular": (lambda m, a: m.more(a), [nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")]),
+    "as tensorflow": (lambda m, a: padded_as_tensorflow(a, m.wide.weight), []),
+    "as tensorflow, stride 1": (lambda m, a: nn.functional.conv2d(nn.functional.pad(a, [1] * 4), m.wide.weight), []),
+    "cells in one dimension": (lambda m, a: m.more(a.flatten(2).transpose(1, 2)).mean(1), [nn.LayerNorm(4), nn.GELU()]),
+    "sizes written": (lambda m, a: a.view(len(a), 4, a.shape[2] * a.shape[3]).tanh().amax(2), []),
+    "fixed grid": (lambda m, a: m.more(a), [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 5)]),
+    "fixed grid of maxima": (lambda m, a: m.more(a), [nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)]),
+    "one window": (lambda m, a: m.more(a).reshape(a.shape[:2]), [nn.AvgPool2d(20, ceil_mode=True, padding=4)]),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_what_the_model_itself_gives_on_the_smaller_map(name: str) -> None:
+    head, more = HEADS[name]
+
+    def pooled(x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if x.dim() == 4 else x
+
+    model = net(lambda m, x, a, b: pooled(head(m, a)))
+    model.more = nn.Sequential(*more)
+    cut = Cut(4, 2)
+    got = run(model, GridPrune(4, 2))
+    dense = model.one(model.stem(images()))
+    short = torch.stack([dense[i][:, r, c] for i, (r, c) in enumerate(kept(model, cut))])
+    assert short.shape == (2, 4, 8, 7)
+    oracle.assert_close(got, pooled(head(model, short)), 1e-5)
+    assert not torch.allclose(got, model(images()))
+
+
+def test_padding_that_another_count_changes() -> None:
+    model = net(lambda m, x, a, b: padded_as_tensorflow(a, m.wide.weight).mean((2, 3)))
+    with pytest.raises(rs_compile.Refusal, match=r"pads the map by amounts that may be others") as e:
+        run(model, GridPrune(4, 3))
+    assert "from which 4 rows and 3 columns are gone" in str(e.value)
+    assert "way out: let a multiple of 2 rows and of 2 columns leave" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (
+            lambda m, x, a, b: nn.functional.adaptive_avg_pool2d(a, (6, 4)).mean((2, 3)),
+            "pools the map to 6 x 4, a size",
+        ),
+        (lambda m, x, a, b: m.keeps(a).mean((2, 3)), "pools the map to 2 x 9, a size that the model may compute"),
+        (
+            lambda m, x, a, b: (a + nn.functional.interpolate(m.two_cells(a), size=a.shape[2:])).mean((2, 3)),
+            r"aten\.upsample_nearest2d.*resizes what was pooled to a fixed grid to a size that may be the map's",
+        ),
+        (
+            lambda m, x, a, b: (a + m.again(m.two_cells(a)).view(-1, 4, 12, 9)).mean((2, 3)),
+            "meets what was pooled to a fixed grid and given rows and columns again",
+        ),
+    ],
+)
+def test_sizes_that_may_be_computed_from_the_map(head: Any, words: str) -> None:
+    model = net(head)
+    model.keeps, model.two_cells = nn.AdaptiveAvgPool2d((2, None)), nn.AdaptiveAvgPool2d(2)
+    model.again = nn.Sequential(nn.Flatten(), nn.Linear(16, 4 * 12 * 9))
+    assert model(images()).shape == (2, 4)
+    with pytest.raises(rs_compile.Refusal, match=words):
+        run(model, GridPrune(4, 3))
+
+
 @torch.no_grad()
 def test_two_cuts_are_undone_one_after_the_other() -> None:
     model = net(lambda m, x, a, b: [b, b * 2, m.narrow(b)])
@@ -124,7 +200,7 @@ def test_a_single_row_does_not_broadcast() -> None:
     """Both maps have two rows in the model; on the smaller grid one has a single one."""
     model = net(lambda m, x, a, b: (b[:, :, ::3] * nn.functional.avg_pool2d(b, (3, 1))).mean((2, 3)))
     assert model(images()).shape == (2, 8)
-    with pytest.raises(rs_compile.Refusal, match="maps of different sizes meet on the smaller grid"):
+    with pytest.raises(rs_compile.Refusal, match=r"maps of different sizes meet[\s\S]*let a multiple of 6 rows and"):
         run(model, GridPrune(4, 0))
 
 
