@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.aliasing import EXTERNAL, Memory, may_require_grad, same_kind
 from passes.base import Pass, PassResult
+from passes.broadcasts import drop_expansions
 from passes.out_of_place import functionalise
 from passes.spelled_out import spell_out
 from passes.transposed_sums import turn_sums
@@ -116,8 +117,7 @@ class Canonicalise(Pass):
     """
 
     def call(self, gm: GraphModule) -> PassResult:
-        rewrites = spell_out(gm.graph)
-        rewrites += turn_sums(gm.graph)
+        rewrites = spell_out(gm.graph) + drop_expansions(gm.graph) + turn_sums(gm.graph)
         while True:  # a removed view can free an in-place op, and that in turn a copy
             converted, skips = functionalise(gm.graph)
             removed = _Sweep(gm.graph).run()
