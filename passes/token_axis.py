@@ -280,6 +280,8 @@ def _check(value: Any, layout: Layout | None) -> None:
         return
     if not whole_grids(layout):
         raise Untransferable("takes rows or columns of the tokens' grid by themselves")
+    if sum(isinstance(f, Batch) for dim in layout for f in dim) > 1:
+        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
     explained = [dim_size(dim) for dim in layout]
     if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
         raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")
