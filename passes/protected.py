@@ -133,6 +133,8 @@ def _origins(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[Nod
         return of(first, order[dim])
     if node.target is aten.expand.default and isinstance(first, Node) and len(shape_of(first)) == rank:
         return of(first, dim)
+    if node.target is aten.repeat.default and isinstance(first, Node) and len(shape_of(first)) == rank:
+        return _origins(first, dim, sums, above) * argument(node, 1, "repeats")[dim]
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     if pointwise or node.target in _PER_TOKEN:
         found = [

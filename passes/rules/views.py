@@ -50,7 +50,8 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     out = regroup(layout, shape_of(node))
     if out is None:
         shape = [str(s) for s in shape_of(node)]
-        raise Untransferable(f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis")
+        rows = f", or its {ctx.batch.sequences} sequences a sample" if ctx.batch.sequences > 1 else ""
+        raise Untransferable(f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis{rows}")
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
