@@ -40,7 +40,7 @@ def _met_as_it_is(expanded: Node, user: Node) -> bool:
         return map_arg(given, lambda n: source if n is expanded else n)
 
     args, kwargs = swapped(user.args), swapped(user.kwargs)
-    before = user.meta.get("val")
+    before: Any = user.meta.get("val")
     try:
         after = evaluate(fake_mode(user.graph), target, fake(args), fake(kwargs))
     except Exception:  # it does not broadcast

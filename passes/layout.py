@@ -3,7 +3,7 @@
 A layout gives for each dimension the factors that are folded into it, outermost first, as einops writes
 `(batch tokens) channels`. A `view` regroups the factors; a factor of samples is never split, and one of tokens in two
 at most, where all of them may go: rows and columns. Where tokens are gone the rows run over those left, and there is
-one column.
+one column. Where windows or frames are folded into the samples, each is a sequence, and the factor counts these.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ Size: TypeAlias = sympy.Expr
 def expr(size: int | torch.SymInt | Size) -> Size:
     """The size as an expression in the batch symbol."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+
+
+def sequences(size: int | torch.SymInt | Size) -> int | None:
+    """How many times the one symbol in it a size is, or None where it is no multiple of one symbol."""
+    times, rest = expr(size).as_coeff_Mul()
+    return int(times) if rest.is_Symbol and times.is_Integer else None
 
 
 @dataclass(frozen=True)
@@ -142,9 +148,14 @@ class Part(Tokens):
 
 @dataclass(frozen=True)
 class Batch:
-    """The factor that runs over samples."""
+    """The factor that runs over samples, or over the sequences (windows, frames) that each sample has as many of."""
 
     size: Size
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a sample has; 1 where the number of samples is literal."""
+        return sequences(self.size) or 1
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,7 @@ def plain(size: int | torch.SymInt | Size, batch: Batch) -> Dim:
 @cache
 def _plain(size: Size, batch: Batch) -> Dim:
     rest = sympy.cancel(size / batch.size)
-    if batch.size.free_symbols and not rest.free_symbols & batch.size.free_symbols and rest.is_integer:
+    if size != 0 and batch.size.free_symbols and not rest.free_symbols & batch.size.free_symbols and rest.is_integer:
         return merged((batch, Free(rest)))
     return merged((Free(size),))
 
@@ -283,6 +294,8 @@ def show(layout: Layout) -> str:
             return f"{'columns' if f.at else 'rows'}({f.dense})"
         if isinstance(f, Tokens):
             return f"tokens({f.dense})"
-        return "batch" if isinstance(f, Batch) else str(f.size)
+        if isinstance(f, Batch):
+            return "batch" if f.sequences == 1 else f"{f.sequences}*batch"
+        return str(f.size)
 
     return "[" + ", ".join("*".join(map(name, dim)) or "1" for dim in layout) + "]"

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from passes.described import Described
+from passes.layout import sequences
 
 _SAMPLES = 1_000_000_007  # a prime that nobody writes into a model
 
@@ -36,13 +37,16 @@ class LiteralBatch:
 
     @classmethod
     def of(cls, mode: FakeTensorMode, leaves: Sequence[Any]) -> LiteralBatch | None:
-        """For the one symbol in these values, where one of their sizes is nothing but it."""
+        """For the one symbol in these values, where one of their sizes is so many times it."""
         shapes = [s for leaf in leaves for s in _sizes(leaf)]
         strides = [s for leaf in leaves if isinstance(leaf, torch.Tensor) for s in leaf.stride()]
         found = [s.node.expr.free_symbols for s in (*shapes, *strides) if isinstance(s, SymInt)]
         symbols: set[Any] = reduce(operator.or_, found, set())
-        batch = next((s for s in shapes if isinstance(s, SymInt) and {s.node.expr} == symbols), None)
-        return None if batch is None else cls(mode, batch)
+        rows = {count: s for s in shapes if isinstance(s, SymInt) and (count := sequences(s))}
+        if len(symbols) != 1 or not rows:
+            return None
+        count = min(rows)
+        return cls(mode, rows[count] if count == 1 else rows[count] // count)
 
     def literal(self, value: Any) -> Any:
         """A value with the prime for the symbol.
@@ -75,9 +79,9 @@ class LiteralBatch:
             return made if isinstance(value, list) else tuple(made)
         return self.described(value).fresh(self.mode) if isinstance(value, torch.Tensor) else self._size(value)
 
-    def is_it(self, size: Any) -> bool:
-        """Whether a size is the symbol."""
-        return isinstance(size, SymInt) and bool(size.node.expr == self.batch.node.expr)
+    def times(self, size: Any) -> int:
+        """How many times the symbol a size is, 0 where it does not count samples."""
+        return (sequences(size) or 0) if isinstance(size, SymInt) else 0
 
     def multiple(self, number: Any) -> int:
         """How many times the batch a number is, 0 where it does not count samples."""

@@ -37,7 +37,7 @@ from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import REPLACED, stand_ins
 from passes.stages import StageReport
-from passes.token_axis import Needed, stream_layout
+from passes.token_axis import Needed, sequences_per_sample, stream_layout
 from passes.verify import no_stale_shapes, not_put_back
 
 SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
@@ -99,7 +99,7 @@ class Behind:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What became of a block: tokens in and out, MACs, attention kernel."""
+    """What became of a block: tokens in and out, MACs, attention kernel, sequences of so many tokens a sample."""
 
     block: Block
     where: str
@@ -108,6 +108,7 @@ class BlockReport:
     macs_dense: int
     macs: int
     kernel: KernelChoice | None
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ def prune(
                 before[b.index],
                 cost.between(nodes).macs,
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
+                sequences_per_sample(b.output),
             )
         )
     gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone

@@ -130,6 +130,8 @@ def _origins(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[Nod
         return of(first, order[dim])
     if node.target is aten.expand.default and isinstance(first, Node) and len(shape_of(first)) == rank:
         return of(first, dim)
+    if node.target is aten.repeat.default and isinstance(first, Node) and len(shape_of(first)) == rank:
+        return _origins(first, dim, sums, above) * argument(node, 1, "repeats")[dim]
     pointwise = elementwise(node.target)
     if pointwise or node.target in _PER_TOKEN:
         found = [

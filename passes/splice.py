@@ -116,11 +116,15 @@ def _made(node: Node) -> bool:
 
 def _samples(graph: Graph, origin: str, nodes: list[Node], batch: LiteralBatch, count: int) -> Node:
     """A node that is the batch size, so many times."""
-    node, at = next((n, d) for n in nodes for d, s in enumerate(n.meta["val"].shape) if batch.is_it(s))
+    sizes = ((batch.times(s), n, d) for n in nodes for d, s in enumerate(n.meta["val"].shape))
+    times, node, at = min(((t, n, d) for t, n, d in sizes if t), key=lambda found: (count % found[0] > 0, found[0]))
     size = graph.call_function(torch.ops.aten.sym_size.int, (node, at))
-    size.meta = {"val": batch.batch, ORIGIN: origin}
-    if count > 1:
-        size = graph.call_function(operator.mul, (size, count))
+    size.meta = {"val": batch.batch * times, ORIGIN: origin}
+    if count % times:  # windows of the samples, where all samples are asked for
+        size, times = graph.call_function(operator.floordiv, (size, times)), 1
+        size.meta = {"val": batch.batch, ORIGIN: origin}
+    if count > times:
+        size = graph.call_function(operator.mul, (size, count // times))
         size.meta = {"val": batch.batch * count, ORIGIN: origin}
     return size
 

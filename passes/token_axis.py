@@ -30,6 +30,7 @@ from passes.layout import (
     on_grid,
     over_samples,
     runs_over_tokens,
+    sequences,
     show,
     whole_grids,
 )
@@ -90,6 +91,7 @@ class Needed(Refusal):
 def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layout, Batch]:
     """The layout of a residual stream, read off its shape: [B, N, C] or [N, B, C], or on a grid [B, H, W, C].
 
+    B may be a multiple of the samples: windows or frames, each a sequence that keeps as many tokens as any other.
     A stream [N, C] of literal sizes is one sample: no dimension runs over samples, and index maps are [1, K].
 
     Raises:
@@ -104,7 +106,7 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
     if not over and samples and shape[:1] == (samples,):
         over = [0]  # no rule lets entries of the first dimension meet, so they are samples, or as good as samples
     grid = len(shape) == 4 and over == [0]
-    if not (grid or len(shape) == 3) or len(over) != 1 or over[0] == 2 or not expr(shape[over[0]]).is_Atom:
+    if not (grid or len(shape) == 3) or len(over) != 1 or over[0] == 2 or not _counts(shape[over[0]]):
         fixed = f", and the model's code fixes its {samples} samples" if samples else ""
         raise Refusal(
             f"the residual stream is {[str(s) for s in shape]}, not [batch, tokens, channels]{fixed}",
@@ -119,6 +121,16 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
         return ((batch,), *on_grid(whole, rows, columns), merged((Free(expr(shape[3])),))), batch
     tokens, channels = _sequence(shape[1 - over[0]], prefix, suffix), merged((Free(expr(shape[2])),))
     return ((batch,), tokens, channels) if over[0] == 0 else (tokens, (batch,), channels), batch
+
+
+def sequences_per_sample(stream: Node) -> int:
+    """How many sequences of tokens, windows or frames folded into the batch, a residual stream has for each sample."""
+    return next((n for size in stream.meta["val"].shape if not isinstance(size, int) and (n := sequences(size))), 1)
+
+
+def _counts(size: int | torch.SymInt) -> bool:
+    """Whether a size counts samples, or sequences that each sample has as many of."""
+    return isinstance(size, int) or sequences(size) is not None
 
 
 def _sequence(count: int, prefix: int, suffix: int) -> Dim:
@@ -280,6 +292,8 @@ def _check(value: Any, layout: Layout | None) -> None:
         return
     if not whole_grids(layout):
         raise Untransferable("takes rows or columns of the tokens' grid by themselves")
+    if sum(isinstance(f, Batch) for dim in layout for f in dim) > 1:
+        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
     explained = [dim_size(dim) for dim in layout]
     if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
         raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")

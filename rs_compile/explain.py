@@ -16,6 +16,7 @@ from passes.grid_pipeline import cuttable
 from passes.pipeline import block_kernels, prepare
 from passes.prunable import prunable
 from passes.stages import find_stages
+from passes.token_axis import sequences_per_sample
 from rs_compile.optimize import kernel_cells
 from rs_compile.report import Explanation, ExplanationRow, StageExplanation
 from rs_compile.signature import check_inputs, constant_leaves, flatten
@@ -69,6 +70,7 @@ def explain(
                 answer.able,
                 answer.reason,
                 ", ".join(_place(blocks, node) for node in answer.until),
+                sequences_per_sample(block.output),
             )
         )
     stages = []

@@ -162,8 +162,9 @@ class OptimizedModel(nn.Module):
     def _reported(self, call: Call, prepared: PassResult, c: Compiled, merging: str) -> Rewritten:
         """What is kept of a rewrite: its graph, and the report in place of the graphs on the way."""
         rows = tuple(
-            BlockRow(r.block.index, r.where, r.tokens_in, r.tokens_out, r.macs_dense, r.macs, *kernel_cells(r.kernel))
-            for r in c.blocks
+            BlockRow(b.block.index, b.where, b.tokens_in, b.tokens_out, b.macs_dense, b.macs, *cells, b.sequences)
+            for b in c.blocks
+            for cells in [kernel_cells(b.kernel)]
         )
         report = Report(
             type(self._model).__name__,

@@ -22,12 +22,13 @@ class BlockRow:
     Args:
         block: index of the block, 0-based, in the order of the MLP branches.
         where: the block's place in the model.
-        tokens_in: tokens that reach the block, prefix tokens included.
+        tokens_in: tokens that reach the block, prefix tokens included; of each sequence, where a sample has several.
         tokens_out: tokens that leave it.
         macs_dense: multiply-accumulates of one sample, before the rewrite.
         macs: the same after it.
         attention_kernel: the kernel that attention takes on the device at hand, "" without attention.
         kernel_reason: why it is not flash, "" where it is.
+        sequences: of so many tokens that a sample has: windows or frames in the batch; schedules count in each.
     """
 
     block: int
@@ -38,6 +39,7 @@ class BlockRow:
     macs: int
     attention_kernel: str = ""
     kernel_reason: str = ""
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ class Report:
             (
                 str(row.block),
                 row.where,
-                _number(row.tokens_in),
-                _number(row.tokens_out),
+                _number(row.tokens_in, row.sequences),
+                _number(row.tokens_out, row.sequences),
                 _giga(row.macs_dense),
                 _giga(row.macs),
                 row.attention_kernel or "-",
@@ -162,6 +164,7 @@ class ExplanationRow:
         prunable: whether tokens can leave after it.
         reason: why not, "" where they can.
         until: where every token is back for the layers behind, "" where that is the end of the network.
+        sequences: see `BlockRow`.
     """
 
     block: int | None
@@ -173,6 +176,7 @@ class ExplanationRow:
     prunable: bool
     reason: str = ""
     until: str = ""
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Explanation:
                     _number(row.block),
                     row.where,
                     row.kind,
-                    _number(row.tokens),
+                    _number(row.tokens, row.sequences),
                     row.attention_kernel or "-",
                     row.kernel_reason,
                     "yes" if row.prunable else "no",
@@ -266,8 +270,9 @@ def _giga(value: int) -> str:
     return f"{value / 1e9:.3f}"
 
 
-def _number(value: int | None) -> str:
-    return "-" if value is None else str(value)
+def _number(value: int | None, times: int = 1) -> str:
+    number = "-" if value is None else str(value)
+    return number if times == 1 else f"{times} x {number}"
 
 
 def _json(**content: Any) -> str:

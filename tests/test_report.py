@@ -80,6 +80,13 @@ def test_a_report_without_blocks_has_its_totals() -> None:
     assert str(empty).splitlines()[-1] == "GFLOPs (fvcore's convention, one sample): 0.000 -> 0.000"
 
 
+def test_tokens_of_each_of_several_sequences() -> None:
+    row = replace(REPORT.blocks[0], sequences=16)
+    cells = str(replace(REPORT, blocks=(row,))).splitlines()[3].split("  ")
+    assert [cell.strip() for cell in cells if " x " in cell] == ["16 x 197", "16 x 158"]
+    assert "16 x 197" in str(Explanation("Vit", (replace(ROWS[0], sequences=16),)))
+
+
 def test_a_long_reason_wraps_and_a_refusal_stays_indented() -> None:
     reason = "the additive mask is a tensor of float64, which none of the fused kernels take on this device"
     blocks = (replace(REPORT.blocks[1], kernel_reason=reason),)
@@ -100,6 +107,7 @@ def test_report_as_json() -> None:
         "macs": 287000000,
         "attention_kernel": "math",
         "kernel_reason": "mask needs a gradient",
+        "sequences": 1,
     }
     assert content["blocks"][2]["tokens_in"] is None
     assert content["totals"] == {
@@ -159,6 +167,7 @@ def test_explanation_as_json() -> None:
             macs=st.integers(0, 10**13),
             attention_kernel=st.sampled_from(["", "flash", "math"]),
             kernel_reason=st.text(max_size=60),
+            sequences=st.integers(1, 16),
         ),
         max_size=4,
     )

@@ -132,6 +132,8 @@ def cat(node: Node, ctx: Context) -> Transfer:
     shapes = [ctx.sides(n) for n in inputs]
     pairs = broadcast(_Without(ctx, d), tensors(inputs), tuple(s for i, s in enumerate(shape_of(node)) if i != d))
     along = [layout[d] for layout in shapes]
+    if any(isinstance(f, Batch) for dim in along for f in dim):
+        raise Untransferable("joins the samples of the batch")
     if any(tokens_in(dim) for dim in along):
         pieces: list[Piece] = []
         for n, dim in zip(inputs, along, strict=True):

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.layout import Layout, merged, regroup, show, tokens_in
+from passes.layout import Batch, Layout, merged, regroup, show, tokens_in
 from passes.rules.registry import (
     Context,
     Extent,
     Transfer,
     Untransferable,
     argument,
+    need_free,
     rules_for,
     shape_of,
     wrap,
@@ -49,7 +50,8 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     out = regroup(layout, shape_of(node))
     if out is None:
         shape = [str(s) for s in shape_of(node)]
-        raise Untransferable(f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis")
+        rows = f", or its {ctx.batch.sequences} sequences a sample" if ctx.batch.sequences > 1 else ""
+        raise Untransferable(f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis{rows}")
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
@@ -115,6 +117,8 @@ def repeat(node: Node, ctx: Context) -> Transfer:
             out.append(dim)
         elif tokens_in(dim):
             raise Untransferable("repeats the sequence of tokens")
+        elif any(isinstance(f, Batch) for f in dim):
+            raise Untransferable("repeats the samples of the batch")
         else:
             out.append(ctx.plain(size))
     return Transfer(tuple(out))
@@ -127,18 +131,21 @@ def unbind(node: Node, ctx: Context) -> Transfer:
     d = wrap(argument(node, 1, "dim", 0), len(layout))
     if tokens_in(layout[d]):
         raise Untransferable("takes the sequence apart token by token")
+    need_free(layout, [d], "takes apart a dimension that")
     rest = layout[:d] + layout[d + 1 :]
     return Transfer(tuple(rest for _ in node.meta["val"]))
 
 
 @rules_for(aten.flip.default, aten.roll.default)
 def reorder(node: Node, ctx: Context) -> Transfer:
-    """Reverses or shifts along dimensions that do not run over tokens."""
+    """Reverses or shifts along dimensions that do not run over tokens or samples."""
     layout = carried(node, ctx)
     dims: Any = argument(node, 1, "dims") if node.target is aten.flip.default else argument(node, 2, "dims", [])
     over = [wrap(d, len(layout)) for d in dims] if dims else range(len(layout))
     if any(tokens_in(layout[d]) for d in over):
         raise Untransferable("changes the order of the tokens")
+    if any(isinstance(f, Batch) for d in over for f in layout[d]):
+        raise Untransferable("changes the order of the samples")
     return Transfer(layout)
 
 

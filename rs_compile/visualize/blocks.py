@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from passes.base import Refusal
 from passes.branches import Block
 from passes.importance import Scoring
 from passes.patch_grid import PatchGrid, find_grid
@@ -15,6 +16,7 @@ from passes.pipeline import SELECTIONS
 from passes.protected import Protected
 from passes.prunable import protected_tokens
 from passes.score_outputs import KeptOutputs, ScoreOutputs
+from passes.token_axis import sequences_per_sample
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.layers import LayerMaps, Say, SiteMap, over_grid
@@ -46,6 +48,12 @@ def block_layers(
 
 def patches(gm: GraphModule, block: Block) -> PatchGrid:
     """The patches that a block's tokens are."""
+    if (count := sequences_per_sample(block.output)) > 1:
+        raise Refusal(
+            f"a sample has {count} sequences of tokens (windows, frames), and a map shows one",
+            block.output,
+            "rs_compile.optimize prunes such a model all the same",
+        )
     shape = block.output.meta["val"].shape
     dim = next((d for d, size in enumerate(shape[:2]) if isinstance(size, int)), 1)
     return find_grid(gm, block.output, dim)

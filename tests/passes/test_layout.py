@@ -26,6 +26,7 @@ from passes.layout import (
     plain,
     regroup,
     runs_over_tokens,
+    sequences,
     show,
     tokens_in,
 )
@@ -45,6 +46,17 @@ def free(size: int) -> Free:
 def dims(*factors: Factor) -> Layout:
     """One dimension a factor."""
     return tuple((f,) for f in factors)
+
+
+def test_sequences_of_a_sample() -> None:
+    assert [sequences(size) for size in (SYMBOL, 4 * SYMBOL, SYMBOL + 1, SYMBOL**2, sympy.Integer(4), SYMBOL / 2)] == [
+        1, 4, None, None, None, None
+    ]  # fmt: skip
+    windows = Batch(4 * SYMBOL)
+    assert (windows.sequences, Batch(sympy.Integer(3)).sequences) == (4, 1)
+    assert plain(8 * SYMBOL, windows) == (windows, free(2))
+    assert plain(SYMBOL, windows) == (Free(SYMBOL),) and plain(0, windows) == (free(0),)
+    assert show(((windows, SEQUENCE), (free(3),))) == "[4*batch*tokens(7), 3]"
 
 
 def test_tokens_of_joins_fixed_neighbours_and_drops_empty_pieces() -> None:

@@ -122,6 +122,39 @@ def test_spliced_sizes_are_the_batch_at_run_time(symbolic: Any) -> None:
         assert torch.equal(gm(x)[0], folded(x * 2))
 
 
+def test_where_no_size_is_the_batch_alone(symbolic: Any) -> None:
+    _, mode, x = symbolic
+    windows = like(x, 4 * x.shape[0], 5, 12)
+    literal = LiteralBatch.of(mode, [windows, like(x, 8 * x.shape[0], 5)])
+    assert literal is not None and expr(literal.batch) == expr(x.shape[0])
+    assert literal.literal(windows).shape[0] == 4 * 1_000_000_007
+    for target, args in ((aten.chunk.default, (windows, 2)), (aten.reshape.default, (windows, [-1, 20, 12]))):
+        found = on_literal_batch(mode, target, args, {})
+        parts = found if isinstance(found, list) else [found]
+        assert [expr(part.shape[0]) for part in parts] == [len(parts) * expr(x.shape[0])] * len(parts)
+
+
+@pytest.mark.parametrize("times", [2, 6, 12])
+def test_spliced_sizes_where_no_size_is_the_batch_alone(times: int) -> None:
+    class Windows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1, 2, 12) * 2
+
+    gm = capture(Windows(), (torch.zeros(3, 12, 12),), {})  # six windows
+    node = next(n for n in gm.graph.nodes if n.target is aten.mul.Tensor)
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.arange(x.shape[0] // 6 * times).unsqueeze(1) + x[:1, 0]
+
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        new = splice(gm.graph, "test", rows, node)
+    gm.graph.output_node().args = ((new,),)
+    gm.recompile()
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 12, 12)
+        assert torch.equal(gm(x)[0], torch.arange(batch * times).unsqueeze(1) + x[0, 0] * 2)
+
+
 def test_one_value_given_twice_stays_two_arguments(symbolic: Any) -> None:
     gm, _, _ = symbolic
     a = gm.graph.find_nodes(op="placeholder")[0]

@@ -24,6 +24,12 @@ def put(x: Tensor, *front: Tensor, back: tuple[Tensor, ...] = ()) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Protected]] = {
+    "a class token for each window": (
+        lambda x, c: torch.cat([put(x, c)[:, :1].repeat(2, 1, 1), x.reshape(-1, 3, 8)], 1),
+        (CLASS,),
+        Protected(1, 0),
+    ),
+    "repeated along the tokens": (lambda x, c: put(x, c, back=(c,)).repeat(1, 2, 1), (CLASS,), Protected(1, 1, (7, 8))),
     "none": (lambda x: x + 1, (), Protected(0, 0)),
     "class token": (lambda x, c: put(x, c), (CLASS,), Protected(1, 0)),
     "class and registers": (lambda x, c, r: put(x, c, r), (CLASS, TWO), Protected(3, 0)),

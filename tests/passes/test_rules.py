@@ -216,6 +216,7 @@ TOKENS = {
     "the same in two halves": Carries(
         lambda x: (a := torch.cat([x, -x], 1))[:, : x.shape[1]] - a[:, x.shape[1] :], STREAM
     ),
+    "an empty stretch joined": Carries(lambda x: torch.cat([x[:, :0], x], 1) + 1, STREAM),
     "an empty vector joined": Carries(lambda x: torch.cat([x.new_ones(0), x, x * 2], -1), "[batch, tokens(6), 16]"),
     "cat of channels": Carries(lambda x: torch.cat([x, x * 2], -1), "[batch, tokens(6), 16]"),
     "cat of channels from a table": Carries(

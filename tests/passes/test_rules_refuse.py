@@ -205,6 +205,15 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "roll": (lambda x: x.roll(1, 1), "changes the order of the tokens", 0),
     "roll of all": (lambda x: x.roll(1), "changes the order of the tokens", 0),
     "repeat": (lambda x: x.repeat(1, 2, 1), "repeats the sequence of tokens", 0),
+    "samples reversed": (lambda x: x.flip(0), "changes the order of the samples", 0),
+    "samples shifted": (lambda x: x.roll(1, 0), "changes the order of the samples", 0),
+    "samples repeated": (lambda x: x.repeat(2, 1, 1), "repeats the samples of the batch", 0),
+    "samples joined": (lambda x: torch.cat([x, x], 0), "joins the samples of the batch", 0),
+    "each sample with each": (
+        lambda x: x[:, None] * x,
+        "lets the samples of the batch meet, and each keeps tokens of its own",
+        0,
+    ),
     "grid of some": (
         lambda x: x.reshape(-1, 2, 3, 8),
         "reshapes [batch, tokens(6), 8] to [B, 2, 3, 8], which splits the token axis",

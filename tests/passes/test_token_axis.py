@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from passes.base import Refusal
 from passes.branches import find_branches
-from passes.layout import Batch, Fixed, Prunable, tokens_in
+from passes.layout import Batch, Fixed, Prunable, show, tokens_in
 from passes.pipeline import Prune, prune
-from passes.token_axis import WAY_OUT, analyse, mixing, stream_layout
+from passes.token_axis import WAY_OUT, analyse, mixing, sequences_per_sample, stream_layout
 
 aten = torch.ops.aten
 Network = Callable[..., Tensor]
@@ -202,7 +202,6 @@ def test_stream_layout() -> None:
     [
         (lambda x: x.flatten(0, 1) * 2, "['6*B', '8']"),
         (lambda x: x.reshape(-1, 8, 2, 3, 1) * 2, "['B', '8', '2', '3', '1']"),
-        (lambda x: x.reshape(-1, 3, 8) * 2, "['2*B', '3', '8']"),
         (lambda x: x.permute(1, 2, 0) * 2, "['6', '8', 'B']"),
         (lambda x: x.mean(0, keepdim=True) * 2, "['1', '6', '8']"),
     ],
@@ -217,6 +216,37 @@ def test_stream_without_a_token_dimension(network: Network, shape: str) -> None:
     assert refusal.value.way_out == (
         "tokens folded into the batch, or of several samples in one sequence cannot be pruned"
     )
+
+
+@pytest.mark.parametrize(
+    ("network", "shown"),
+    [
+        (lambda x: x.reshape(-1, 3, 8) * 2, "[2*batch, tokens(3), 8]"),
+        (lambda x: x.reshape(-1, 3, 8).transpose(0, 1) * 2, "[tokens(3), 2*batch, 8]"),
+        (lambda x: x.reshape(-1, 2, 3, 4) * 2, "[2*batch, rows(2), columns(3), 4]"),
+    ],
+)
+def test_several_sequences_a_sample(network: Network, shown: str) -> None:
+    stream = only(graph_of(network), aten.mul.Tensor)
+    layout, batch = stream_layout(stream)
+    assert (show(layout), batch.sequences, sequences_per_sample(stream)) == (shown, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "joining",
+    [
+        lambda x: x.reshape(-1, 6, 8),
+        lambda x: x.unflatten(0, (-1, 2)),
+        lambda x: x.reshape(-1, 2, 3, 8).transpose(1, 2),
+    ],
+)
+def test_sequences_of_a_sample_join_when_all_tokens_are_there(joining: Network) -> None:
+    gm = graph_of(lambda x: joining(x.reshape(-1, 3, 8) * 2))
+    stream = only(gm, aten.mul.Tensor)
+    axis = analyse(gm, stream, *stream_layout(stream))
+    ((node, reason),) = axis.dense.items()
+    assert reason.endswith("which splits the token axis, or its 2 sequences a sample")
+    assert node in stream.users and list(axis.layouts) == [stream]
 
 
 def test_mixing_is_the_first_op_between_tokens() -> None:
