@@ -83,7 +83,7 @@ def test_bfloat16_stays_bfloat16() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_with_its_scores_a_pruned_transformer_moves_no_more(dtype: torch.dtype) -> None:
     """Four blocks, three sites, all loops outside the matrix products.

@@ -74,7 +74,7 @@ class Normalises(nn.Module):
     [
         ("eager", ("inference", "gradients", "inference")),
         ("eager", ("gradients", "inference", "gradients")),
-        pytest.param("inductor", ("inference", "gradients"), marks=pytest.mark.inductor),
+        pytest.param("inductor", ("inference", "gradients"), marks=[pytest.mark.inductor, pytest.mark.slow]),
     ],
 )
 def test_inference_mode_and_gradients_take_turns(backend: str, modes: tuple[str, ...]) -> None:

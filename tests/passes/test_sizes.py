@@ -207,6 +207,7 @@ def test_a_graph_on_cpu_takes_the_mask_and_flash_throughout() -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.slow
 @torch.no_grad()
 def test_inductor_takes_the_flash_kernel_with_the_mask() -> None:
     from torch._inductor.utils import run_and_get_code
