@@ -18,6 +18,8 @@ from passes.splice import fake, fake_mode
 
 aten = torch.ops.aten
 EXPANSIONS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
+# a term may be the residual stream (queries that the model has learned), which has a sequence for each sample
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
 def drop_expansions(graph: Graph) -> int:
@@ -33,8 +35,8 @@ def _met_as_it_is(expanded: Node, user: Node) -> bool:
     target, source = user.target, expanded.args[0]
     if not isinstance(target, OpOverload) or torch.Tag.pointwise not in target.tags or target._schema.is_mutable:
         return False
-    if len(user.all_input_nodes) < 2:
-        return False  # nothing else has its size
+    if target in SUMS or len(user.all_input_nodes) < 2:
+        return False  # of one input nothing else has the size
 
     def swapped(given: Any) -> Any:
         return map_arg(given, lambda n: source if n is expanded else n)

@@ -16,14 +16,15 @@ from passes.canonicalise import Canonicalise
 Op = Callable[[Tensor, Tensor], Tensor]
 DROPPED: dict[str, Op] = {
     "a gate": lambda x, y: x * y.mean(1, keepdim=True).expand_as(x),
-    "first": lambda x, y: y[..., :1].expand_as(x) - x,
-    "new dimensions": lambda x, y: x + y[0, 0].expand(x.shape[0], N, C),
+    "first": lambda x, y: y[..., :1].expand_as(x) / (2 + x),
+    "new dimensions": lambda x, y: x * y[0, 0].expand(x.shape[0], N, C),
     "a mask": lambda x, y: x.masked_fill((y[..., :1] > 0).expand_as(x), 0.0),
     "one of two": lambda x, y: x * y[:, :1].expand_as(x) * y[..., :1].broadcast_to(x.shape),
 }
 STAYS: dict[str, Op] = {
     "nothing else has its size": lambda x, y: y[:, :1].expand_as(x).relu() @ x.mT,
     "each gives a size": lambda x, y: y[:, :1].expand(-1, N, -1)[..., :1] * y[:, :1],
+    "a stream": lambda x, y: y[0].expand(x.shape[0], -1, -1) + x,
     "another dtype": lambda x, y: x.half() * y[0, 0, 0].expand_as(x),
 }
 
