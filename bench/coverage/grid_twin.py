@@ -42,9 +42,13 @@ def cut_by_hand(call: Callable[[], Any], stage: Tensor, shortcut: Tensor, rows: 
 
 
 def same_shape(cut: Any, dense: Any) -> list[int]:
-    """Places of the outputs that have their full shape after a cut: maps have not."""
+    """Places of the outputs that have their full shape after a cut and are no maps, which may round to it."""
     pairs = zip(pytree.tree_leaves(cut), pytree.tree_leaves(dense), strict=True)
-    return [i for i, (a, b) in enumerate(pairs) if isinstance(a, Tensor) and a.shape == b.shape]
+    return [i for i, (a, b) in enumerate(pairs) if isinstance(a, Tensor) and a.shape == b.shape and not _is_map(b)]
+
+
+def _is_map(value: Tensor) -> bool:
+    return value.dim() == 4 and value.shape[2:].numel() > 1
 
 
 def _best(score: Tensor, gone: int) -> Tensor:
