@@ -267,6 +267,13 @@ def torchvision_vit(model: Any, images: Tensor, pruning: Pruning) -> Result:
 
 
 @torch.no_grad()
+def shake(model: nn.Module, by: float) -> None:
+    """Adds noise of that deviation to every parameter, so that none is 0 or 1."""
+    for parameter in model.parameters():
+        parameter.add_(by * torch.randn_like(parameter))
+
+
+@torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Gives every parameter a random value so large that tokens differ, and no branch is near zero.
 

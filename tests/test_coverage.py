@@ -113,7 +113,8 @@ class Windows(nn.Module):
         self.attn = attn
 
     def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self.attn(x.reshape(-1, 4, x.shape[-1])).reshape(x.shape)  # type: ignore[no-any-return]
+        out: torch.Tensor = self.attn(x.reshape(-1, 4, x.shape[-1])).reshape(x.shape)
+        return out
 
 
 def test_tokens_back_before_a_window_are_back_in_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,10 @@ def depth_model() -> nn.Module:
     head = {"neck_hidden_sizes": [8, 12, 16, 20], "fusion_hidden_size": 16}
     config = transformers.DPTConfig(**sizes, **image, **head, is_hybrid=False)
     model = transformers.DPTForDepthEstimation(config).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        model.head.head[-2].bias.fill_(3.0)  # the depth ends in a ReLU, and is to be none of its zeros
-    return model  # type: ignore[no-any-return]
+    oracle.shake(model, 0.1)
+    model.head.head[-2].bias.data.fill_(3.0)  # the depth ends in a ReLU, and is to be none of its zeros
+    made: nn.Module = model
+    return made
 
 
 class ByHand:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ class Tiny(nn.Module):
         return self.blocks(x)[:, 0]
 
 
-def call(model: nn.Module, keep: dict[int, float], x: Tensor | None = None, **options: object) -> Tensor:
+def call(model: nn.Module, keep: dict[int, float], x: Tensor | None = None, **options: Any) -> Tensor:
     x = torch.randn(2, 10, 8) if x is None else x
-    out: Tensor = rs_compile.optimize(model, keep, backend="eager", **options)(x)  # type: ignore[arg-type]
+    out: Tensor = rs_compile.optimize(model, keep, backend="eager", **options)(x)
     return out
 
 
@@ -106,12 +107,14 @@ def test_no_tensor(wrong: object) -> None:
 
 
 def test_wrong_arguments() -> None:
+    name: Any = "deit"
+    outputs: Any = "short"
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not str"):
-        rs_compile.optimize("deit", {0: 0.5})  # type: ignore[arg-type]
+        rs_compile.optimize(name, {0: 0.5})
     with pytest.raises(TypeError, match="optimized already"):
         rs_compile.optimize(rs_compile.optimize(Tiny(), {0: 0.5}), {0: 0.5})
     with pytest.raises(ValueError, match='write "restore" or "compact"'):
-        rs_compile.optimize(Tiny(), {0: 0.5}, token_outputs="short")  # type: ignore[arg-type]
+        rs_compile.optimize(Tiny(), {0: 0.5}, token_outputs=outputs)
     with pytest.raises(rs_compile.ScheduleError, match="above 0 and at most 1"):
         rs_compile.optimize(Tiny(), {0: 1.5})
     with pytest.raises(rs_compile.CompileError, match="call the model once"):

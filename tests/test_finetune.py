@@ -312,7 +312,9 @@ def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, mon
     options += ["--grid", "0:2x3", "--checkpoint", str(weights), "--output", str(out), "--json", str(rows), *SHORT]
 
     # interrupted in the second epoch: dense, before, first epoch, then
-    def interrupted(model, batches, device, amp=False, calls=[]):  # noqa: B006, it counts
+    calls = []
+
+    def interrupted(model, batches, device, amp=False):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,9 @@ LENGTHS = torch.tensor([12, 8, 10])
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [3, 1]}
-    model = transformers.FunnelBaseModel(transformers.FunnelConfig(**sizes)).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model  # type: ignore[no-any-return]
+    model: nn.Module = transformers.FunnelBaseModel(transformers.FunnelConfig(**sizes)).eval().double()
+    oracle.shake(model, 0.1)
+    return model
 
 
 class ByHand:

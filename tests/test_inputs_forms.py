@@ -37,7 +37,7 @@ class TakesDict(nn.Module):
         return self.inner(self.read(features) * scale)
 
 
-class Features(UserDict):  # type: ignore[type-arg]
+class Features(UserDict[str, Any]):
     """A mapping class that torch has never seen, with attribute access as BatchFeature has it."""
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +120,7 @@ def test_a_mapping_as_one_positional_input(container: Any, read: Any) -> None:
 
 @torch.no_grad()
 def test_a_mapping_that_cannot_be_rebuilt_is_refused_by_name() -> None:
-    class Sealed(UserDict):  # type: ignore[type-arg]
+    class Sealed(UserDict[str, Any]):
         def __init__(self, images: Tensor) -> None:
             super().__init__(pixel_values=images)
 

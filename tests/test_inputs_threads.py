@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import oracle
@@ -109,7 +110,7 @@ def test_a_raced_first_call_in_different_sizes() -> None:
     sizes = [(6, 8), (8, 8), (6, 8), (8, 8)]
     said: list[str] = []
     fast = rs_compile.optimize(model, PRUNING.keep, backend="eager", progress=said.append)
-    got = in_threads(*(lambda s=s: fast(images(*s)) for s in sizes))  # type: ignore[misc]
+    got = in_threads(*(partial(fast, images(*s)) for s in sizes))
     for result, size in zip(got, sizes, strict=True):
         oracle.assert_close(result, model.pruned(images(*size)), TOLERANCE, str(size))
     assert said.count(CAPTURE) == 2
@@ -122,7 +123,7 @@ def test_two_handles_of_one_model() -> None:
     x = inner.images(2)
     keeps = ({0: 0.7}, {1: 0.5})
     handles = [rs_compile.optimize(inner, keep, backend="eager") for keep in keeps]
-    got = in_threads(*(lambda h=h: h(x) for h in handles))  # type: ignore[misc]
+    got = in_threads(*(partial(h, x) for h in handles))
     for result, keep in zip(got, keeps, strict=True):
         oracle.assert_close(result, inner.forward_pruned(x, Pruning(keep)).outputs, TOLERANCE, str(keep))
     assert [len(h._plans) for h in handles] == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import oracle
@@ -23,17 +24,17 @@ TOLERANCE = 2e-4
 
 
 def tv(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(torchvision.models, name)(num_classes=5, **options)  # type: ignore[no-any-return]
+    return partial(getattr(torchvision.models, name), num_classes=5, **options)
 
 
 def tm(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, num_classes=5, **options)  # type: ignore[no-any-return]
+    return partial(timm.create_model, name, num_classes=5, **options)
 
 
 def small(block: str, **options: Any) -> Callable[[], nn.Module]:
     """torchvision's ResNet with one or two blocks a stage."""
     resnet = torchvision.models.resnet
-    return lambda: resnet.ResNet(getattr(resnet, block), [2, 1, 2, 1], num_classes=5, **options)  # type: ignore[no-any-return]
+    return partial(resnet.ResNet, getattr(resnet, block), [2, 1, 2, 1], num_classes=5, **options)
 
 
 def small_convnext() -> nn.Module:

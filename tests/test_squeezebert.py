@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,9 @@ def encoder() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = transformers.SqueezeBertConfig(vocab_size=50, intermediate_size=64, max_position_embeddings=16, **sizes)
-    model = transformers.SqueezeBertModel(config).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model  # type: ignore[no-any-return]
+    model: nn.Module = transformers.SqueezeBertModel(config).eval().double()
+    oracle.shake(model, 0.1)
+    return model
 
 
 def sentences() -> tuple[Tensor, Tensor]:
@@ -45,7 +44,8 @@ def by_hand(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
             score[0] = torch.inf  # the pooler reads it
             at = at[score.sort(descending=True, stable=True).indices[: LEFT[i]].sort().values]
         x = layer.output.layernorm(whole[None, :, at])[0]
-    return layer.output.layernorm(whole[None])[0].T  # type: ignore[no-any-return]
+    out: Tensor = layer.output.layernorm(whole[None])[0].T
+    return out
 
 
 @torch.no_grad()

@@ -198,9 +198,9 @@ def test_of_merged_tokens_the_destinations_are_left(vit: Any) -> None:
     assert (site.left, site.of) == (6, 9) and site.kept.sum((1, 2)).tolist() == [5, 5, 5]
 
 
-def stage_by_hand(stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def stage_by_hand(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     """A ResNet stage's output [B, C, H, W] and its shift [B, H, W] against the shortcut of its first block."""
-    first = stage[0]  # type: ignore[index]
+    first: Any = stage[0]
     shortcut = x if first.downsample is None else first.downsample(x)
     out = stage(x)
     return out, (out - shortcut).pow(2).sum(1).sqrt()
@@ -238,6 +238,7 @@ def test_stages_and_what_is_left_of_them() -> None:
 
 
 def test_refusals() -> None:
+    unknown: Any = "l3"
     model, images = Brightness().eval(), patchwork(random_patches())
     with pytest.raises(
         rs_compile.CompileError, match="layer 6 does not exist: the model has 1 blocks, counted from 0 to 0; name"
@@ -248,7 +249,7 @@ def test_refusals() -> None:
     with pytest.raises(rs_compile.CompileError, match="the schedule names block 7"):
         rs_compile.score_maps(model, images, [0], schedule={7: 0.5})
     with pytest.raises(rs_compile.ScheduleError, match="unknown metric 'l3'"):
-        rs_compile.score_maps(model, images, [0], metric="l3")  # type: ignore[arg-type]
+        rs_compile.score_maps(model, images, [0], metric=unknown)
     with pytest.raises(rs_compile.Refusal, match="the model has no stage of residual convolutions"):
         rs_compile.score_maps(model, images, schedule=rs_compile.Schedule(grid={0: rs_compile.GridPrune(1, 1)}))
     with pytest.raises(rs_compile.Refusal, match="the model has no residual branch"):

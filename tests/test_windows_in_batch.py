@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from merge_oracle import match
@@ -24,9 +25,7 @@ B = 3
 def made(config: Any, kind: type[nn.Module]) -> Any:
     torch.manual_seed(0)
     model = kind(config).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    oracle.shake(model, 0.2)
     return model
 
 

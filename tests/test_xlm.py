@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,9 @@ def encoder(kind: str) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "emb_dim": 32, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 16}
     config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    model = getattr(transformers, f"{kind}Model")(config).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model  # type: ignore[no-any-return]
+    model: nn.Module = getattr(transformers, f"{kind}Model")(config).eval().double()
+    oracle.shake(model, 0.1)
+    return model
 
 
 def sentences() -> tuple[Tensor, Tensor]:
