@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from passes.aliasing import same_kind
 from passes.propagate import evaluate
+from passes.rules.pointwise import elementwise
 from passes.splice import fake, fake_mode
 
 aten = torch.ops.aten
@@ -33,10 +34,10 @@ def drop_expansions(graph: Graph) -> int:
 
 def _met_as_it_is(expanded: Node, user: Node) -> bool:
     target, source = user.target, expanded.args[0]
-    if not isinstance(target, OpOverload) or torch.Tag.pointwise not in target.tags or target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or not elementwise(target) or target in SUMS:
         return False
-    if target in SUMS or len(user.all_input_nodes) < 2:
-        return False  # of one input nothing else has the size
+    if len(user.all_input_nodes) < 2:
+        return False  # nothing else has its size
 
     def swapped(given: Any) -> Any:
         return map_arg(given, lambda n: source if n is expanded else n)
