@@ -10,7 +10,7 @@ from passes.grid_pipeline import GridCut, cut_stages
 from passes.importance import Scoring
 from passes.pipeline import Behind, Compiled, Merge, Prune, prune
 from rs_compile.errors import ScheduleError
-from rs_compile.schedule import Schedule, merged
+from rs_compile.schedule import Schedule
 
 
 def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, explicit: bool) -> Compiled:
@@ -54,7 +54,7 @@ def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
     # in a block merges come first: they can lie between attention and MLP
     return [
         *(
-            Merge(block, partial(_gone, r=r), schedule.merger, scoring, schedule.protected)
+            Merge(block, partial(schedule.merged, r=r), schedule.merger, scoring, schedule.protected)
             for block, r in schedule.merge.items()
         ),
         *(
@@ -62,10 +62,6 @@ def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
             for block, ratio in schedule.keep.items()
         ),
     ]
-
-
-def _gone(n: int, r: int | float) -> int:
-    return merged(n, r)
 
 
 def _cuts(schedule: Schedule, force: bool) -> list[GridCut]:

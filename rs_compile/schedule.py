@@ -80,6 +80,9 @@ class Schedule:
             exp((k + 1) delta_t A), and takes up its input once. Convolutions read the kept neighbours in both.
         rounding: which count is rounded down: of n tokens int((1 - keep) n) are "removed" (DeiT's published
             schedules), or int(keep n), and at least one, are "kept" (Vision Mamba's: 197 -> 157 -> 125).
+        multiple_of: the count of what stays, prefix tokens among it, is rounded up to a multiple of this, as far as
+            there are tokens; with 16, DeiT goes 197 -> 160 -> 128 -> 112. CPUs with matrix units (AMX, half
+            precision) attend to 160 tokens in a third of the time that 158 take.
 
     Raises:
         ScheduleError: a value out of its range, with what to write instead.
@@ -99,6 +102,7 @@ class Schedule:
     grid: Mapping[int, GridPrune] = PerBlock()
     gap: Gap = "compact"
     rounding: Rounding = "removed"
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Mapping):
@@ -124,6 +128,9 @@ class Schedule:
         for flag in ("with_skip", "lowest", "size_bias", "weighted_mean"):
             if not isinstance(value := getattr(self, flag), bool):
                 raise ScheduleError(f"{flag} is {value!r}; write True or False")
+        if not _is_int(self.multiple_of) or self.multiple_of < 1:
+            raise ScheduleError(f"multiple_of is {self.multiple_of!r}; write an integer of at least 1, like 16")
+        object.__setattr__(self, "multiple_of", int(self.multiple_of))
         if self.protected is not None:
             object.__setattr__(self, "protected", _protected(self.protected))
 
@@ -145,10 +152,18 @@ class Schedule:
         )
 
     def left(self, n: int, keep_ratio: float) -> int:
-        """How many of `n` tokens stay at `keep_ratio`, in exact arithmetic; see `rounding`."""
+        """How many of `n` tokens stay at `keep_ratio`, in exact arithmetic; see `rounding` and `multiple_of`."""
         if self.rounding == "removed":
-            return n - removed(n, keep_ratio)
-        return max(1, int(_exact(keep_ratio) * n))
+            return self._rounded(n - removed(n, keep_ratio), n)
+        return self._rounded(max(1, int(_exact(keep_ratio) * n)), n)
+
+    def merged(self, n: int, r: int | float) -> int:
+        """How many of `n` tokens merge away: r where it is a count, else int(n * r) exactly; see `multiple_of`."""
+        gone = r if isinstance(r, int) else int(n * _exact(r))
+        return max(0, gone - (gone - n) % self.multiple_of)
+
+    def _rounded(self, left: int, n: int) -> int:
+        return min(n, left + -left % self.multiple_of)
 
     @classmethod
     def uniform(cls, depth: int, keep_ratio: float, every: int = 1, start: int = 0) -> Schedule:
@@ -227,11 +242,6 @@ class Schedule:
             values[name] = _blocks_of(of.items(), name)
         values["grid"] = {stage: _grid_from(cut, stage) for stage, cut in values.get("grid", {}).items()}
         return cls(**values)
-
-
-def merged(n: int, r: int | float) -> int:
-    """How many of `n` tokens merge away: r where it is a count, else int(n * r) in exact arithmetic."""
-    return r if isinstance(r, int) else int(n * _exact(r))
 
 
 def removed(n: int, keep_ratio: float) -> int:

@@ -15,7 +15,7 @@ from bench.tables.methods import ATTENTION, BASE, COMPILED, COMPILED_WRITTEN, OU
 from bench.throughput.networks import NETWORKS
 from bench.throughput.picture import plot
 from bench.throughput.sweep import NAMES, methods_of
-from rs_compile import plan
+from rs_compile import Schedule, plan
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -53,6 +53,18 @@ def test_a_sweep_its_journal_and_its_picture(tmp_path: Path, capsys: pytest.Capt
     ]
 
 
+def test_counts_rounded_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    options = ["--quick", "--models", "DeiT-S", "--methods", OURS, "--keeps", "0.5", "--rounds", "1"]
+    assert main(["throughput", *options, "--multiples", "1,6", "--json", str(file)]) == 0
+    network = NETWORKS["DeiT-S"]
+    schedule = Schedule(dict.fromkeys((0, 3, 6), 0.5), multiple_of=6)
+    wanted = plan(network.make(True), schedule, network.inputs(1, True))
+    assert [row.tokens_out % 6 for row in wanted.blocks] == [0] * len(wanted.blocks)
+    assert [r["macs"] for r in rows_of(file) if r.get("multiple_of") == 6] == [wanted.macs]
+    assert "ours, keep 0.5, by 6s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["UMT-B", "BERT-base"])
 def test_other_kinds_of_inputs(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
@@ -76,7 +88,7 @@ def test_the_networks_are_the_ones_named() -> None:
 
 
 def test_attention_is_not_written_out_where_its_map_does_not_fit() -> None:
-    few, many = ({m.name for m in methods_of(NETWORKS["UMT-B"], batch, NAMES, [0.8])} for batch in (1, 16))
+    few, many = ({m.name for m in methods_of(NETWORKS["UMT-B"], batch, NAMES, [0.8], [1])} for batch in (1, 16))
     assert few == set(NAMES)
     assert few - many == {BASE, COMPILED_WRITTEN, ATTENTION}
     assert {OURS, STREAM, COMPILED} <= many

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from passes.base import CompileError
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import Against, GridPrune, Mode, Order
-from rs_compile.schedule import Importance, Merger, Metric, Operation, Schedule, merged, removed
+from rs_compile.schedule import Importance, Merger, Metric, Operation, Rounding, Schedule, removed
 
 RATIOS = st.floats(min_value=0, max_value=1, exclude_min=True)
 SCHEDULES = st.builds(
@@ -34,6 +34,7 @@ SCHEDULES = st.builds(
     merger=st.sampled_from(get_args(Merger)),
     size_bias=st.booleans(),
     weighted_mean=st.booleans(),
+    multiple_of=st.integers(1, 64),
 ) | st.builds(
     Schedule,
     grid=st.dictionaries(
@@ -97,6 +98,30 @@ def test_removed_refuses_a_count_that_is_none(n: Any) -> None:
         removed(n, 0.5)
 
 
+@given(n=st.integers(1, 3000), ratio=RATIOS, multiple=st.integers(1, 70), rounding=st.sampled_from(get_args(Rounding)))
+def test_what_stays_is_the_next_multiple_or_everything(n: int, ratio: float, multiple: int, rounding: Rounding) -> None:
+    plain = Schedule({0: ratio}, rounding=rounding).left(n, ratio)
+    left = Schedule({0: ratio}, rounding=rounding, multiple_of=multiple).left(n, ratio)
+    assert plain <= left < plain + multiple
+    assert left % multiple == 0 or left == n
+    if rounding == "removed":
+        assert n - Schedule(merge={0: n - plain}, multiple_of=multiple).merged(n, n - plain) == left
+
+
+def test_deit_by_sixteens() -> None:
+    schedule = Schedule({0: 0.8, 3: 0.8, 6: 0.8}, multiple_of=16)
+    counts = [197]
+    for ratio in schedule.keep.values():
+        counts.append(schedule.left(counts[-1], ratio))
+    assert counts == [197, 160, 128, 112]
+
+
+@pytest.mark.parametrize("multiple", [0, -16, 1.5, True, "16"])
+def test_a_multiple_is_a_positive_integer(multiple: Any) -> None:
+    with pytest.raises(ScheduleError, match="write an integer of at least 1, like 16"):
+        Schedule({0: 0.8}, multiple_of=multiple)
+
+
 @given(SCHEDULES)
 def test_json_round_trip(schedule: Schedule) -> None:
     again = Schedule.from_json(schedule.to_json())
@@ -121,6 +146,7 @@ def test_json_is_readable() -> None:
         "grid": {},
         "gap": "compact",
         "rounding": "removed",
+        "multiple_of": 1,
     }
 
 
@@ -323,9 +349,9 @@ def test_a_schedule_error_is_a_compile_error_and_a_value_error() -> None:
 
 def test_a_merge_is_a_count_or_a_share() -> None:
     schedule = Schedule(merge={0: 13, 2: 0.3})
-    assert [merged(197, r) for r in schedule.merge.values()] == [13, 59]
-    assert merged(10, 0.7) == 7  # int(10 * 0.7) is 7 in floats only by luck; 0.57 of 100 would be 56
-    assert merged(100, 0.57) == 57
+    assert [schedule.merged(197, r) for r in schedule.merge.values()] == [13, 59]
+    assert schedule.merged(10, 0.7) == 7  # int(10 * 0.7) is 7 in floats only by luck; 0.57 of 100 would be 56
+    assert schedule.merged(100, 0.57) == 57
     assert schedule.prunes
     assert not Schedule(merge={0: 0}).prunes
 

@@ -100,6 +100,7 @@ def pruned(
     importance: Importance,
     eager_everywhere: bool = False,
     at: Mapping[str, Any] | None = None,
+    multiple_of: int = 1,
 ) -> Method:
     """The model with tokens pruned.
 
@@ -110,12 +111,13 @@ def pruned(
         eager_everywhere: "attention" writes every block's attention out, as published baselines do, not
             only that of the blocks that are scored.
         at: see `Method`.
+        multiple_of: of "ours", see `Schedule`.
     """
     schedule = {
         ATTENTION: Schedule(keep, importance=importance),
         RANDOM: Schedule(keep, importance="random"),
         LOWEST: Schedule(keep, lowest=True),
-        OURS: Schedule(keep),
+        OURS: Schedule(keep, multiple_of=multiple_of),
     }[name]
     options = {"explicit_attention": True} if eager_everywhere and name == ATTENTION else {}
     return Method(name, schedule, options=options, at=at or {})

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO,...",
         help="keep ratios of ours after three blocks; the baselines and merging take the first (default 0.8,0.9,0.7)",
     )
+    parser.add_argument(
+        "--multiples",
+        type=_each(positive),
+        default=[1],
+        metavar="N,...",
+        help="ours at each ratio with what stays rounded up to a multiple of N (default 1)",
+    )
     parser.add_argument("--rounds", type=positive, help=f"of timing, all methods in each (default {ROUNDS})")
     parser.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {"backend": backend, "rounds": rounds, "device": str(device), "quick": args.quick}
     results = Results(args.json, environment("throughput", settings))
     cells = [
-        Cell(NETWORKS[name], batch, dtype, methods_of(NETWORKS[name], batch, args.methods, args.keeps))
+        Cell(NETWORKS[name], batch, dtype, methods_of(NETWORKS[name], batch, args.methods, args.keeps, args.multiples))
         for name in args.models
         for dtype in args.dtypes
         for batch in args.batches or ([QUICK_BATCH] if args.quick else BATCHES)
@@ -100,14 +107,18 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         low, high = row["speedup_quartiles"]
         saves = row["macs_ratio"] > 1
-        ours = row["method"] == OURS and row["keep"] == KEEPS[0] and row["dtype"] == "float32"
+        ours = (
+            row["method"] == OURS and row["keep"] == KEEPS[0] and row["dtype"] == "float32" and "multiple_of" not in row
+        )
         asked = ASKED.get((row["batch"], row["model"])) if ours else None
         lines.append(
             [
                 row["model"],
                 row["batch"],
                 row["dtype"],
-                METHODS[row["method"]] + (f", keep {row['keep']:g}" if "keep" in row else ""),
+                METHODS[row["method"]]
+                + (f", keep {row['keep']:g}" if "keep" in row else "")
+                + (f", by {row['multiple_of']}s" if "multiple_of" in row else ""),
                 f"{row['macs'] / 1e9:.3g}",
                 f"{row['throughput']:.4g}",
                 f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}]",

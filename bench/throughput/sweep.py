@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -62,8 +63,14 @@ class Cell:
         return not results.lacking([self.identity(m) for m in self.methods], "throughput")
 
 
-def methods_of(network: Network, batch: int, names: Sequence[str], keeps: Sequence[float]) -> list[Method]:
-    """The ways to run a model: torch.compile(model) first; tokens leave by the first of the ratios, ours by each."""
+def methods_of(
+    network: Network, batch: int, names: Sequence[str], keeps: Sequence[float], multiples: Sequence[int]
+) -> list[Method]:
+    """The ways to run a model: torch.compile(model) first; tokens leave by the first of the ratios, ours by each.
+
+    Args:
+        multiples: of what stays, for ours at each ratio; 1 rounds nothing.
+    """
     if network.written_out is not None and batch > network.written_out:
         names = [name for name in names if name not in WRITTEN_OUT]
     found = [dense(COMPILED), *(dense(name) for name in names if name in {*DENSE, COMPILED_WRITTEN} - {COMPILED})]
@@ -71,8 +78,10 @@ def methods_of(network: Network, batch: int, names: Sequence[str], keeps: Sequen
     if ATTENTION in names:
         found.append(pruned(ATTENTION, first, network.importance, at={"keep": keeps[0]}))
     if OURS in names:
-        for keep in keeps:
-            found.append(pruned(OURS, dict.fromkeys(network.blocks, keep), network.importance, at={"keep": keep}))
+        for keep, multiple in product(keeps, multiples):
+            at = {"keep": keep} | ({"multiple_of": multiple} if multiple > 1 else {})
+            blocks = dict.fromkeys(network.blocks, keep)
+            found.append(pruned(OURS, blocks, network.importance, at=at, multiple_of=multiple))
     if STREAM in names:
         shares = dict.fromkeys(network.blocks, round(1 - keeps[0], 9))
         found.append(merging(STREAM, shares, at={"keep": keeps[0]}))
