@@ -313,6 +313,14 @@ def _between(
     return frozenset([n for n in span if above[n] & start and mine >> order[n] & 1] + [term])
 
 
+def _convolutions(stream: Node) -> str:
+    over = stream.meta["val"].dim() - 2
+    alone = (
+        "" if over == 2 else f" over {over} dimensions: only [batch, channels, rows, columns] can lose rows and columns"
+    )
+    return f"a convolution branch{alone}"
+
+
 def _after(node: Node) -> Any:
     while (node := node.next).op != "root":
         yield node
@@ -327,7 +335,7 @@ def _kind(gm: GraphModule, stream: Node, term: Node, nodes: frozenset[Node]) -> 
         return "attention", "its attention is not in a form that can be lowered", None
     linears = sum(t in LINEAR for t in targets)
     if linears == 0:
-        return ("conv", "a convolution branch", None) if any(t in CONV for t in targets) else ("", "", None)
+        return ("conv", _convolutions(stream), None) if any(t in CONV for t in targets) else ("", "", None)
     try:
         layout, batch = stream_layout(stream)
         axis = analyse(gm, stream, layout, batch, within=nodes)

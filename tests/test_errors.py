@@ -72,9 +72,9 @@ def test_a_protected_token_that_is_not_there() -> None:
 
 def test_a_model_without_residual_mlp_names_what_is_nearest() -> None:
     class Convolutional(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, kind: type[nn.Conv2d | nn.Conv3d] = nn.Conv2d) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.conv = kind(3, 3, 3, padding=1)
 
         def forward(self, x: Tensor) -> Tensor:
             return x + self.conv(x).relu()
@@ -82,6 +82,10 @@ def test_a_model_without_residual_mlp_names_what_is_nearest() -> None:
     with pytest.raises(rs_compile.Refusal, match=r"no residual MLP branch.*nearest to one comes this conv branch") as e:
         call(Convolutional(), {0: 0.5}, torch.randn(2, 3, 8, 8))
     assert "test_errors.py" in str(e.value)
+    with pytest.raises(
+        rs_compile.Refusal, match=r"over 3 dimensions: only \[batch, channels, rows, columns\] can lose"
+    ):
+        call(Convolutional(nn.Conv3d), {0: 0.5}, torch.randn(2, 3, 4, 8, 8))
     with pytest.raises(
         rs_compile.Refusal,
         match="the model has no residual branch: nothing up to this last layer is x",
