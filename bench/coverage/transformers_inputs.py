@@ -93,6 +93,7 @@ BY_FAMILY: dict[str, Inputs] = {
     "pixtral": lambda _: _IMAGE(1),  # several are one sequence, kept apart by a mask
     "siglip2_vision_model": _patches,
     "audio-spectrogram-transformer": lambda batch: {"input_values": noise(batch, 64, 32)},
+    "omniasr_audio": lambda batch: {"input_values": noise(batch, 1, 1500)},
     "clap_audio_model": lambda batch: {"input_features": noise(batch, 1, 256, 16)},
     "xclip_vision_model": lambda batch: {"pixel_values": noise(2 * batch, 3, 64, 64)},
     "mllama_vision_model": lambda batch: {

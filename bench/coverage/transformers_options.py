@@ -60,7 +60,8 @@ _NO_ENCODER = (
     "pocket_tts_audio_tokenizer_decoder", "pp_chart2table_vision", "gemma4_unified_audio", "gemma4_unified_vision",
     "idefics_vision", "blt_local_encoder", "deepseek_ocr2_vision", "unlimited_ocr_vision", "parakeet_ctc", "lasr_ctc",
     "granite_speech5_ctc", "siglip", "siglip2", "metaclip_2", "tipsv2", "pe_audio", "pe_audio_video",
-    "pocket_tts_audio_tokenizer", "pix2struct_text_model", "sam3_vision_model", "imagegpt",
+    "pocket_tts_audio_tokenizer", "pix2struct_text_model", "sam3_vision_model", "imagegpt", "omniasr_ctc",
+    "apertus1p5_vision_tokenizer",
 )  # fmt: skip
 # towers without a batch dimension, as those of the Qwen-VL and GLM-V families that are listed
 _SAME_TOWER = (
@@ -69,6 +70,7 @@ _SAME_TOWER = (
     "minimax_m3_vl_vision", "muse_glimmer_vision", "muse_spark_vision", "video_llama_3_vision", "glm4v_moe_vision",
     "qwen3_5_moe_vision", "qwen3_vl_moe_vision", "qwen4_exp_vision", "exaone4_5_vision", "glm5_next_vision",
     "qwen2_5_omni_vision_encoder", "qwen3_omni_moe_vision_encoder", "glm_ocr_vision", "paddleocr_vl_vision",
+    "hy_v4_vl_vision",
 )  # fmt: skip
 # towers whose inputs or sizes only their own processors and checkpoints make
 _OWN_PROCESSOR = (
@@ -81,7 +83,7 @@ _OWN_PROCESSOR = (
     "audioflamingo3_encoder", "granite_speech5_encoder", "granite_speech_encoder", "granite_speech_plus_encoder",
     "gemma4_vision", "molmo2_vision", "inkling_vision", "inkling2_vision", "inkling_audio", "mlcd_vision_model",
     "t5gemma2_encoder", "deformable_detr", "deepseek_ocr2_encoder", "unlimited_ocr_vision_encoder",
-    "nemotron3_5_transcribe_audio", "t5gemma",
+    "nemotron3_5_transcribe_audio", "t5gemma", "wavtokenizer_encoder",
 )  # fmt: skip
 LEFT_OUT = _NO_ENCODER + _SAME_TOWER + _OWN_PROCESSOR
 
@@ -134,7 +136,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio", "wav2vec2-conformer", "sew",
-            "sew-d", "speecht5",
+            "sew-d", "speecht5", "omniasr_audio",
         ),
         _CONVS,
     ),
