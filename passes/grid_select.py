@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from passes.score import Metric, shift
-from passes.select import keep_highest
+from passes.select import keep_highest, keep_highest_in_short_rows
 
 
 def score_map(pairs: Sequence[tuple[Tensor, Tensor]], metric: Metric = "l2") -> Tensor:
@@ -71,9 +71,10 @@ def kept_cells(score: Tensor, rows: int, columns: int, lowest: bool = False) -> 
         Row and column of each kept cell, both [B, H', W'].
     """
     height = score.shape[1]
-    c = _highest(score.flatten(0, 1), columns, lowest).unflatten(0, (-1, height))
+    highest = _highest if score.device.type == "cpu" else keep_highest_in_short_rows
+    c = highest(score.flatten(0, 1), columns, lowest).unflatten(0, (-1, height))
     closed = score.gather(2, c)
-    r = _highest(closed.transpose(1, 2).flatten(0, 1), rows, lowest).unflatten(0, (-1, columns)).transpose(1, 2)
+    r = highest(closed.transpose(1, 2).flatten(0, 1), rows, lowest).unflatten(0, (-1, columns)).transpose(1, 2)
     return r, c.gather(1, r)
 
 

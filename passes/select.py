@@ -66,6 +66,23 @@ def keep_highest(
     return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
 
 
+def keep_highest_in_short_rows(score: Tensor, keep: int, lowest: bool = False) -> Tensor:
+    """The same for many short rows [R, N] on a GPU, by comparing every two entries: two kernels, none of them a sort.
+
+    Inductor sorts four of a thousand rows in one warp, in a program that ptxas needs tens of minutes for.
+    """
+    at = torch.arange(score.shape[1], device=score.device)
+    score = _finite(score, lowest)
+    mine, other = score.unsqueeze(2), score.unsqueeze(1)
+    earlier = at < at.unsqueeze(1)
+    stays = ((other > mine) | (other == mine) & earlier).sum(2) < keep
+    before = (stays.unsqueeze(1) & earlier).sum(2)
+    place = torch.where(stays, before, keep + at - before)
+    # into int32, since Inductor leaves int64 to a kernel of its own, and into what the first kernel makes on the way
+    order = stays.int().scatter(1, place, at.int().expand_as(place))
+    return order[:, :keep].long()
+
+
 def _by_itself(x: Tensor, last: float) -> Tensor:
     """[B, N], where rows are too short with what a stable sort leaves last behind them."""
     count, least = x.shape[1], shortest_row(x.device)
@@ -77,12 +94,17 @@ def _by_itself(x: Tensor, last: float) -> Tensor:
 
 def _marked(score: Tensor, protected: Tensor, lowest: bool, padding: Tensor | None) -> Tensor:
     """Scores to select by: NaN, which sorts above all, for a protected token, infinite for one that is not finite."""
-    score = -score.float() if lowest else score.float()
-    least = torch.inf if lowest else torch.finfo(torch.float32).min
-    score = torch.nan_to_num(score, nan=torch.inf, posinf=torch.inf, neginf=least)
+    score = _finite(score, lowest)
     if padding is not None:
         score = torch.where(padding, -torch.inf, score)
     return torch.where(protected, torch.nan, score)
+
+
+def _finite(score: Tensor, lowest: bool) -> Tensor:
+    """float32 without NaN; what is not finite counts as highest, in the order asked for."""
+    score = -score.float() if lowest else score.float()
+    least = torch.inf if lowest else torch.finfo(torch.float32).min
+    return torch.nan_to_num(score, nan=torch.inf, posinf=torch.inf, neginf=least)
 
 
 def _ordered_keys(score: Tensor, rank: Tensor) -> Tensor:

@@ -146,13 +146,14 @@ def test_merging_with_size_bias_stays_on_flash(tokens: int) -> None:
 @pytest.mark.parametrize("mode", ["line", "token"])
 @pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) -> None:
-    """Three launches a site, the score in the last add and ReLU of the stage. Lines: the means of both, the selection
-    of both, one gather. Cells: columns of each row, rows of each column left, one gather."""
+    """The score in the last add and ReLU of the stage. Lines, three launches a site: the means of both, the selection
+    of both, one gather. Cells, five: columns of each row and rows of each column left, in two each, one gather."""
     generated = generate(cnn(tokens, cut(mode)), batch=8)
     check_all_on_the_gpu(generated, 0)
-    check_rows_are_sorted_one_by_one(generated)
+    if mode == "line":
+        check_rows_are_sorted_one_by_one(generated)
     launches = generated.launches
-    assert len(launches) - len(whole_cnn().launches) == 3 * len(SITES)
+    assert len(launches) - len(whole_cnn().launches) == (3 if mode == "line" else 5) * len(SITES)
     assert len([launch for launch in launches if "relu" in launch and "linalg_vector_norm" in launch]) == len(SITES)
     assert len([launch for launch in launches if "_index_" in launch]) == len(SITES)
-    assert len([launch for launch in launches if "sort" in launch]) == len(SITES) * (1 if mode == "line" else 2)
+    assert len([launch for launch in launches if "sort" in launch]) == len(SITES) * (mode == "line")
