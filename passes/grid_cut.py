@@ -20,6 +20,7 @@ from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
 
 CUTS = "cuts"  # gm.meta key: by stage the rows and columns kept, which broadcast to [B, H', W']
+MAPS = "maps"  # gm.meta key: by stage the map before the cut and after it
 
 Mode = Literal["line", "token"]
 Against = Literal["shortcut", "first-block", "sum"]
@@ -70,6 +71,7 @@ class CutGrid(Pass):
             rows, columns = splice(graph, "select", self._select, score)
             gm.meta.setdefault(CUTS, {})[self.stage.index] = (rows, columns)
             short = splice(graph, "gather", take, output, rows, columns)
+        gm.meta.setdefault(MAPS, {})[self.stage.index] = (output, short)
         for reader in readers:
             reader.replace_input_with(output, short)
         cut = _Cut(gm, axes, rows, columns, short)
@@ -202,6 +204,8 @@ class _Cut:
         grid = self.axes.grid(value)
         if not isinstance(grid, Grid) or (grid.rows, grid.columns) != (2, 3) or len(self.full[value]) != 4:
             raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
+        if not self.axes.sample_for_sample(value):
+            raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT)
         start = (float(grid.start[0]), float(grid.start[1]))
         size: Any = self.full[value][2:]
 

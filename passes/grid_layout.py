@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from passes.layout import expr
 from passes.rules.registry import Untransferable
 
 
@@ -24,6 +25,7 @@ class Grid:
         step: rows and columns of the cut map from one row or column of this value to the next.
         start: the row and column of the cut map that this value's first ones are centred on.
         mixed: a cell depends on other cells of the cut map.
+        parted: it holds some samples only, or more of them, or in another order.
     """
 
     rows: int | None = 2
@@ -31,6 +33,7 @@ class Grid:
     step: tuple[int, int] = (1, 1)
     start: tuple[Fraction, Fraction] = (Fraction(0), Fraction(0))
     mixed: bool = False
+    parted: bool = False
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -82,6 +85,11 @@ class GridAxes:
     def grid(self, node: Any) -> Any:
         """The grid of an input that holds rows and columns, else None."""
         return self.grids.get(node) if isinstance(node, Node) else None
+
+    def sample_for_sample(self, node: Node) -> bool:
+        """Whether dimension 0 of a value that holds rows and columns has the samples of `start`."""
+        first, whole = (n.meta["val"].shape[0] for n in (node, self.start))
+        return expr(first) == expr(whole) and not self.grids[node].parted
 
     @property
     def fitting(self) -> str:

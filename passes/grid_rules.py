@@ -27,6 +27,11 @@ def _need_free(grid: Grid, dims: Sequence[int], doing: str) -> None:
         raise Untransferable(f"{doing} runs over rows or columns")
 
 
+def _parted(grid: Grid, dim: int, before: Any, after: Any) -> Grid:
+    """The grid where an op may have taken or joined samples, which only a change of their number shows."""
+    return replace(grid, parted=grid.parted or (dim == 0 and expr(before[0]) != expr(after[0])))
+
+
 def _joined(node: Node, axes: GridAxes, inputs: Sequence[Node], rank: int) -> Follow:
     """Inputs that broadcast to one shape; those from before the cut with an entry per cell are cut alike."""
     found: Grid | None = None
@@ -41,10 +46,12 @@ def _joined(node: Node, axes: GridAxes, inputs: Sequence[Node], rank: int) -> Fo
         elif (own.rows, own.columns, own.step) != (found.rows, found.columns, found.step):
             raise Untransferable("two maps meet whose rows or columns do not belong together")
         else:
-            found = replace(found, mixed=found.mixed or own.mixed)
+            found = replace(found, mixed=found.mixed or own.mixed, parted=found.parted or own.parted)
     assert found is not None
     out = shape_of(node) if isinstance(node.meta["val"], torch.Tensor) else tuple(node.meta["val"][0].shape)
     aligned = tuple(n for n in inputs if axes.grid(n) is None and _per_cell(n, found, axes, out, rank))
+    if aligned and not all(axes.sample_for_sample(n) for n in inputs if n in axes.grids and len(shape_of(n)) == rank):
+        raise Untransferable("meets a value from before the cut, of which it has not every sample")
     return Follow(found, aligned)
 
 
@@ -190,19 +197,22 @@ def cat(node: Node, axes: GridAxes) -> Follow:
     """Along channels; maps from before the cut are cut alike."""
     parts: Any = argument(node, 0, "tensors")
     rank = len(shape_of(node))
-    follow = _joined(node, axes, list(dict.fromkeys(parts)), rank)
+    follow, dim = _joined(node, axes, list(dict.fromkeys(parts)), rank), wrap(argument(node, 1, "dim", 0), rank)
     assert isinstance(follow.out, Grid)
-    _need_free(follow.out, [wrap(argument(node, 1, "dim", 0), rank)], "a concatenation")
-    return follow
+    _need_free(follow.out, [dim], "a concatenation")
+    out = _parted(follow.out, dim, shape_of(parts[0]), shape_of(node))
+    if out.parted and follow.aligned:
+        raise Untransferable("joins samples of a map from before the cut")
+    return replace(follow, out=out)
 
 
 @grid_rules_for(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
 def split(node: Node, axes: GridAxes) -> Follow:
     """Parts of the channels."""
     grid, val = carried(node, axes), node.meta["val"]
-    default = argument(node, 2, "dim", 0)
-    _need_free(grid, [wrap(default, val[0].dim())], "a split")
-    return Follow(tuple(grid for _ in val))
+    dim = wrap(argument(node, 2, "dim", 0), val[0].dim())
+    _need_free(grid, [dim], "a split")
+    return Follow(tuple(_parted(grid, dim, shape_of(node.args[0]), part.shape) for part in val))
 
 
 @grid_rules_for(operator.getitem)
@@ -217,7 +227,7 @@ def slice_(node: Node, axes: GridAxes) -> Follow:
     grid, shape = carried(node, axes), shape_of(node.args[0])
     dim = wrap(argument(node, 1, "dim", 0), len(shape))
     if dim not in grid.dims:
-        return Follow(grid)
+        return Follow(_parted(grid, dim, shape, shape_of(node)))
     start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     if start not in (None, 0) or not (end is None or end == torch.iinfo(torch.int64).max):
         raise Untransferable("takes rows or columns by their number")

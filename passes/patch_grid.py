@@ -186,7 +186,9 @@ def _traced(node: Node, dim: int, extent: Extent, above: Mapping[Node, int]) -> 
         elif node.target is aten.slice.Tensor:
             if wrap(argument(node, 1, "dim", 0), rank) == dim:
                 first: Any = argument(node, 2, "start", 0) or 0
-                start += wrap(first, int(shape_of(node.all_input_nodes[0])[dim]))
+                every: Any = argument(node, 4, "step", 1)  # as a window of one that slides
+                start = every * start + (1 - every) / 2 + wrap(first, int(shape_of(node.all_input_nodes[0])[dim]))
+                step, field = every * step, every * (field - 1) + 1
             node = node.all_input_nodes[0]
         else:
             node, dim = _back(node, dim, above)

@@ -7,7 +7,8 @@ tracing does not see, may do something else when it runs, and no property of the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from passes.capture import FIXED_BATCH, batched
 from rs_compile.signature import autocast_state
 
 _SAMPLES = 2
+_PLAIN: AbstractContextManager[Any] = contextlib.nullcontext()
 _WAY_OUT = (
     "let that code do the same while it is traced (what it asks of torch.compiler.is_exporting, torch.jit.is_tracing "
     "or a global flag is the usual cause); optimize(..., verify=False) takes the graph as it is"
@@ -47,40 +49,43 @@ def check_faithful(
     Raises:
         Refusal: they do not agree.
     """
-    if why := _hindrance(model, gm, leaves):
+    if why := hindrance(model, gm, leaves):
         return why
     spec = pytree.tree_structure((tuple(args), dict(kwargs)))
-    whole, leaves = leaves, _first(leaves, gm)
+    whole, leaves = leaves, first_samples(leaves, gm)
     try:
-        wanted = _outputs(model, leaves, spec)
+        wanted = outputs_of(model, leaves, spec)
     except Exception:  # frames or crops of one clip in the batch: not every number of them runs
         leaves = whole
-        wanted = _outputs(model, leaves, spec)
+        wanted = outputs_of(model, leaves, spec)
     with _alike(leaves):
         got = gm(*leaves)
-    tolerance = _tolerance([*model.parameters(), *leaves, *wanted])
-    wrong = _wrong(got, wanted, tolerance)
+    tolerance = tolerance_of([*model.parameters(), *leaves, *wanted])
+    wrong = wrong_outputs(got, wanted, tolerance)
     if wrong:
-        agrees, differs = _where(model, gm, leaves, spec, tolerance)
+        agrees, differs = where_apart(model, gm, leaves, spec, tolerance)
         since = f"; up to {agrees.name} they agree" if agrees is not None else ""
         raise Refusal(f"torch.export captured something else than the model does: {wrong}{since}", differs, _WAY_OUT)
     return ""
 
 
-def _outputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[Any]:
+def outputs_of(
+    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, mode: AbstractContextManager[Any] = _PLAIN
+) -> list[Any]:
+    """What the model returns, flat, under a mode that watches its functions."""
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    with _alike(leaves):
+    with _alike(leaves), mode:
         return pytree.tree_leaves(model(*args, **kwargs))
 
 
-def _first(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
+def first_samples(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
     """Two samples of the batch, where the graph is right for any number: what is the same for two is for all."""
     if gm.meta.get(FIXED_BATCH):
         return list(leaves)
     return [leaf[:_SAMPLES] if over else leaf for leaf, over in zip(leaves, batched(leaves), strict=True)]
 
 
-def _hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
+def hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
     """Why the model must not, or cannot, be run once more; "" where it can."""
     if any(module.training for module in model.modules()):
         return "in train mode a run moves batch statistics; compared in eval mode only"
@@ -105,14 +110,14 @@ def _alike(leaves: Sequence[Any]) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _tolerance(values: Sequence[Any]) -> float:
+def tolerance_of(values: Sequence[Any]) -> float:
     """Half the digits of the shortest dtype at work: the ops are the same, their kernels need not be."""
     dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.element_size() > 1}
     dtypes |= {torch.float32, *dict(autocast_state()).values()}
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
-def _wrong(got: Sequence[Any], wanted: Sequence[Any], tolerance: float) -> str:
+def wrong_outputs(got: Sequence[Any], wanted: Sequence[Any], tolerance: float) -> str:
     """What is wrong with the outputs, "" where they agree."""
     if len(got) != len(wanted):
         return f"{len(got)} outputs instead of {len(wanted)}"
@@ -121,13 +126,13 @@ def _wrong(got: Sequence[Any], wanted: Sequence[Any], tolerance: float) -> str:
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {i} is {list(a.shape)} {a.dtype} instead of {list(b.shape)} {b.dtype}"
-        gap = _gap(a, b)
-        if not gap <= tolerance:
-            return f"output {i} {list(b.shape)} differs by {gap:.1e} of its largest value"
+        apart = gap(a, b)
+        if not apart <= tolerance:
+            return f"output {i} {list(b.shape)} differs by {apart:.1e} of its largest value"
     return ""
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
+def gap(a: Tensor, b: Tensor) -> float:
     """The largest difference relative to the largest value; of integers the share that differs."""
     if not b.numel() or torch.equal(a, b):
         return 0.0
@@ -140,8 +145,13 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return apart.max().item() / (scale or 1.0)
 
 
-def _where(
-    model: nn.Module, gm: GraphModule, leaves: Sequence[Any], spec: pytree.TreeSpec, tolerance: float
+def where_apart(
+    model: nn.Module,
+    gm: GraphModule,
+    leaves: Sequence[Any],
+    spec: pytree.TreeSpec,
+    tolerance: float,
+    mode: AbstractContextManager[Any] = _PLAIN,
 ) -> tuple[Node | None, Node | None]:
     """The last value in which the two agree, and the first in which they do not, by what modules give back."""
     given: dict[str, list[Any]] = {}
@@ -150,7 +160,7 @@ def _where(
         for path, module in model.named_modules()
     ]
     try:
-        _outputs(model, leaves, spec)
+        outputs_of(model, leaves, spec, mode)
     finally:
         for hook in hooks:
             hook.remove()
@@ -166,10 +176,17 @@ def _where(
             wanted = next((out for out in outs if isinstance(out, Tensor)), None)
             if wanted is None or not isinstance(value, Tensor) or value.shape != wanted.shape:
                 continue
-            if _wrong([value], [wanted], tolerance):
+            if wrong_outputs([value], [wanted], tolerance):
                 return agrees, node
             agrees = node
     return agrees, None
+
+
+def values_of(gm: GraphModule, leaves: Sequence[Any], nodes: Collection[Node]) -> dict[Node, Any]:
+    """What these nodes compute."""
+    with _alike(leaves):
+        values = [(n, value) for n, value in _Values(gm).of(leaves) if n in nodes]
+    return dict(values)
 
 
 class _Values(Interpreter):

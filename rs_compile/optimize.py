@@ -18,6 +18,7 @@ from passes.capture import FIXED_BATCH, capture
 from passes.pipeline import Compiled, Progress, cleaned
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
 from rs_compile.faithful import check_faithful
+from rs_compile.grid_faithful import check_cuts
 from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Report, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
@@ -73,7 +74,7 @@ class OptimizedModel(nn.Module):
                 plan, before = self._find(call), self._state()
                 if plan is None:
                     verify = self._options.verify
-                    plan = self._plan(call, lambda: self._prepare(call, verify))
+                    plan = self._plan(call, lambda: self._prepare(call, verify), verify)
                 outputs = plan.run(*leaves)
                 self._keep(before, call, plan)
         else:
@@ -142,7 +143,7 @@ class OptimizedModel(nn.Module):
         unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
         return replace(prepared, skips=unchecked + prepared.skips)
 
-    def _rewrite(self, call: Call, prepared: PassResult) -> Graphs:
+    def _rewrite(self, call: Call, prepared: PassResult, verify: bool) -> Graphs:
         options: Options = self._options
         schedule, gm = options.schedule, prepared.gm
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
@@ -156,6 +157,10 @@ class OptimizedModel(nn.Module):
             compiled = rewrite(
                 gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
             )
+        why = check_cuts(self._model, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
+        if why:
+            skip = Skip("graph", f"not compared with the model on the smaller map: {why}")
+            compiled = replace(compiled, skips=(*compiled.skips, skip))
         pruned = self._reported(call, prepared, compiled, merging_text(schedule, compiled.size_bias))
         return Graphs(pruned, dense, out_spec, fixed, unmeasured)
 
@@ -185,9 +190,9 @@ class OptimizedModel(nn.Module):
         plan = self._plans.get(key)
         return self._plans.get((*key, batch_sizes(call.leaves))) if plan is _BY_SIZE else plan
 
-    def _plan(self, call: Call, prepared: Callable[[], PassResult]) -> Plan:
+    def _plan(self, call: Call, prepared: Callable[[], PassResult], verify: bool = False) -> Plan:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""
-        graphs: Graphs = self._graphs.get((self._state(), *call.key)) or self._rewrite(call, prepared())
+        graphs: Graphs = self._graphs.get((self._state(), *call.key)) or self._rewrite(call, prepared(), verify)
         return make_plan(graphs, self._options, call.leaves)
 
     def _keep(self, before: State, call: Call, plan: Plan) -> None:
@@ -243,8 +248,9 @@ def optimize(
             is then compiled by itself, twice. Nothing is timed in train mode or where the model writes into a buffer.
         verify: the first call with a new input signature runs the model and its captured graph on two samples,
             uncompiled and without gradients, and refuses where they do not agree: code may do something else while
-            torch.export traces it. Not in train mode, nor where the model writes into a buffer or an input;
-            `report()` says so.
+            torch.export traces it. Behind a cut of a CNN's stage the model is compared with the rewritten graph as
+            well, on the smaller map: code may compute something from its size. Not in train mode, nor where the model
+            writes into a buffer or an input; `report()` says so.
         constant_inputs: names of inputs whose values the model's Python code reads (Qwen2-VL's `grid_thw`), which
             torch.export cannot follow: small tensors of whole numbers. A capture holds their values fast, and
             another value is another capture. On a GPU reading them waits for it at every call.

@@ -177,6 +177,35 @@ def test_a_value_from_before_the_cut_is_cut_alike() -> None:
         oracle.assert_close(got[i : i + 1], (model.wide(a) + model.stem(images())[i][:, r, c]).mean((2, 3)), 1e-5)
 
 
+SAMPLES: dict[str, tuple[Any, str]] = {
+    "some": (lambda m, x, a, b: m.wide(a[:1]), "an output has other samples than the map that was cut"),
+    "half of them": (lambda m, x, a, b: m.wide(a).chunk(2)[1], "an output has other samples"),
+    "twice": (lambda m, x, a, b: m.wide(torch.cat([a, a])), "an output has other samples"),
+    "where channels are": (lambda m, x, a, b: m.wide(a).transpose(0, 1), "an output has other samples"),
+    "one with all of before": (lambda m, x, a, b: (a[:1] + m.stem(x)).mean((2, 3)), "of which it has not every sample"),
+    "joined with those of before": (lambda m, x, a, b: torch.cat([a, m.stem(x)]).mean((2, 3)), "joins samples of a"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_taken_and_joined_are_not_given_back_as_those_of_the_map(name: str) -> None:
+    head, words = SAMPLES[name]
+    model = net(head)
+    assert isinstance(model(images()), Tensor)
+    with pytest.raises(rs_compile.Refusal, match=words):
+        run(model, GridPrune(4, 3))
+
+
+@torch.no_grad()
+def test_samples_taken_and_pooled() -> None:
+    model = net(lambda m, x, a, b: torch.cat([m.wide(a)[1:], a[:1]]).mean((2, 3)))
+    got = run(model, GridPrune(4, 3))
+    r, c = torch.stack(kept(model, LINE)).unbind(1)
+    a = model.one(model.stem(images()))
+    first, second = (a[i : i + 1][:, :, r[i], c[i]] for i in (0, 1))
+    oracle.assert_close(got, torch.cat([model.wide(second), first]).mean((2, 3)), 1e-5)
+
+
 def test_a_head_of_fixed_size_refuses_with_its_line() -> None:
     model = net(lambda m, x, a, b: m.flat(b.flatten(1)))
     with pytest.raises(rs_compile.Refusal, match=r"reshapes the map of 6 x 5 to \['batch', 240\], a fixed grid") as e:

@@ -116,6 +116,7 @@ OVERLAPPING: dict[str, tuple[Network, tuple[Tensor, ...]]] = {
     ),
     "dilated": (lambda x, k: flat(F.conv2d(x, k, stride=4, dilation=2, padding=1)), (kernel(3),)),
     "pooled": (lambda x, k: flat(F.avg_pool2d(F.conv2d(x, k, stride=2), 3, 2, 1)), (kernel(2),)),
+    "every other": (lambda x, k: flat(F.conv2d(x, k, stride=2, padding=1)[:, :, 1::2, 1::2]), (kernel(3),)),
     "residual stem": (
         lambda x, a, b: flat(F.conv2d((y := F.conv2d(x, a, padding="same")) + F.conv2d(y, b, padding=1), b, stride=4)),
         (kernel(3), kernel(3, C)),
