@@ -89,8 +89,7 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
             and tuple(g.shape) == tuple(r.shape) == shape
             and paths[m].startswith(f"{paths[module]}.")
         ]
-        # a norm, not a part of the layer that ends with it
-        ends = [m for m in inside if not any(paths[other].startswith(f"{paths[m]}.") for other in inside)]
+        ends = [m for m in inside if not any(m.children())]  # a norm, not a part of the layer that ends with a sum
         tokens = 1 - shape[:2].index(batch)
         layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
         groups.setdefault((parent, type(module)), []).append(layer)
