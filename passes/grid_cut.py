@@ -13,6 +13,7 @@ from passes.base import CompileError, Pass, PassResult, Refusal
 from passes.grid_axes import RESTORE, WAY_OUT, follow_grid
 from passes.grid_layout import Follow, Grid, GridAxes, size_of
 from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
+from passes.layout import expr
 from passes.propagate import evaluate
 from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
@@ -214,7 +215,8 @@ class _Cut:
     def restored(self, value: Node) -> Node:
         """The value at full size, from the nearest cells that are left."""
         grid = self.axes.grid(value)
-        if not isinstance(grid, Grid) or (grid.rows, grid.columns) != (2, 3) or len(self.full[value]) != 4:
+        is_map = isinstance(grid, Grid) and (grid.rows, grid.columns) == (2, 3) and len(self.full[value]) == 4
+        if not is_map or expr(self.full[value][0]) != expr(self.axes.start.meta["val"].shape[0]):
             raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
         start = (float(grid.start[0]), float(grid.start[1]))
         size: Any = self.full[value][2:]

@@ -246,9 +246,11 @@ def new(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.select.int, aten.unbind.int)
 def select(node: Node, axes: GridAxes) -> Follow:
     """One entry, or each, along channels or heads, whose dimension goes."""
-    grid = carried(node, axes)
-    over = wrap(argument(node, 1, "dim", 0), len(shape_of(node.args[0])))
+    grid, shape = carried(node, axes), shape_of(node.args[0])
+    over = wrap(argument(node, 1, "dim", 0), len(shape))
     _need_free(grid, [over], "one entry of a dimension that")
+    if not isinstance(shape[over], int):
+        raise Untransferable("takes one sample of the batch")
     rows, columns = (None if d is None else d - (d > over) for d in (grid.rows, grid.columns))
     out, val = replace(grid, rows=rows, columns=columns), node.meta["val"]
     return Follow(tuple(out for _ in val) if isinstance(val, (tuple, list)) else out)
@@ -291,15 +293,16 @@ def _written(node: Node, grid: Grid, at: tuple[int, int]) -> dict[int, Literal["
     split = node.target is aten.unflatten.int
     sizes: Any = node.args[2 if split else 1]
     first = wrap(argument(node, 1, "dim"), len(shape_of(node.args[0]))) if split else 0
-    places = [d - first for d in dict.fromkeys(at) if 0 <= d - first < len(sizes)]
+    names: Any = {at[0]: "cells"} if at[0] == at[1] else {at[0]: "rows", at[1]: "columns"}
+    places = {d - first: name for d, name in names.items() if 0 <= d - first < len(sizes)}
     left = [i for i, s in enumerate(sizes) if isinstance(s, int) and s == -1]
-    if len(places) == 1 and left == places:
+    if left == [*places]:
         return {}
     # beside a size left open a number may be the model's own, where samples or channels would fill the dimension up
     whole = at[0] != at[1] or grid.rows == grid.columns
     if places and left and not (whole and left[0] not in places and isinstance(shape_of(node)[left[0] + first], int)):
         return None
-    return dict(zip(places, ("rows", "columns") if len(places) == 2 else ("cells",), strict=True))
+    return places
 
 
 @grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)

@@ -91,7 +91,7 @@ class Stage:
         form = self.blocks[0].form
         at = _channels(form)
         if form.rows == form.columns:
-            x = x.unflatten(form.dims[0], self.blocks[0].size)
+            x = x.unflatten(form.dims[0], self.grid)
             form, at = replace(form, columns=form.dims[0] + 1), at + (at > form.dims[0])
         return x.permute(0, at, *form.dims)
 
