@@ -183,12 +183,18 @@ def _is_sum(node: Node) -> bool:
 
 
 def _form(entry: Node, term: Node, add: Node, branch: frozenset[Node], maps: GridAxes) -> Grid | None:
-    """Where a sum holds the rows and columns of a map, and the entry as well."""
+    """Where a sum holds the rows and columns of a map, of which the entry holds as many, in whatever form."""
     if _on_a_grid(entry, term, branch):
         return Grid()
     form = maps.grid(add)
-    held = isinstance(form, Grid) and isinstance(maps.grid(entry), Grid) and maps.grid(entry).dims == form.dims
-    if not held or form.dims == (2, 3) or None in (form.rows, form.columns) or 0 in form.dims:
+    held = isinstance(form, Grid) and isinstance(maps.grid(entry), Grid)
+    if (
+        not held
+        or maps.sizes[entry] != maps.sizes[add]
+        or form.dims == (2, 3)
+        or None in (form.rows, form.columns)
+        or 0 in form.dims
+    ):
         return None
     return Grid(form.rows, form.columns) if add.meta["val"].dim() == 2 + len(form.dims) else None
 
