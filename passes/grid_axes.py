@@ -7,14 +7,16 @@ rewritten; what names a size of the grid, or an op without a rule, refuses.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from passes import grid_rules, grid_windows
 from passes.base import Refusal, op_name
-from passes.grid_layout import Follow, Grid, GridAxes, rule_for
+from passes.grid_layout import Follow, Grid, GridAxes, rule_for, size_of
+from passes.grid_windows import window_of
 from passes.rules.registry import Untransferable
 from passes.splice import ORIGIN
 
@@ -23,18 +25,25 @@ RESTORE = "restore"  # origin of what reads a cut map and gives it back at full 
 WAY_OUT = "cut a later stage, whose map no such op reads, or give the part of the model before it"
 
 
-def follow_grid(start: Node, grid: Grid | None = None, within: Collection[Node] | None = None) -> GridAxes:
+def follow_grid(
+    start: Node,
+    grid: Grid | None = None,
+    size: tuple[int, int] | None = None,
+    within: Collection[Node] | None = None,
+) -> GridAxes:
     """Follows the rows and columns of `start`, [B, C, H, W], through the graph.
 
     Args:
         start: the map.
         grid: where it holds them; dimensions 2 and 3 by default.
+        size: how many, where they are folded into one dimension.
         within: follow only these nodes; what cannot be carried through is then left out, not refused.
 
     Raises:
         Refusal: an op is not proven to mean the same on a smaller grid.
     """
-    axes = GridAxes(start, {start: grid or Grid()})
+    grid = grid or Grid()
+    axes = GridAxes(start, {start: grid}, {start: size or size_of(start, grid, {})})
     node = start.next
     while node.op != "root":
         carries = any(n in axes.grids for n in node.all_input_nodes)
@@ -57,8 +66,27 @@ def follow_grid(start: Node, grid: Grid | None = None, within: Collection[Node] 
                 if follow.fixed:
                     axes.fixed.add(node)
                 if follow.out is not None:
-                    axes.grids[node] = follow.out
+                    axes.put(node, follow.out)
         node = node.next
+    return axes
+
+
+def follow_maps(gm: GraphModule) -> GridAxes:
+    """Where values that come from convolutions hold the rows and columns of a map, whatever its resolution.
+
+    What cannot be carried through is left out, until the next convolution.
+    """
+    start = next(iter(gm.graph.nodes))
+    axes = GridAxes(start)
+    for node in gm.graph.nodes:
+        if window_of(node) is not None and node.meta["val"].dim() == 4:
+            axes.put(node, Grid())
+        elif any(n in axes.grids for n in node.all_input_nodes):
+            with contextlib.suppress(Untransferable):
+                follow = _follow(node, axes)
+                if follow.out is not None:
+                    axes.follows[node] = follow
+                    axes.put(node, follow.out)
     return axes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 
 from passes.base import CompileError, Pass, PassResult, Refusal
 from passes.grid_axes import RESTORE, WAY_OUT, follow_grid
-from passes.grid_layout import Follow, Grid, GridAxes
+from passes.grid_layout import Follow, Grid, GridAxes, size_of
 from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
+from passes.layout import expr
 from passes.propagate import evaluate
-from passes.rules.registry import argument, shape_of
 from passes.score import Metric
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
@@ -94,24 +94,25 @@ class CutGrid(Pass):
     def insert_score(self, graph: torch.fx.Graph) -> Node:
         """The score map [B, H, W] of the stage, at the graph's insertion point."""
         output, blocks = self.stage.output, self.stage.blocks
+        sums, shape = self.stage.sums, self.stage.as_map
+
+        def score(*values: Tensor) -> Tensor:
+            maps = [shape(v) for v in values]
+            return score_map(list(zip(maps[::2], maps[1::2], strict=True)), self.metric)
+
         if self.random:
             return splice(graph, "score", lambda x: torch.rand_like(x[:, 0], dtype=torch.float32), output)
         if self.against == "shortcut":
-            return splice(graph, "score", lambda a, b: score_map([(a, b)], self.metric), output, self.stage.shortcut)
+            return splice(graph, "score", score, sums, self.stage.shortcut)
         if self.against == "sum":
-            given = [n for b in blocks for n in (b.output, b.shortcut)]
-
-            def score(*values: Tensor) -> Tensor:
-                return score_map(list(zip(values[::2], values[1::2], strict=True)), self.metric)
-
-            return splice(graph, "score", score, *given)
+            return splice(graph, "score", score, *[n for b in blocks for n in (b.output, b.shortcut)])
         if len(blocks) == 1:
             raise Refusal(
                 f"stage {self.stage.index} has one block, whose output is the stage's",
                 output,
                 'use GridPrune(against="shortcut")',
             )
-        return splice(graph, "score", lambda a, b: score_map([(a, b)], self.metric), output, blocks[0].output)
+        return splice(graph, "score", score, sums, blocks[0].output)
 
     def _select(self, score: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.stage.grid
@@ -150,6 +151,7 @@ class _Cut:
         self.columns = columns
         self.mode = fake_mode(gm.graph)
         self.full = {n: tuple(n.meta["val"].shape) for n, g in axes.grids.items() if isinstance(g, Grid)}
+        self.sizes: dict[Node, tuple[int, int]] = {short: tuple(short.meta["val"].shape[2:])}
         self.now: dict[Node, Node] = {axes.start: short}
         self.taken: dict[Node, Node] = {}
 
@@ -160,12 +162,9 @@ class _Cut:
                 with self.graph.inserting_before(node):
                     self.taken[n] = splice(self.graph, "gather", take, n, self.rows, self.columns)
             node.replace_input_with(n, self.taken[n])
-        self._same_cells(node)
-        if follow.cells is not None:
-            rows, columns = shape_of(node.args[0])[follow.cells : follow.cells + 2]
-            sizes: Any = [*argument(node, 1, "shape")]
-            sizes[follow.cells] = rows * columns
-            node.args = (node.args[0], sizes)
+        if not follow.apart:
+            self._same_cells(node)
+        self._rewrite(node, follow)
         before = node.meta["val"]
         try:
             op: Any = node.target
@@ -173,6 +172,8 @@ class _Cut:
         except Exception as error:
             raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
         after = node.meta["val"]
+        if follow.out is not None:
+            self.sizes[node] = size_of(node, follow.out, self.sizes)
         if isinstance(after, torch.Tensor):
             free = follow.out.dims if isinstance(follow.out, Grid) else ()
             same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
@@ -187,11 +188,25 @@ class _Cut:
                     self.axes.fitting,
                 )
 
+    def _rewrite(self, node: Node, follow: Follow) -> None:
+        """Writes the smaller map's sizes where the op names the map's."""
+        if follow.sizes:
+            rows, columns = self.sizes[node.all_input_nodes[0]]
+            new = {"rows": rows, "columns": columns, "cells": rows * columns}
+            others, sizes = node.args[:-1], [*cast(Any, node.args[-1])]
+            for at, what in follow.sizes:
+                sizes[at] = new[what]
+            node.args = (*others, sizes)
+
     def _same_cells(self, node: Node) -> None:
         """Maps that meet must be equally large, lest one of a single row be broadcast."""
         start = self.axes.start
         grids = {n: self.axes.grid(start if n is self.now[start] else n) for n in node.all_input_nodes}
-        sizes = {tuple(n.meta["val"].shape[d] for d in g.dims) for n, g in grids.items() if isinstance(g, Grid)}
+        sizes = {
+            self.sizes[n] if len(g.dims) == 1 and g.columns == g.rows else tuple(n.meta["val"].shape[d] for d in g.dims)
+            for n, g in grids.items()
+            if isinstance(g, Grid)
+        }
         if len(sizes) > 1:
             raise Refusal(
                 f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
@@ -202,7 +217,8 @@ class _Cut:
     def restored(self, value: Node) -> Node:
         """The value at full size, from the nearest cells that are left."""
         grid = self.axes.grid(value)
-        if not isinstance(grid, Grid) or (grid.rows, grid.columns) != (2, 3) or len(self.full[value]) != 4:
+        is_map = isinstance(grid, Grid) and (grid.rows, grid.columns) == (2, 3) and len(self.full[value]) == 4
+        if not is_map or expr(self.full[value][0]) != expr(self.axes.start.meta["val"].shape[0]):
             raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
         if not self.axes.sample_for_sample(value):
             raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT)

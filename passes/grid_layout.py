@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -47,16 +47,18 @@ class Follow:
     Args:
         out: the result's grid, a tuple of them for a tuple result, None where it has none any more.
         aligned: inputs from before the cut that have an entry per cell and are cut alike.
-        cells: the place in the op's list of sizes that is their number, to be rewritten.
+        sizes: places in the op's list of sizes that are the number of rows, columns or cells, to be rewritten.
         period: the op's arguments are right where rows and columns shrink by multiples of these.
         fixed: the result is a grid of a fixed size instead.
+        apart: its inputs may be maps of different sizes.
     """
 
     out: Grid | tuple[Grid | None, ...] | None
     aligned: tuple[Node, ...] = ()
-    cells: int | None = None
+    sizes: tuple[tuple[int, Literal["rows", "columns", "cells"]], ...] = ()
     period: tuple[int, int] = (1, 1)
     fixed: bool = False
+    apart: bool = False
 
 
 @dataclass
@@ -66,6 +68,7 @@ class GridAxes:
     Args:
         start: the map whose rows and columns are followed.
         grids: for each value that holds them, where (a tuple for a tuple value).
+        sizes: for each such value how many rows and columns.
         follows: for each op that was carried through, what it does; includes ops that end the axes.
         dense: consumers that need every row and column: outputs, and what restores an earlier cut.
         fixed: values made from the map pooled to a grid of a fixed size.
@@ -73,6 +76,7 @@ class GridAxes:
 
     start: Node
     grids: dict[Node, Any] = field(default_factory=dict)
+    sizes: dict[Node, tuple[int, int]] = field(default_factory=dict)
     follows: dict[Node, Follow] = field(default_factory=dict)
     dense: list[Node] = field(default_factory=list)
     fixed: set[Node] = field(default_factory=set)
@@ -80,7 +84,12 @@ class GridAxes:
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of `start`."""
-        return tuple(self.start.meta["val"].shape[2:])
+        return self.sizes[self.start]
+
+    def put(self, node: Node, grid: Any) -> None:
+        """Notes where a value holds rows and columns."""
+        self.grids[node] = grid
+        self.sizes[node] = size_of(node, grid, self.sizes)
 
     def grid(self, node: Any) -> Any:
         """The grid of an input that holds rows and columns, else None."""
@@ -97,6 +106,14 @@ class GridAxes:
         steps = [g.step for grids in self.grids.values() for g in (grids if isinstance(grids, tuple) else [grids]) if g]
         rows, columns = (math.lcm(*(step[i] for step in steps)) for i in (0, 1))
         return f"let a multiple of {rows} rows and of {columns} columns leave"
+
+
+def size_of(node: Node, grid: Any, sizes: Mapping[Node, tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns of a value: its own dimensions, or those of the input that it was folded or made from."""
+    if isinstance(grid, Grid) and grid.rows is not None and grid.columns not in (None, grid.rows):
+        rows, columns = (node.meta["val"].shape[d] for d in grid.dims)
+        return rows, columns
+    return next(sizes[n] for n in node.all_input_nodes if n in sizes)
 
 
 Rule: TypeAlias = Callable[[Node, GridAxes], Follow]

@@ -6,10 +6,11 @@ and columns, or declines with a reason. Whether the op runs on the smaller grid 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -42,8 +43,8 @@ def _joined(node: Node, axes: GridAxes, inputs: Sequence[Node], rank: int) -> Fo
         shift = rank - len(shape_of(n))
         own = replace(grid, rows=_moved(grid.rows, shift), columns=_moved(grid.columns, shift))
         if found is None:
-            found = own
-        elif (own.rows, own.columns, own.step) != (found.rows, found.columns, found.step):
+            found, size = own, axes.sizes[n]
+        elif (own.rows, own.columns, own.step) != (found.rows, found.columns, found.step) or size != axes.sizes[n]:
             raise Untransferable("two maps meet whose rows or columns do not belong together")
         else:
             found = replace(found, mixed=found.mixed or own.mixed, parted=found.parted or own.parted)
@@ -252,19 +253,80 @@ def new(node: Node, axes: GridAxes) -> Follow:
     return Follow(None)
 
 
+@grid_rules_for(aten.select.int, aten.unbind.int)
+def select(node: Node, axes: GridAxes) -> Follow:
+    """One entry, or each, along channels or heads, whose dimension goes."""
+    grid, shape = carried(node, axes), shape_of(node.args[0])
+    over = wrap(argument(node, 1, "dim", 0), len(shape))
+    _need_free(grid, [over], "one entry of a dimension that")
+    if not isinstance(shape[over], int):
+        raise Untransferable("takes one sample of the batch")
+    rows, columns = (None if d is None else d - (d > over) for d in (grid.rows, grid.columns))
+    out, val = replace(grid, rows=rows, columns=columns), node.meta["val"]
+    return Follow(tuple(out for _ in val) if isinstance(val, (tuple, list)) else out)
+
+
+@grid_rules_for(aten.scaled_dot_product_attention.default)
+def attention(node: Node, axes: GridAxes) -> Follow:
+    """Cells attend to cells, of this map or of one that a window made from it: to those of the smaller map."""
+    given: list[Any] = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    query, key, value = grids = [axes.grid(n) for n in given]
+    if argument(node, 3, "attn_mask") is not None or argument(node, 5, "is_causal", False):
+        raise Untransferable("attends by a mask, which may have an entry per cell, or in order")
+    for n, grid in zip(given, grids, strict=True):
+        if grid is not None and (grid.rows, grid.columns) != (len(shape_of(n)) - 2,) * 2:
+            raise Untransferable("attends along rows or columns alone, or over channels")
+    if (key is None) != (value is None) or (key is not None and axes.sizes[given[1]] != axes.sizes[given[2]]):
+        raise Untransferable("takes keys and values of different maps")
+    return Follow(None if query is None else replace(query, mixed=True), apart=True)
+
+
+def _cells_at(shape: Sequence[Any], grid: Grid, size: tuple[int, int], out: Sequence[Any]) -> tuple[int, int] | None:
+    """Where a view of a value holds its rows and columns, each whole; None where it regroups them."""
+    if grid.rows is None or grid.columns is None or grid.columns - grid.rows not in (0, 1):
+        return None
+    shape, out = [*map(expr, shape)], [*map(expr, out)]
+    before, behind = math.prod(shape[: grid.rows]), math.prod(shape[grid.columns + 1 :])
+    for at in range(len(out)):
+        if math.prod(out[:at]) == before:
+            if out[at : at + 2] == [*size] and math.prod(out[at + 2 :]) == behind:
+                return at, at + 1
+            if out[at] == size[0] * size[1] and math.prod(out[at + 1 :]) == behind:
+                return at, at
+    return None
+
+
+def _written(node: Node, grid: Grid, at: tuple[int, int]) -> dict[int, Literal["rows", "columns", "cells"]] | None:
+    """Places in the op's list of sizes that are the map's; None where another may be the model's own."""
+    if node.target is aten.flatten.using_ints:
+        return {}
+    split = node.target is aten.unflatten.int
+    sizes: Any = node.args[2 if split else 1]
+    first = wrap(argument(node, 1, "dim"), len(shape_of(node.args[0]))) if split else 0
+    names: Any = {at[0]: "cells"} if at[0] == at[1] else {at[0]: "rows", at[1]: "columns"}
+    places = {d - first: name for d, name in names.items() if 0 <= d - first < len(sizes)}
+    left = [i for i, s in enumerate(sizes) if isinstance(s, int) and s == -1]
+    if left == [*places]:
+        return {}
+    # beside a size left open a number may be the model's own, where samples or channels would fill the dimension up
+    whole = at[0] != at[1] or grid.rows == grid.columns
+    if places and left and not (whole and left[0] not in places and isinstance(shape_of(node)[left[0] + first], int)):
+        return None
+    return places
+
+
 @grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
 def view(node: Node, axes: GridAxes) -> Follow:
-    """Rows and columns folded into a dimension of their own; in any other, what reads that has a size for each cell."""
-    grid, shape, out = axes.grid(node.args[0]), shape_of(node.args[0]), shape_of(node)
-    if isinstance(grid, Grid) and grid.rows is not None and grid.columns == grid.rows + 1:
-        at = grid.rows
-        folded = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
-        if [*map(expr, out)] == [*map(expr, folded)]:
-            sizes: Any = [-1] * len(out) if node.target is aten.flatten.using_ints else node.args[1]
-            # a number beside an open size may be the model's own; where none is open, only the number of cells fits
-            if sizes[at] == -1 or -1 not in sizes:
-                return Follow(replace(grid, columns=at), cells=None if sizes[at] == -1 else at)
-    size = " x ".join(str(shape[d]) for d in (grid.dims if isinstance(grid, Grid) else ()))
+    """Rows and columns folded into one dimension, or out of it; channels and heads in any other way.
+
+    Where their numbers are written, only those of the smaller map fit, whatever the model computes them from.
+    """
+    grid, shape, out = carried(node, axes), shape_of(node.args[0]), shape_of(node)
+    at = _cells_at(shape, grid, axes.sizes[node.all_input_nodes[0]], out)
+    written = None if at is None else _written(node, grid, at)
+    if at is not None and written is not None:
+        return Follow(replace(grid, rows=at[0], columns=at[1]), sizes=tuple(written.items()))
+    size = " x ".join(str(shape[d]) for d in grid.dims)
     raise Untransferable(
         f"reshapes the map of {size} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
         "a fixed grid that the layers behind it need"

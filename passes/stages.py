@@ -3,25 +3,31 @@
 A sum of two maps [B, C, H, W] is a residual block where both come from one value, one of them by
 convolutions and the other directly or by one projection: the shortcut. Consecutive blocks of one shape are a
 stage; a strided block, or a downsampling layer that is no block, opens the next. Names are never consulted.
+
+A map may be held in another form, cells in one dimension [B, N, C] or channels last. There a stage's blocks are the
+sums of such values, one of them with a convolution that slides over the map at least, and what leaves the stage is
+the map [B, C, H, W] that the last one is viewed as, after a norm of each cell, say.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import source_line
 from passes.branches import CONV, LINEAR, ancestors, module_path, positions
-from passes.grid_axes import follow_grid
+from passes.grid_axes import follow_grid, follow_maps
+from passes.grid_layout import Grid, GridAxes, size_of
 from passes.layout import expr
 from passes.rules.pointwise import elementwise
 
 aten = torch.ops.aten
 WEIGHTED = CONV | LINEAR
+SLIDING = {aten.conv2d.default, aten.conv2d.padding}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class ConvBlock:
         add: the sum.
         output: the sum after the activations that are its only readers.
         nodes: what lies on either path, the sum included.
+        form: where the sum and the shortcut hold rows and columns.
+        size: how many.
+        slides: a convolution on the way slides over them.
     """
 
     entry: Node
@@ -41,6 +50,14 @@ class ConvBlock:
     add: Node
     output: Node
     nodes: frozenset[Node] = field(repr=False)
+    form: Grid
+    size: tuple[int, int]
+    slides: bool
+
+    @property
+    def map(self) -> tuple[int, ...]:
+        """Channels, rows, columns."""
+        return int(self.add.meta["val"].shape[_channels(self.form)]), *self.size
 
 
 @dataclass(frozen=True)
@@ -50,22 +67,33 @@ class Stage:
     Args:
         index: 0-based.
         blocks: at least one.
+        output: the map that leaves the stage, [B, C, H, W].
         nodes: everything from the stage before (from the entry of the first block) to the output.
     """
 
     index: int
     blocks: tuple[ConvBlock, ...]
+    output: Node
     nodes: frozenset[Node] = field(repr=False)
 
     @property
-    def output(self) -> Node:
-        """The map that leaves the stage, [B, C, H, W]."""
+    def sums(self) -> Node:
+        """The last block's output, in the form of the blocks."""
         return self.blocks[-1].output
 
     @property
     def shortcut(self) -> Node:
         """The shortcut path at the stage's own resolution: the first block's."""
         return self.blocks[0].shortcut
+
+    def as_map(self, x: torch.Tensor) -> torch.Tensor:
+        """A value in the form of the blocks as [B, C, H, W], a view of it."""
+        form = self.blocks[0].form
+        at = _channels(form)
+        if form.rows == form.columns:
+            x = x.unflatten(form.dims[0], self.grid)
+            form, at = replace(form, columns=form.dims[0] + 1), at + (at > form.dims[0])
+        return x.permute(0, at, *form.dims)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -101,10 +129,12 @@ def find_stages(gm: GraphModule) -> list[Stage]:
     for block in [*_blocks(gm, above, bit), None]:
         if run and block is not None and not above[block.add] >> bit[run[-1].output] & 1:
             continue  # beside the path that the stages are on
-        if run and (block is None or _map(block.add) != _map(run[-1].add)):
-            start = stages[-1].output if stages else run[0].entry
-            nodes = _path(start, run[-1].output, above, bit)
-            stages.append(Stage(len(stages), tuple(run), nodes - {start}))
+        if run and (block is None or (block.map, block.form) != (run[-1].map, run[-1].form)):
+            output = _viewed(run[-1]) if any(b.slides for b in run) else None
+            if output is not None:
+                start = stages[-1].output if stages else run[0].entry
+                nodes = _path(start, output, above, bit)
+                stages.append(Stage(len(stages), tuple(run), output, nodes - {start}))
             run = []
         if block is not None:
             run.append(block)
@@ -114,35 +144,72 @@ def find_stages(gm: GraphModule) -> list[Stage]:
 def _blocks(gm: GraphModule, above: dict[Node, int], bit: dict[Node, int]) -> list[ConvBlock]:
     found: list[ConvBlock] = []
     dominator = _Dominators(above)
+    maps = follow_maps(gm)
     for node in gm.graph.nodes:
         entry = dominator.add(node)
-        if entry is None or not _is_sum_of_maps(node):
+        if entry is None or not _is_sum(node):
             continue
         paths = {t: _path(entry, t, above, bit) - {entry} for t in node.args if isinstance(t, Node)}
         weighted = {t: sum(n.target in WEIGHTED for n in nodes) for t, nodes in paths.items()}
         shortcut, term = sorted(weighted, key=lambda t: weighted[t])  # of equals, the first: then it is no block
-        if weighted[shortcut] > 1 or weighted[shortcut] == weighted[term] or not _on_a_grid(entry, term, paths[term]):
+        if weighted[shortcut] > 1 or weighted[shortcut] == weighted[term]:
             continue
+        form = _form(entry, term, node, paths[term], maps)
+        if form is None:
+            continue
+        nodes = paths[term] | paths[shortcut] | {node}
+        slides = form == Grid() or any(n.target in SLIDING and n.args[0] in maps.grids for n in paths[term])
+        block = ConvBlock(entry, shortcut, node, _output(node), nodes, form, size_of(node, form, maps.sizes), slides)
         inside = [b for b in found if b.add in paths[term]]
-        if any(_map(b.add) == _map(node) or _map(b.add)[1:] != _map(node)[1:] for b in inside):
+        if any(b.map == block.map or b.size != block.size for b in inside):
             continue  # a long skip around whole blocks
         found = [b for b in found if b not in inside]  # sums of fewer channels inside a block are part of it
-        nodes = paths[term] | paths[shortcut] | {node}
-        found.append(ConvBlock(entry, shortcut, node, _output(node), nodes))
+        found.append(block)
     return found
 
 
-def _map(node: Node) -> tuple[int, ...]:
-    """Channels, rows, columns."""
-    return tuple(node.meta["val"].shape[1:])
+def _channels(form: Grid) -> int:
+    """The one dimension of a map that is neither samples nor cells."""
+    (at,) = set(range(1, 2 + len(form.dims))) - set(form.dims)
+    return at
 
 
-def _is_sum_of_maps(node: Node) -> bool:
+def _is_sum(node: Node) -> bool:
     if node.target not in (aten.add.Tensor, aten.add_.Tensor) or node.kwargs.get("alpha", 1) != 1:
         return False
     values = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
-    maps = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 4]
+    maps = [v for v in values if isinstance(v, torch.Tensor) and v.dim() in (3, 4)]
     return len(set(node.args)) == len(maps) == 2 and [*map(expr, maps[0].shape)] == [*map(expr, maps[1].shape)]
+
+
+def _form(entry: Node, term: Node, add: Node, branch: frozenset[Node], maps: GridAxes) -> Grid | None:
+    """Where a sum holds the rows and columns of a map, of which the entry holds as many, in whatever form."""
+    if _on_a_grid(entry, term, branch):
+        return Grid()
+    form = maps.grid(add)
+    held = isinstance(form, Grid) and isinstance(maps.grid(entry), Grid)
+    if (
+        not held
+        or maps.sizes[entry] != maps.sizes[add]
+        or form.dims == (2, 3)
+        or None in (form.rows, form.columns)
+        or 0 in form.dims
+    ):
+        return None
+    return Grid(form.rows, form.columns) if add.meta["val"].dim() == 2 + len(form.dims) else None
+
+
+def _viewed(block: ConvBlock) -> Node | None:
+    """The map [B, C, H, W] that a block's output is viewed as, cell by cell, before anything else reads it."""
+    node, within = block.output, frozenset(block.output.graph.nodes)
+    axes = follow_grid(node, block.form, block.size, within)
+    while (axes.grid(node).rows, axes.grid(node).columns) != (2, 3):
+        readers = list(node.users)
+        grid = axes.grid(readers[0]) if len(readers) == 1 else None
+        if not isinstance(grid, Grid) or grid.mixed:
+            return None
+        node = readers[0]
+    return node if node.meta["val"].dim() == 4 else None
 
 
 def _on_a_grid(entry: Node, term: Node, nodes: frozenset[Node]) -> bool:
@@ -151,7 +218,7 @@ def _on_a_grid(entry: Node, term: Node, nodes: frozenset[Node]) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() != 4:
         return False
     axes = follow_grid(entry, within=nodes)
-    slides = any(n.target is aten.conv2d.default or n.target is aten.conv2d.padding for n in axes.follows)
+    slides = any(n.target in SLIDING for n in axes.follows)
     grid = axes.grid(term)
     return slides and (grid is None or grid.dims == (2, 3))
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import timm
 import torch
+import transformers
 from torch import nn
 
 import rs_compile
@@ -143,8 +144,23 @@ def test_another_score_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["result"] == WRONG and "hand-made twin" in row["detail"]
 
 
-def test_another_choice_of_rows_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = next(s for s in subjects("timm") if s.name == "resnet10t")
+def _flattened() -> Subject:
+    """Its blocks hold [B, H * W, C], and a map leaves it."""
+    common = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "sr_ratios": [4, 2]}
+    common |= {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+    return Subject(
+        "transformers",
+        "tiny",
+        "tiny",
+        lambda: transformers.SegformerModel(transformers.SegformerConfig(**common)),
+        lambda count: torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    )
+
+
+@pytest.mark.parametrize(
+    "subject", [next(s for s in subjects("timm") if s.name == "resnet10t"), _flattened()], ids=["pooled", "map"]
+)
+def test_another_choice_of_rows_is_found_out(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     found = check(subject)
     assert found["result"] == GRID and found["error"] < 1e-9
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 import rs_compile
-from bench.coverage.grid_twin import cut_by_hand, same_shape
+from bench.coverage.grid_twin import cut_by_hand, maps, same_shape, strays
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
 from passes.base import CompileError
@@ -195,16 +195,23 @@ def _check_grid(model: nn.Module, given: Any, stage: Stage) -> Row:
     args, kwargs = as_call(inputs)
     gm = prepare(exact, args, kwargs, lower=True).gm
     cut = find_stages(gm)[stage.index]
-    output, shortcut = _values(gm, (cut.output, cut.shortcut), pytree.tree_leaves((args, kwargs)))
+    output, after, shortcut = _values(gm, (cut.output, cut.sums, cut.shortcut), pytree.tree_leaves((args, kwargs)))
     try:
-        twin = cut_by_hand(call(exact, inputs), output, shortcut, *gone)
+        twin = cut_by_hand(call(exact, inputs), output, after, shortcut, *gone)
     except Exception as stopped:  # the model itself cannot go on with a smaller map
         return row | {"result": GRID_ALONE, "detail": f"by hand: {first_line(stopped)}"}
     whole = same_shape(twin, full)
-    got, wanted, before = ([pytree.tree_leaves(x)[i] for i in whole] for x in (short, twin, full))
-    if not whole or not differs(wanted, before, TOLERANCE)[1]:
-        return row | {"result": GRID_ALONE, "detail": "only maps leave the model"}
+    leaves = [pytree.tree_leaves(x) for x in (short, twin, full)]
+    got, wanted, before = ([x[i] for i in whole] for x in leaves)
+    # a map that comes back has cells of the small one, or is the model's own where it needs no other cell
+    spread = [i for i in maps(twin, full) if differs(leaves[0][i], leaves[2][i], TOLERANCE)[1]]
+    if not spread and not (whole and differs(wanted, before, TOLERANCE)[1]):
+        return row | {"result": GRID_ALONE, "detail": "what leaves the model does not depend on the cut"}
     error, wrong = differs(got, wanted, TOLERANCE)
+    for i in spread:
+        error = max(error, strays(leaves[0][i], leaves[1][i]))
+        if error > TOLERANCE:
+            wrong = wrong or f"output {i} {tuple(leaves[0][i].shape)} has a cell that the smaller map has not"
     if wrong:
         return row | {"result": WRONG, "error": error, "detail": f"against the hand-made twin: {wrong}"}
     return row | {"result": GRID, "error": error}

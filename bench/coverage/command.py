@@ -36,8 +36,9 @@ One model of every architecture family in {versions}, with random weights, few l
 - **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked or an MLP
   alone, or what leaves the model does not depend on pruned tokens.
 - **{grid}**: a CNN; after a cut of a stage its output has its shape, and is what the model itself returns when that
-  map is made smaller by hand in its eager run (`bench/coverage/grid_twin.py`).
-- **{grid_alone}**: its output has its shape, but maps alone leave the model, or it cannot go on with a smaller one.
+  map is made smaller by hand in its eager run (`bench/coverage/grid_twin.py`); a map has cells of that smaller one.
+- **{grid_alone}**: its output has its shape, but does not depend on the cut, or the model cannot go on with a smaller
+  map.
 - **{refused}**: no token can leave, with the op, its line and why; `rs_compile.explain` says the way out as well.
 - **{wrong}**: one of these does not hold, with what differs. Do not use it.
 

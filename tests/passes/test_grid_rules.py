@@ -56,6 +56,15 @@ def test_cells_by_themselves(f: Callable[[Tensor], Tensor]) -> None:
     assert grid_of(f) == Grid()
 
 
+def cells(x: Tensor) -> Tensor:
+    """[B, H * W, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, k, mask)
+
+
 W = torch.ones(4, 4, 3, 3)
 MOVED: dict[str, tuple[Callable[[Tensor], Tensor], Grid]] = {
     "3x3": (lambda x: F.conv2d(x, W, padding=1), Grid(mixed=True)),
@@ -86,6 +95,16 @@ MOVED: dict[str, tuple[Callable[[Tensor], Tensor], Grid]] = {
     "folded, one open": (lambda x: x.reshape(x.shape[0], 4, -1), Grid(2, 2)),
     "folded channels last": (lambda x: F.layer_norm(x.permute(0, 2, 3, 1).flatten(1, 2), [4]), Grid(1, 1)),
     "sequence": (lambda x: F.linear(x.flatten(2).transpose(1, 2), torch.ones(3, 4)), Grid(1, 1)),
+    "folded and back": (lambda x: x.flatten(2).relu().view(x.shape[0], 4, 10, 7), Grid()),
+    "back by the cells alone": (lambda x: x.flatten(2).unflatten(2, (10, 7)).unflatten(1, (2, 2)), Grid(3, 4)),
+    "channels left open": (lambda x: cells(x).reshape(x.shape[0], 10, 7, -1), Grid(1, 2)),
+    "heads": (lambda x: cells(x).view(x.shape[0], 70, -1, 2).transpose(1, 2), Grid(2, 2)),
+    "heads in the batch": (lambda x: x.flatten(2).reshape(x.shape[0] * 2, 2, 70), Grid(2, 2)),
+    "heads joined": (lambda x: cells(x).unflatten(2, (2, 2)).reshape(x.shape[0], 70, -1), Grid(1, 1)),
+    "one of two": (lambda x: cells(x).reshape(x.shape[0], 70, 2, 2).permute(2, 0, 1, 3)[1], Grid(1, 1)),
+    "each of two": (lambda x: x.unflatten(1, (2, 2)).unbind(1)[1], Grid()),
+    "attention": (lambda x: attend(cells(x), cells(x.relu())), Grid(1, 1, mixed=True)),
+    "attention to a smaller map": (lambda x: attend(cells(x), cells(F.avg_pool2d(x, 2))), Grid(1, 1, mixed=True)),
     "mean of channels": (lambda x: x.mean(1), Grid(1, 2, mixed=True)),
     "mean of columns": (lambda x: x.mean(3), Grid(2, None, mixed=True)),
     "gated": (lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), Grid()),
@@ -102,6 +121,7 @@ ENDED: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive maximum": lambda x: F.adaptive_max_pool2d(x, (1, 1)).flatten(1),
     "a window as large": lambda x: F.avg_pool2d(x, 16, ceil_mode=True, padding=4).reshape(x.shape[:2]),
     "mean": lambda x: x.mean((-2, -1)),
+    "attended by other queries": lambda x: attend(torch.ones(1, 3, 4).expand(x.shape[0], -1, -1), cells(x)),
     "mean of cells": lambda x: x.view(x.shape[0], 4, -1).mean(2),
     "maximum": lambda x: x.amax((2, 3)),
     "one after the other": lambda x: x.mean(3).mean(2),
@@ -146,6 +166,21 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "other resolution": (lambda x: F.conv2d(x, W, stride=2, padding=1) + SIDE[:, :, ::2, ::2], "from before the cut"),
     "rows only": (lambda x: x + SIDE[:, :, :, :1], "from before the cut, whose rows and columns cannot be matched"),
     "resolutions": (lambda x: F.avg_pool2d(x, (2, 1)) + x[:, :, 5:], "takes rows or columns by their number"),
+    "windows": (lambda x: cells(x).view(x.shape[0], 5, 2, 7, 4), "reshapes the map of 70 to .*, a fixed grid"),
+    "windows of rows": (lambda x: x.unflatten(2, (5, 2)), "reshapes the map of 10 x 7 to .*, a fixed grid"),
+    "turned back": (lambda x: x.flatten(2).view(x.shape[0], 4, 7, 10), "reshapes the map of 70 to .*, a fixed grid"),
+    "rows left open": (lambda x: x.flatten(2).view(x.shape[0], 4, -1, 7), "reshapes the map of 70 to"),
+    "samples left open": (lambda x: x.flatten(2).view(-1, 4, 10, 7), "reshapes the map of 70 to"),
+    "one channel with others": (lambda x: cells(x)[:, 3], "one entry of a dimension that runs over rows or columns"),
+    "one sample": (lambda x: x[0] + x, "takes one sample of the batch"),
+    "masked": (lambda x: attend(cells(x), cells(x), torch.ones(70, 70)), "attends by a mask"),
+    "causal": (lambda x: F.scaled_dot_product_attention(*[cells(x)] * 3, is_causal=True), "attends by a mask"),
+    "along columns": (lambda x: attend(x.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)), "along rows or columns alone"),
+    "over channels": (lambda x: attend(x.flatten(2), x.flatten(2)), "over channels"),
+    "keys without values": (
+        lambda x: F.scaled_dot_product_attention(cells(x), cells(x), SIDE.flatten(2).mT.expand(x.shape[0], -1, -1)),
+        "takes keys and values of different maps",
+    ),
     "turned": (lambda x: x @ x.transpose(2, 3), "no rule says"),
 }
 

@@ -159,3 +159,65 @@ def test_convolutions_that_name_their_padding_are_convolutions(padding: str) -> 
             return x + self.b(self.a(x.sin()).relu())
 
     assert shapes(Named()) == [(1, (4, 16, 12))]
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "sequence": (
+        lambda x: x.flatten(2).transpose(1, 2),
+        lambda x: x.transpose(1, 2).reshape(x.shape[0], 4, 16, 12),
+    ),
+    "cells last": (lambda x: x.flatten(2), lambda x: x.unflatten(2, (16, 12))),
+    "channels last": (lambda x: x.permute(0, 2, 3, 1), lambda x: x.permute(0, 3, 1, 2)),
+}
+
+
+class Held(nn.Module):
+    """Two residual blocks on a map in another form, the second without a convolution over cells; then the next map."""
+
+    def __init__(self, form: str, middle: Callable[[Tensor], Tensor] = torch.relu, slides: bool = True) -> None:
+        super().__init__()
+        self.hold, self.view, self.middle, self.slides = *FORMS[form], middle, slides
+        self.stem, self.a, self.b, self.next = conv(4), conv(4), nn.Linear(4, 4), conv(4, 8, 2)
+
+    def each(self, x: Tensor) -> Tensor:
+        """A linear layer over channels."""
+        if x.shape[1] != 4:
+            return self.b(x)
+        return self.b(x.transpose(1, 2)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hold(self.stem(x))
+        x = x + (self.hold(self.a(self.view(x))) if self.slides else self.each(x.sin()))
+        x = x + self.each(x.cos())
+        return self.next(self.view(self.middle(x)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_map_in_another_form(form: str) -> None:
+    (stage,) = find_stages(prepared(Held(form), image()))
+    assert len(stage.blocks) == 2 and stage.grid == (16, 12) and stage.blocks[0].map == (4, 16, 12)
+    assert tuple(stage.output.meta["val"].shape[1:]) == (4, 16, 12)
+    assert stage.output is not stage.sums and stage.sums.target is torch.ops.aten.relu.default
+    x = image()
+    assert torch.equal(stage.as_map(FORMS[form][0](x)), x)
+
+
+def test_where_no_convolution_slides_there_is_no_stage() -> None:
+    assert shapes(Held("sequence", slides=False)) == []
+
+
+def test_what_reads_the_sum_beside_the_view_leaves_no_stage() -> None:
+    assert shapes(Held("sequence", lambda x: x + x.mean(1, keepdim=True))) == []
+    assert shapes(Held("sequence", lambda x: torch.nn.functional.layer_norm(x, [4]))) == [(2, (4, 16, 12))]
+
+
+def test_a_token_beside_the_cells_leaves_no_stage() -> None:
+    class Token(Held):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.hold(self.stem(x))
+            x = torch.cat([x.mean(1, keepdim=True), x], 1)
+            cells = self.hold(self.a(self.view(x[:, 1:])))
+            x = x + torch.cat([x[:, :1], cells], 1)
+            return self.next(self.view(x[:, 1:]))
+
+    assert shapes(Token("sequence")) == []
