@@ -77,7 +77,8 @@ def writes(node: Node) -> list[Node]:
         return [a for a in node.all_input_nodes if tensors(a.meta.get("val"))] if wrote else []
     if not isinstance(node.target, OpOverload) or node.target in _NO_WRITES:
         return []
-    written = [n for info, nodes in _declared(node, node.target) if info.is_write for n in nodes]
+    declared = _declared(node, node.target) if node.target._schema.is_mutable else ()
+    written = [n for info, nodes in declared if info.is_write for n in nodes]
     if node.target in _UNDECLARED_WRITES:
         positions, flag = _UNDECLARED_WRITES[node.target]
         if len(node.args) <= flag or node.args[flag]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from passes.layout import Layout, tokens_in
+from passes.broadcasts import EXPANSIONS
+from passes.layout import Layout, regroup, tokens_in
 from passes.rules.pointwise import elementwise, tensors
-from passes.rules.registry import argument, shape_of, sizes_of, wrap
+from passes.rules.registry import argument, rule_for, shape_of, sizes_of, wrap
+from passes.rules.views import permuted, reshape
 
 aten = torch.ops.aten
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
@@ -36,24 +38,40 @@ class Normalised:
 
 
 def normalised(side: Node, target: Layout, carries: Callable[[Node], bool]) -> Normalised | None:
-    """The softmax over tokens behind a side input, through ops that keep its shape; None where there is none.
+    """The softmax over tokens behind a side input, through elementwise ops and views; None where there is none.
 
     Args:
         side: the input.
         target: the layout that it broadcasts to.
         carries: whether a value runs over tokens already.
     """
-    layout = target[len(target) - len(shape_of(side)) :]
-    chain: list[Node] = []
-    node = side
-    while not carries(node):
-        chain.append(node)
-        same = [n for n in tensors((node.args, node.kwargs)) if sizes_of(n) == sizes_of(side)]
-        if node.target in _SOFTMAX:
-            over = wrap(argument(node, 1, "dim"), len(layout))
-            return Normalised(same[0], layout, tuple(reversed(chain))) if tokens_in(layout[over]) else None
-        pointwise = elementwise(node.target)
-        if not pointwise or len(same) != 1:
-            return None
-        node = same[0]
+    todo: list[tuple[Node, Layout, tuple[Node, ...]]] = [(side, _of(side, target), ())]
+    seen: set[Node] = set()
+    while todo:
+        node, layout, chain = todo.pop()
+        if node in seen or carries(node):
+            continue
+        seen.add(node)
+        if node.target not in _SOFTMAX:
+            todo += [(n, before, (node, *chain)) for n, before in _before(node, layout)]
+        elif tokens_in(layout[wrap(argument(node, 1, "dim"), len(layout))]):
+            return Normalised(node.all_input_nodes[0], layout, (node, *chain))
     return None
+
+
+def _of(node: Node, target: Layout) -> Layout:
+    """The layout of a value that broadcasts to another."""
+    sizes = sizes_of(node) or ()
+    return tuple(() if size == 1 else dim for size, dim in zip(sizes, target[len(target) - len(sizes) :], strict=True))
+
+
+def _before(node: Node, layout: Layout) -> list[tuple[Node, Layout]]:
+    """What an elementwise op or a view of that layout reads, with its layout; nothing for another op."""
+    inputs = tensors((node.args, node.kwargs))
+    if elementwise(node.target) or node.target in EXPANSIONS:
+        return [(n, _of(n, layout)) for n in inputs]
+    order = permuted(node)
+    if order is not None:
+        return [(inputs[0], tuple(layout[order.index(d)] for d in range(len(order))))]
+    before = regroup(layout, shape_of(inputs[0])) if rule_for(node.target) is reshape else None
+    return [] if before is None else [(inputs[0], before)]

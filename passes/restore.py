@@ -48,6 +48,7 @@ class RestoreTokens(Pass):
         # a pruned token still stands in the stream, a merged one has its destination's value
         if site.place is None:
             site.restored[site.full] = site.stream
+        site.restored |= {source: source for source in site.axis.sources}  # gathered from what has every token
         count = 0
         for consumer in site.axis.dense:
             if consumer.op == "output" and self.compact_outputs:
@@ -95,7 +96,7 @@ def refuse_mixed(axis: TokenAxis, value: Node, consumer: Node) -> None:
 def check_restorable(axis: TokenAxis, streams: Collection[Node]) -> None:
     """Raises the refusal that `RestoreTokens` would, without changing the graph."""
     layout = axis.layouts[axis.start]
-    seen = {axis.start}
+    seen = {axis.start, *axis.sources}
 
     def visit(value: Node, consumer: Node) -> None:
         if value in seen or is_stream(layout, axis, value, streams):
@@ -124,7 +125,7 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
         over = [t for d in axis.layouts[leaf] if (t := tokens_in(d))]
         if any(isinstance(t, Part) for t in over):
             raise Refusal("an output has its tokens on a grid, and those left have none", leaf, WAY_OUT)
-        if over != [site.tokens]:
+        if len(over) != 1 or not over[0].same_sequence(site.tokens):
             raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT)
         kept.setdefault(i, []).append(site.index)
     output.args = (tuple(site.compact.get(n, n) if isinstance(n, Node) else n for n in leaves),)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.aliasing import Memory, writes
 from passes.base import Refusal, op_name
 from passes.capture import FIXED_BATCH
 from passes.layout import (
@@ -167,15 +168,36 @@ def analyse(
     axis = TokenAxis(start, batch, {start: layout}, ends=ends or {})
     context = Context(axis.layouts, batch, axis.ends)
     behind: dict[Node, Node] = {}  # value -> the consumer of every token that it depends on
+    memory: Memory | None = None
+    writers: dict[Node, set[Node]] = {}  # ops that write in place -> who shares that memory
     node, left = start.next, None if within is None else len(set(within) - {start})
     while node.op != "root" and left != 0:
         if node.op != "output" and (within is None or node in within):
             _step(node, axis, context, behind, anchors, within is not None)
+            if written := writes(node):
+                memory = memory or Memory(gm.graph)
+                writers[node] = {m for target in written for m in memory.members(target)}
+                if node in behind:
+                    behind |= dict.fromkeys(writers[node], behind[node])
+                axis.whole |= writers[node] if node in axis.whole else set()
             left = None if left is None else left - 1
         elif node.op == "output" and any(n in axis.layouts for n in node.all_input_nodes):
             axis.dense[node] = "an output of the model"
         node = node.next
+    _refuse_writes(axis, writers)
     return axis
+
+
+def _refuse_writes(axis: TokenAxis, writers: Mapping[Node, set[Node]]) -> None:
+    """Refuses writes into memory of what gets a compact twin, or was gathered: both have memory of their own."""
+    for node, touched in writers.items():
+        gathered = {n for user, t in axis.transfers.items() if user < node for n in (*t.aligned, *t.beside)}
+        if touched & (gathered | axis.layouts.keys()):
+            raise _written(node)
+
+
+def _written(node: Node) -> Refusal:
+    return Refusal("writes in place into a value that runs over tokens", node, "write the op out of place")
 
 
 def follow(gm: GraphModule, start: Node, layout: Layout, batch: Batch, anchors: Collection[Node] = ()) -> TokenAxis:
@@ -242,15 +264,19 @@ def _step(
     if not carries:
         return
     if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        raise Refusal("writes in place into a value that runs over tokens", node, "write the op out of place")
+        raise _written(node)
     try:
         transfer = _transfer(node, context)
         while (side := _normalised(transfer, axis)) is not None:
             if side.source < axis.start:
                 raise Untransferable("meets weights that were normalised over tokens before some of them leave")
+            if over_samples(side.layout) is None and axis.batch.size != 1:
+                raise Untransferable("meets weights, normalised over tokens, that are the same for all samples")
             axis.sources[side.source] = axis.layouts[side.source] = side.layout
             for link in side.chain:
                 _step(link, axis, context, behind, anchors, alone)
+            if side.chain[-1] not in axis.layouts:
+                raise Untransferable("meets weights that were normalised over tokens, and cannot be again")
             transfer = _transfer(node, context)
         if any(normalised(n, target, axis.layouts.__contains__) for n, target in transfer.beside.items()):
             raise Untransferable("multiplies with weights that were normalised over tokens, and cannot be again")

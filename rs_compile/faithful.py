@@ -59,7 +59,11 @@ def check_faithful(
         leaves = whole
         wanted = outputs_of(model, leaves, spec)
     with _alike(leaves):
-        got = gm(*leaves)
+        try:
+            got = gm(*leaves)
+        except Exception as error:  # a check that holds in the model's own code no more
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise Refusal(f"torch.export captured a graph that does not run: {what}", None, _WAY_OUT) from error
     tolerance = tolerance_of([*model.parameters(), *leaves, *wanted])
     wrong = wrong_outputs(got, wanted, tolerance)
     if wrong:

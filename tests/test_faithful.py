@@ -51,6 +51,14 @@ class Counts(Block):
         return super().forward(x) + self.calls
 
 
+class ByMask(Block):
+    """torch.export takes the one channel that is picked for as many as there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked: Tensor = super().forward(x * x[..., torch.arange(x.shape[-1]) == 3])
+        return picked
+
+
 def optimized(block: type[Block], ratio: float = 1.0, **options: Any) -> tuple[nn.Module, rs_compile.OptimizedModel]:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), block(), Block()).eval()
@@ -71,6 +79,13 @@ def test_code_that_asks_whether_it_is_traced_is_refused(ratio: float) -> None:
     assert "output 0 [2, 8, 16] differs by" in text and "; up to linear_8 they agree\n" in text
     assert "test_faithful.py" in text and "self.out(self.attend(" in text  # the line behind the attention
     assert "way out: let that code do the same while it is traced" in text and "verify=False" in text
+
+
+def test_a_graph_that_does_not_run_is_refused() -> None:
+    model, handle = optimized(ByMask)
+    assert model(tokens()).shape == (2, 8, 16)
+    with pytest.raises(Refusal, match="captured a graph that does not run: "):
+        handle(tokens())
 
 
 def test_without_verify_the_graph_is_taken_as_it_is() -> None:

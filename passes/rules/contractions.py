@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from passes.layout import Batch, Dim, Layout, tokens_in
 from passes.rules.full_length import paired
-from passes.rules.pointwise import align, broadcast, no_weights
+from passes.rules.pointwise import align, broadcast, joined, no_weights
 from passes.rules.registry import (
     Context,
     Transfer,
@@ -44,10 +44,7 @@ def _contracted(a: Dim, b: Dim) -> Dim:
         return ()
     if not any(t is not None and t.weights for t in (over_a, over_b)):
         raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
-    if over_a is not None and over_b is not None:
-        if not over_a.same_sequence(over_b) or len(a) != len(b):
-            raise Untransferable("sums over two different sequences of tokens")
-    return a if over_a is not None else b
+    return joined([d for d in (a, b) if tokens_in(d)]) or ()
 
 
 class _Cut(Context):
@@ -100,23 +97,20 @@ def einsum(node: Node, ctx: Context) -> Transfer:
         raise Untransferable("an einsum with an ellipsis or without an arrow")
     left, right = equation.replace(" ", "").split("->")
     terms = left.split(",")
-    dims: dict[str, Dim] = {}
-    weighted: set[str] = set()
+    met: dict[str, list[Dim]] = {letter: [] for letter in "".join(terms)}
+    beside: dict[str, list[Dim]] = {letter: [] for letter in met}
     for term, n in zip(terms, operands, strict=True):
         for letter, dim in zip(term, ctx.sides(n), strict=True):
-            over, known = tokens_in(dim), tokens_in(dims.get(letter, ()))
-            if over and known and not over.same_sequence(known):
-                raise Untransferable("two different sequences of tokens meet")
-            if over and over.weights:
-                weighted.add(letter)
-            if letter not in dims or (over and not known):
-                dims[letter] = no_weights(dim)
+            (beside if ctx.layout(n) is None else met)[letter] += [dim] if dim else []
+    whole = {letter: joined(group) or [*group, *beside[letter], ()][0] for letter, group in met.items()}
     sums = set("".join(terms)) - set(right)
     for letter in sums:
-        if any(isinstance(f, Batch) for f in dims[letter]):
+        if any(isinstance(f, Batch) for f in whole[letter]):
             raise Untransferable("sums over the samples of the batch")
-        if tokens_in(dims[letter]) and letter not in weighted:
+        over = tokens_in(whole[letter])
+        if over and not over.weights:
             raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
+    dims = {letter: no_weights(dim) for letter, dim in whole.items()}
     sides = [(n, tuple(dims[letter] for letter in term)) for term, n in zip(terms, operands, strict=True)]
     over_tokens = {letter for letter in dims if tokens_in(dims[letter])}
     summed = bool(sums & over_tokens)
@@ -138,8 +132,9 @@ def attention(node: Node, ctx: Context) -> Transfer:
     for dim in (lk[-2], lv[-2]):
         need_whole(dim, "attends to")
     over, of_value = tokens_in(lk[-2]), tokens_in(lv[-2])
-    if (over is None) != (of_value is None) or (over and of_value and not over.same_sequence(of_value)):
+    if (over is None) != (of_value is None):
         raise Untransferable("keys and values belong to different sequences")
+    joined([lk[-2], lv[-2]])
     causal = bool(argument(node, 5, "is_causal", False))
     if causal and lq[-2] != lk[-2]:
         raise Untransferable("causal attention between different sequences")

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from passes.layout import Batch, Dim, Layout, Part, Tokens, tokens_in, whole_grids
+from passes.layout import Batch, Dim, Free, Layout, Part, Tokens, dim_size, tokens_in, whole_grids
 from passes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for, shape_of
 
 aten = torch.ops.aten
@@ -43,8 +43,17 @@ def joined(dims: Sequence[Dim]) -> Dim | None:
             if [f for f in first if f != a] != [f for f in other if f != b] or first.index(a) != other.index(b):
                 raise Untransferable("tokens are folded with different dimensions")
             weights |= a.weights or b.weights
+    if len({_in_row(d) for d in dims if any(not isinstance(f, Free) for f in d)}) > 1:
+        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
+    if over_tokens:
         return tuple(replace(f, weights=weights) if isinstance(f, Tokens) else f for f in first)
     return next((d for d in dims if any(isinstance(f, Batch) for f in d)), None)
+
+
+def _in_row(dim: Dim) -> Any:
+    """How many entries of a dimension follow each other from one sample; None where it does not run over samples."""
+    at = next((i for i, f in enumerate(dim) if isinstance(f, Batch)), None)
+    return None if at is None else dim_size(dim[at + 1 :])
 
 
 def broadcast(ctx: Context, inputs: Sequence[Node], shape: Sequence[Any]) -> Layout:
@@ -71,6 +80,10 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
         shape = shape_of(n)
         for at in range(-len(shape), 0):
             over = tokens_in(out[at])
+            if own is not None and own[at] and out[at]:
+                joined([own[at], out[at]])
+                if tokens_in(own[at]) and over is None:
+                    raise Untransferable("tokens meet what does not run over them")
             if over is None or (isinstance(shape[at], int) and shape[at] == 1):
                 continue
             if own is None or tokens_in(own[at]) is None:

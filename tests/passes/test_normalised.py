@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from graphs import C, N, axis_from_input, graph_of, leaves, on_short_input, refusals, sample, table
+from graphs import C, N, axis_from_input, graph_of, leave_at_input, leaves, on_short_input, refusals, sample, table
 from torch import Tensor
 
+from passes.restore import RestoreTokens
+from passes.retarget import RetargetTokens
 from passes.token_axis import analyse, stream_layout
 
 
@@ -66,3 +70,42 @@ def test_every_count_of_tokens(keep: int) -> None:
     (short,), index = on_short_input(graph_of(mixed, tables=(positions,)), sample(), keep=keep)
     x = sample()[1, index[1]][None]
     torch.testing.assert_close(short[1], mixed(x, positions[index[1]][:, index[1]][None])[0])
+
+
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    """Weights made and weighed in another layout than the one that they are met in."""
+    place = positions.mT.expand(x.shape[0], -1, -1).softmax(1) * positions.mT.sigmoid()
+    content = (x @ x.transpose(1, 2)).softmax(-1)
+    return (content + place.transpose(1, 2).unsqueeze(1).flatten(0, 1)) @ x
+
+
+def one_each(x: Tensor, positions: Tensor) -> Tensor:
+    """A weight for each token, of a size of one along the channels."""
+    return x * positions.expand(x.shape[0], -1).softmax(-1).unsqueeze(-1)
+
+
+@pytest.mark.parametrize(("network", "sizes"), [(turned, (N, N)), (one_each, (N,))])
+def test_views_lie_between(network: Callable[..., Tensor], sizes: tuple[int, ...]) -> None:
+    positions = 3 * table(*sizes)
+    (short,), index = on_short_input(graph_of(network, tables=(positions,)), sample())
+    for b, kept in enumerate(index):
+        left = positions[kept] if len(sizes) == 1 else positions[kept][:, kept]
+        torch.testing.assert_close(short[b], network(sample()[b, kept][None], left)[0])
+
+
+def test_weights_without_samples_are_refused() -> None:
+    """Each sample keeps tokens of its own, over which they would be normalised."""
+    gm = graph_of(lambda x, t: x * (t * x.new_ones(1)).softmax(0).mT.mT, tables=(table(N, 1),))
+    assert refusals(axis_from_input(gm)) == ["meets weights, normalised over tokens, that are the same for all samples"]
+
+
+def test_who_else_reads_what_the_softmax_reads_has_every_token() -> None:
+    def both(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        place = positions.expand(x.shape[0], -1)
+        return (x * place.softmax(-1).unsqueeze(-1)).mean(1), place.sort(-1).values
+
+    gm = graph_of(both, tables=(table(N),))
+    leave_at_input(gm, 4)
+    wanted = both(sample(), table(N))[1]
+    got = RestoreTokens()(RetargetTokens()(gm).gm).gm(sample())[1]
+    torch.testing.assert_close(got, wanted)

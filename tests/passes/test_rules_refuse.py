@@ -27,6 +27,11 @@ def grid(x: Tensor) -> Tensor:
     return x.reshape(-1, 2, 3, x.shape[-1])
 
 
+def heads(x: Tensor) -> Tensor:
+    """[B, 6, 8] as two heads [B, 2, 6, 4]."""
+    return x.reshape(-1, 6, 2, 4).transpose(1, 2)
+
+
 SAMPLES = "sums over the samples of the batch"
 REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "product over samples": (lambda x: x.permute(1, 2, 0) @ x.transpose(0, 1), SAMPLES, 0),
@@ -54,6 +59,43 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
     "pointwise: foldings": (
         lambda x: x.reshape(-1, 6, 2, 4).transpose(1, 2).flatten(1, 2) + x.reshape(-1, 6, 2, 4).flatten(1, 2),
         "tokens are folded with different dimensions",
+        0,
+    ),
+    "pointwise: samples of another order": (
+        lambda x: heads(x).flatten(0, 1) * heads(x).transpose(0, 1).flatten(0, 1),
+        "lets the samples of the batch meet, and each keeps tokens of its own",
+        0,
+    ),
+    "attention: samples of another order": (
+        lambda x: F.scaled_dot_product_attention(heads(x).flatten(0, 1), *[heads(x).transpose(0, 1).flatten(0, 1)] * 2),
+        "lets the samples of the batch meet, and each keeps tokens of its own",
+        0,
+    ),
+    "attention: foldings": (
+        lambda x: F.scaled_dot_product_attention(x[..., :4], heads(x).flatten(1, 2), x.reshape(-1, 12, 4)),
+        "tokens are folded with different dimensions",
+        0,
+    ),
+    "attention: a mask of another sequence": (
+        lambda x: F.scaled_dot_product_attention(
+            x, *[torch.cat([x.mean(1, True), x], 1)] * 2, torch.cat([x, x.mean(1, True)], 1).mean(-1)[:, None]
+        ),
+        "two different sequences of tokens meet",
+        0,
+    ),
+    "product: foldings": (
+        lambda x: heads(x).mean(-1).softmax(-1).flatten(1)[:, None] @ x.reshape(-1, 12, 4),
+        "tokens are folded with different dimensions",
+        0,
+    ),
+    "einsum: foldings": (
+        lambda x: torch.einsum("bn,bnc->bc", heads(x).mean(-1).softmax(-1).flatten(1), x.reshape(-1, 12, 4)),
+        "tokens are folded with different dimensions",
+        0,
+    ),
+    "product: a bias of tokens alone": (
+        lambda x: torch.baddbmm(x, torch.ones(x.shape[0], 6, 2), torch.ones(x.shape[0], 2, 8) * x.mean(1, True)),
+        "tokens meet what does not run over them",
         0,
     ),
     "linear over tokens": (
@@ -145,7 +187,7 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
             (x @ torch.cat([x, x.new_ones(x.shape[0], 1, 8)], 1).mT).softmax(-1)
             @ torch.cat([x.new_ones(x.shape[0], 1, 8), x], 1)
         ),
-        "sums over two different sequences of tokens",
+        "two different sequences of tokens meet",
         0,
     ),
     "einsum of two sequences": (
