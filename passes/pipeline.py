@@ -33,6 +33,7 @@ from passes.prunable import protected_tokens
 from passes.relative_shift import WriteRelativeShifts
 from passes.restore import AppendKept, RestoreTokens
 from passes.retarget import Gap, RetargetTokens
+from passes.same_stream import same_stream
 from passes.site import SITE, Site
 from passes.sizes import HOW, ApplySizes
 from passes.splice import REPLACED, stand_ins
@@ -192,6 +193,7 @@ def prune(
     # asked before the first site: behind it every mask, a constant too, is gathered by what the inputs hold
     padded = {i for i, guard in guarded.items() if masking(gm, blocks[i], guard.prefix, guard.suffix) is not None}
     streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
+    own = {p.block: same_stream(branches, blocks[p.block].output) for p in steps}
     now: dict[Node, Node] = {}
     back: dict[Node, Node] = {}  # residual sums at which tokens came back, with all of them
     why: dict[Node, Needed] = {}  # the same sums
@@ -215,8 +217,10 @@ def prune(
             size_bias=behind.size_bias,
             weighted_mean=behind.weighted_mean,
         ).apply(gm)
-        gm = RetargetTokens([now.get(s, s) for s in layers], behind.gap).apply(result.gm).gm
-        gm = RestoreTokens([now.get(s, s) for s in streams], compact_outputs).apply(gm).gm
+        mine = [now.get(s, s) for s in own[p.block]]
+        anchors = [now.get(s, s) for s in layers]
+        gm = RetargetTokens(anchors, None if compact_outputs else mine, behind.gap).apply(result.gm).gm
+        gm = RestoreTokens(mine, compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
         not_put_back(gm, site.full)
         sites[p.block] = site

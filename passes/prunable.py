@@ -12,7 +12,7 @@ from passes.branches import Block, Branch
 from passes.layout import sequence_in, tokens_in
 from passes.padding import masking
 from passes.protected import Protected, find_protected, with_picked
-from passes.restore import check_restorable
+from passes.same_stream import same_stream
 from passes.token_axis import follow, stream_layout
 
 
@@ -63,8 +63,8 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answe
                 "prune a stream of patches, frames or words; learned queries that read it have to stay",
             )
         masking(gm, block, guard.prefix, guard.suffix)
-        axis = follow(gm, block.output, layout, batch, [b.add for b in branches if b.whole])
-        check_restorable(axis, [b.add for b in branches])
+        layers = [b.add for b in branches if b.whole]
+        axis = follow(gm, block.output, layout, batch, layers, same_stream(branches, block.output))
     except Refusal as refusal:
         return Answer(False, str(refusal).replace("\n", "; "))
     return Answer(True, until=tuple(n for n in axis.ends if n in axis.layouts))

@@ -93,26 +93,6 @@ def refuse_mixed(axis: TokenAxis, value: Node, consumer: Node) -> None:
         )
 
 
-def check_restorable(axis: TokenAxis, streams: Collection[Node]) -> None:
-    """Raises the refusal that `RestoreTokens` would, without changing the graph."""
-    layout = axis.layouts[axis.start]
-    seen = {axis.start, *axis.sources}
-
-    def visit(value: Node, consumer: Node) -> None:
-        if value in seen or is_stream(layout, axis, value, streams):
-            return
-        refuse_mixed(axis, value, consumer)
-        seen.add(value)
-        for n in value.all_input_nodes:
-            if n in axis.layouts:
-                visit(n, consumer)
-
-    for consumer in axis.dense:
-        for value in consumer.all_input_nodes:
-            if value in axis.layouts:
-                visit(value, consumer)
-
-
 def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
     """Lets the output read the compact values, and notes for each the selections it went through."""
     axis = site.axis

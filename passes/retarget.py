@@ -37,6 +37,7 @@ class RetargetTokens(Pass):
 
     Args:
         anchors: sums of the network's residual branches (see `follow`).
+        streams: those of this residual stream; None where outputs are left short (see `follow`).
         gap: what an op that carries a state along the sequence (a scan) does where tokens are gone. "compact":
             the kept tokens are a shorter sequence. "decay": the state decays as over the tokens that are gone, as
             far as the op's rule knows how (`Transfer.decay`).
@@ -45,11 +46,12 @@ class RetargetTokens(Pass):
     leaves_dead_code: ClassVar[bool] = True
 
     anchors: Collection[Node] = ()
+    streams: Collection[Node] | None = None
     gap: Gap = "compact"
 
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
-        axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors)
+        axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors, self.streams)
         in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
         if in_turn is not None and not site.in_order:
             raise Refusal(

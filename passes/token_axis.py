@@ -200,12 +200,21 @@ def _written(node: Node) -> Refusal:
     return Refusal("writes in place into a value that runs over tokens", node, "write the op out of place")
 
 
-def follow(gm: GraphModule, start: Node, layout: Layout, batch: Batch, anchors: Collection[Node] = ()) -> TokenAxis:
+def follow(
+    gm: GraphModule,
+    start: Node,
+    layout: Layout,
+    batch: Batch,
+    anchors: Collection[Node] = (),
+    streams: Collection[Node] | None = None,
+) -> TokenAxis:
     """`analyse`, and where an op in the middle of the network needs every token, they are back in the last residual
     sum before it: what lies behind that sum reads the whole sequence.
 
     Args:
         anchors: see `analyse`; the sums where tokens may come back.
+        streams: sums of this residual stream. What is read at full length must come from one of them without a mixing
+            of tokens in between (a decoder's), or that needs every token as well. None: outputs are left short.
 
     Raises:
         Refusal: there is no sum between the start and the op.
@@ -213,12 +222,35 @@ def follow(gm: GraphModule, start: Node, layout: Layout, batch: Batch, anchors: 
     ends: dict[Node, Needed] = {}
     while True:
         try:
-            return analyse(gm, start, layout, batch, anchors, ends=ends)
-        except Needed as needed:
-            last = _last_sum(needed.axis, needed.consumer, anchors)
-            if last is None:
-                raise needed.at_once() from None
-            ends[last] = needed
+            axis = analyse(gm, start, layout, batch, anchors, ends=ends)
+            needed = None if streams is None else _mixed(axis, streams)
+        except Needed as found:
+            needed = found
+        if needed is None:
+            return axis
+        last = _last_sum(needed.axis, needed.consumer, anchors if streams is None else {*anchors} & {*streams})
+        if last is None or last in ends:
+            raise needed.at_once()
+        ends[last] = needed
+
+
+def _mixed(axis: TokenAxis, streams: Collection[Node]) -> Needed | None:
+    """The mixing op that lies between the stream and who reads its result at full length, if there is one."""
+    layout, seen = axis.layouts[axis.start], {axis.start, *axis.sources}
+    for consumer, reason in list(axis.dense.items()):
+        todo = [n for n in consumer.all_input_nodes if n in axis.layouts]
+        while todo:
+            value = todo.pop()
+            if value in seen or (value in streams and axis.layouts[value] == layout):
+                continue
+            seen.add(value)
+            if axis.transfers[value].mixes:
+                axis.dense[value] = (
+                    f"its result is read at full length ({reason}), but it comes from an op that mixes tokens"
+                )
+                return Needed(axis, value)
+            todo += [n for n in value.all_input_nodes if n in axis.layouts]
+    return None
 
 
 def _last_sum(axis: TokenAxis, consumer: Node, anchors: Collection[Node]) -> Node | None:

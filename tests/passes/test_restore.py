@@ -185,20 +185,23 @@ def test_a_compact_output_of_another_sequence_refuses() -> None:
 
 
 def test_mixed_tokens_cannot_be_put_back() -> None:
-    """A head with attention after the last block: no token that left has a value of its own there."""
+    """A head with attention after the last block: no token that left has a value of its own there. They come back
+    before it, so none leaves behind the last sum."""
 
     def head(y: Tensor, _: list[Tensor]) -> Tensor:
         return F.scaled_dot_product_attention(y, y, y)
 
     gm = prepared(Net(head), sample())
     with pytest.raises(Refusal) as refusal:
-        prune(copy.deepcopy(gm), sites({1: 3}))
+        prune(copy.deepcopy(gm), sites({2: 3}))
     assert refusal.value.reason == (
-        "its result is read at full length (an output of the model), but it comes from an op that mixes tokens"
+        "its result is read at full length (an output of the model), but it comes from an op that mixes tokens, "
+        "and later layers depend on it; no layer lies between"
     )
     assert refusal.value.op == "aten.scaled_dot_product_attention.default"
-    answer = prunable(gm, find_blocks(gm)[1], find_branches(gm))
-    assert not answer.able and answer.reason == str(refusal.value).replace("\n", "; ")
+    first, last = (prunable(gm, find_blocks(gm)[i], find_branches(gm)) for i in (1, 2))
+    assert first.able and first.until == (find_blocks(gm)[2].output,)
+    assert not last.able and last.reason == str(refusal.value).replace("\n", "; ")
 
 
 def test_two_readers_share_what_is_put_back() -> None:
