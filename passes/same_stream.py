@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from torch.fx import Node
 
@@ -16,21 +16,23 @@ def same_stream(branches: Sequence[Branch], at: Node) -> list[Node]:
 
     A linear layer between an encoder and a decoder gives channels another meaning, of whatever width they are.
     """
-    origins: dict[Node, Node] = {}
-    for branch in branches:  # in the order of the graph
-        origins[branch.add] = _origin(branch.stream, origins)
-    return [add for add, origin in origins.items() if origin is _origin(at, origins)]
+    sums = {branch.add for branch in branches}
+    streams: list[set[Node]] = []
+    for branch in branches:
+        met = {branch.add, *_behind(branch.stream, sums)}
+        apart = [stream for stream in streams if not stream & met]
+        streams = [*apart, met.union(*(stream for stream in streams if stream & met))]
+    own = {at, *_behind(at, sums)}
+    return [branch.add for branch in branches if any(branch.add in stream and stream & own for stream in streams)]
 
 
-def _origin(value: Node, origins: Mapping[Node, Node]) -> Node:
-    """That of a sum which the value is made from, through norms and casts; else the value itself."""
+def _behind(value: Node, sums: Collection[Node]) -> set[Node]:
+    """The values, up to the next sums, that one is made from through norms and casts; where it starts among them."""
     seen: set[Node] = set()
     todo = [value]
     while todo:
         node = todo.pop()
-        if node in origins:
-            return origins[node]
-        if node not in seen and node.target not in _PROJECTIONS:
-            todo += node.all_input_nodes
-        seen.add(node)
-    return value
+        if node not in seen and node.op != "get_attr" and node.target not in _PROJECTIONS:
+            seen.add(node)
+            todo += [] if node in sums else node.all_input_nodes
+    return seen
