@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from passes.select import places
+
 Order = Literal["sequence", "even-odd", "strength"]
 
 
@@ -88,10 +90,7 @@ def by_counting(key: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
 
     For a GPU: two kernels for any N, in which N x N comparisons are less than the passes of a sort.
     """
-    at = torch.arange(key.shape[1], device=key.device)
-    mine, other = key.unsqueeze(2), key.unsqueeze(1)
-    ahead = other > mine if descending else other < mine
-    place = (ahead | (other == mine) & (at < at.unsqueeze(1))).sum(2)
+    at, place = torch.arange(key.shape[1], device=key.device), places(key, descending)
     return torch.where(place.unsqueeze(1) == at.unsqueeze(1), at, 0).sum(2), place
 
 

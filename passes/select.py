@@ -69,18 +69,24 @@ def keep_highest(
 def keep_highest_in_short_rows(score: Tensor, keep: int, lowest: bool = False) -> Tensor:
     """The same for many short rows [R, N] on a GPU, by comparing every two entries: two kernels, none of them a sort.
 
-    Inductor sorts four of a thousand rows in one warp, in a program that ptxas needs tens of minutes for.
+    Inductor sorts four of a thousand rows in one warp, in a program that ptxas was not through with after six minutes.
     """
     at = torch.arange(score.shape[1], device=score.device)
-    score = _finite(score, lowest)
-    mine, other = score.unsqueeze(2), score.unsqueeze(1)
     earlier = at < at.unsqueeze(1)
-    stays = ((other > mine) | (other == mine) & earlier).sum(2) < keep
+    stays = places(_finite(score, lowest), descending=True) < keep
     before = (stays.unsqueeze(1) & earlier).sum(2)
     place = torch.where(stays, before, keep + at - before)
     # into int32, since Inductor leaves int64 to a kernel of its own, and into what the first kernel makes on the way
     order = stays.int().scatter(1, place, at.int().expand_as(place))
     return order[:, :keep].long()
+
+
+def places(key: Tensor, descending: bool = False) -> Tensor:
+    """Each entry's place in a stable order of its row [R, N], by comparing every two; NaN has none."""
+    at = torch.arange(key.shape[1], device=key.device)
+    mine, other = key.unsqueeze(2), key.unsqueeze(1)
+    ahead = other > mine if descending else other < mine
+    return (ahead | (other == mine) & (at < at.unsqueeze(1))).sum(2)
 
 
 def _by_itself(x: Tensor, last: float) -> Tensor:

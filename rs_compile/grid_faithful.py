@@ -124,13 +124,11 @@ def _run(gm: GraphModule, leaves: Sequence[Any]) -> tuple[list[_Cut], list[Any]]
     nodes = {i: (*gm.meta[MAPS][i], *gm.meta[CUTS][i]) for i in sorted(gm.meta[MAPS])}
     there = set(gm.graph.nodes)
     nodes = {i: of for i, of in nodes.items() if there.issuperset(of)}
-    found = values_of(gm, leaves, {n for n in (*sources, *(n for of in nodes.values() for n in of)) if _is_node(n)})
+    found = values_of(
+        gm, leaves, {n for n in (*sources, *(n for of in nodes.values() for n in of)) if isinstance(n, Node)}
+    )
     cuts = [_Cut(i, *(found[n] for n in of)) for i, of in nodes.items()]
-    return cuts, [found[n] if _is_node(n) else n for n in sources]
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, Node)
+    return cuts, [found[n] if isinstance(n, Node) else n for n in sources]
 
 
 def _before_restored(value: Any) -> Any:
@@ -152,7 +150,7 @@ def _tried(run: Callable[[], list[Any]]) -> tuple[list[Any], str]:
     try:
         return run(), ""
     except Exception as error:  # whatever the model's code raises on another size than it was made for
-        return [], f"on it the model raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return [], f"on it the model raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class _Handed(TorchFunctionMode):
