@@ -27,6 +27,7 @@ from passes.lower_attention import LowerAttention
 from passes.matching import most
 from passes.name_flash import NameFlash
 from passes.no_block import no_block
+from passes.pad_keys import PadKeys, with_matrix_units
 from passes.padding import masking
 from passes.protected import Protected
 from passes.prunable import protected_tokens
@@ -240,7 +241,7 @@ def prune(
     skips: tuple[Skip, ...] = ()
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
-        gm, skips = named.gm, named.skips
+        gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, named.skips
     finish(gm)
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
