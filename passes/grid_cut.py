@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +16,7 @@ from passes.grid_layout import Follow, Grid, GridAxes, size_of
 from passes.grid_select import kept_cells, kept_lines, score_map, spread, take
 from passes.propagate import evaluate
 from passes.score import Metric
+from passes.select import MANY
 from passes.splice import fake, fake_mode, splice
 from passes.stages import Stage
 
@@ -67,7 +69,8 @@ class CutGrid(Pass):
         whole = _whole(axes)
         with graph.inserting_before(output.next):
             score = self.insert_score(graph)
-            rows, columns = splice(graph, "select", self._select, score)
+            select = partial(self._select, many=gm.meta.get(MANY, False))
+            rows, columns = splice(graph, "select", select, score)
             gm.meta.setdefault(CUTS, {})[self.stage.index] = (rows, columns)
             short = splice(graph, "gather", take, output, rows, columns)
         gm.meta.setdefault(MAPS, {})[self.stage.index] = (output, short)
@@ -113,11 +116,11 @@ class CutGrid(Pass):
             )
         return splice(graph, "score", score, sums, blocks[0].output)
 
-    def _select(self, score: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, score: Tensor, many: bool) -> tuple[Tensor, Tensor]:
         height, width = self.stage.grid
         rows, columns = height - self.rows, width - self.columns
         if self.mode == "line":
-            return kept_lines(score, rows, columns, self.rows_first, self.lowest)
+            return kept_lines(score, rows, columns, self.rows_first, self.lowest, many)
         return kept_cells(score, rows, columns, self.lowest)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from passes.score import Metric, shift
-from passes.select import keep_highest, keep_highest_in_short_rows
+from passes.select import keep_highest
 
 
 def score_map(pairs: Sequence[tuple[Tensor, Tensor]], metric: Metric = "l2") -> Tensor:
@@ -28,13 +28,14 @@ def score_map(pairs: Sequence[tuple[Tensor, Tensor]], metric: Metric = "l2") -> 
     return sum(flat[1:], flat[0]).unflatten(1, pairs[0][0].shape[2:])
 
 
-def _highest(score: Tensor, keep: int, lowest: bool) -> Tensor:
+def _highest(score: Tensor, keep: int, lowest: bool, many: bool) -> Tensor:
     """Positions [B, keep] of the highest scores [B, N], in order."""
-    return keep_highest(score, torch.zeros(score.shape[1], dtype=torch.bool, device=score.device), keep, lowest)
+    none = torch.zeros(score.shape[1], dtype=torch.bool, device=score.device)
+    return keep_highest(score, none, keep, lowest, many=many)
 
 
 def kept_lines(
-    score: Tensor, rows: int, columns: int, rows_first: bool = False, lowest: bool = False
+    score: Tensor, rows: int, columns: int, rows_first: bool = False, lowest: bool = False, many: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Whole rows and columns of lowest mean leave (paper, section 4.3, line-wise).
 
@@ -43,6 +44,7 @@ def kept_lines(
         rows, columns: how many stay.
         rows_first: a column's mean is that over the rows that stay, not over all.
         lowest: the lowest stay instead (a baseline).
+        many: see `select.way`.
 
     Returns:
         Rows [B, H', 1] and columns [B, 1, W'], ascending; of equal means the earlier line stays.
@@ -51,12 +53,12 @@ def kept_lines(
         # one mean and one selection for the two
         first = (torch.arange(2, device=score.device) == 0)[:, None, None]
         both = torch.where(first, score.unsqueeze(1), score.transpose(1, 2).unsqueeze(1)).mean(3)
-        r, c = _highest(both.flatten(0, 1), rows, lowest).unflatten(0, (-1, 2)).unbind(1)
+        r, c = _highest(both.flatten(0, 1), rows, lowest, many).unflatten(0, (-1, 2)).unbind(1)
         return r.unsqueeze(2), c.unsqueeze(1)
-    r = _highest(score.mean(2), rows, lowest)
+    r = _highest(score.mean(2), rows, lowest, many)
     if rows_first:
         score = score.gather(1, r.unsqueeze(2).expand(-1, -1, score.shape[2]))
-    return r.unsqueeze(2), _highest(score.mean(1), columns, lowest).unsqueeze(1)
+    return r.unsqueeze(2), _highest(score.mean(1), columns, lowest, many).unsqueeze(1)
 
 
 def kept_cells(score: Tensor, rows: int, columns: int, lowest: bool = False) -> tuple[Tensor, Tensor]:
@@ -71,10 +73,10 @@ def kept_cells(score: Tensor, rows: int, columns: int, lowest: bool = False) -> 
         Row and column of each kept cell, both [B, H', W'].
     """
     height = score.shape[1]
-    highest = _highest if score.device.type == "cpu" else keep_highest_in_short_rows
-    c = highest(score.flatten(0, 1), columns, lowest).unflatten(0, (-1, height))
+    c = _highest(score.flatten(0, 1), columns, lowest, many=True).unflatten(0, (-1, height))
     closed = score.gather(2, c)
-    r = highest(closed.transpose(1, 2).flatten(0, 1), rows, lowest).unflatten(0, (-1, columns)).transpose(1, 2)
+    r = _highest(closed.transpose(1, 2).flatten(0, 1), rows, lowest, many=True).unflatten(0, (-1, columns))
+    r = r.transpose(1, 2)
     return r, c.gather(1, r)
 
 

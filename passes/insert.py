@@ -18,10 +18,10 @@ from passes.importance import Scoring
 from passes.layout import Tokens, sequence_in, tokens_in
 from passes.padding import insert_padding
 from passes.protected import Protected
-from passes.select import in_registers, keep_highest, protected_mask
+from passes.select import MANY, keep_highest, protected_mask, way
 from passes.site import SITE, Site, put_back
 from passes.splice import splice
-from passes.token_axis import stream_layout
+from passes.token_axis import sequences_per_sample, stream_layout
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class InsertSelection(Pass):
         users = list(stream.users)
         with graph.inserting_before(stream.next):
             padding, guard = self._padding(gm), self._guard(graph, stream, tokens)
-            in_score = self._marks_in_score(stream, tokens, padding)
+            many = gm.meta.get(MANY, False) or sequences_per_sample(stream) > 1
+            in_score = self._marks_in_score(stream, tokens, padding, many)
             marked = guard if in_score else None
             scores = self.scoring.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
-            select = partial(keep_highest, keep=self.keep, lowest=self.lowest)
+            select = partial(keep_highest, keep=self.keep, lowest=self.lowest, many=many)
             index = splice(
                 graph, "select", lambda s, g, p: select(s, g, padding=p), scores, None if in_score else guard, padding
             )
@@ -96,7 +97,7 @@ class InsertSelection(Pass):
 
         return splice(graph, "select", guard, stream, *(self.earlier if p.extra else ()))
 
-    def _marks_in_score(self, stream: Node, tokens: Tokens, padding: Node | None) -> bool:
+    def _marks_in_score(self, stream: Node, tokens: Tokens, padding: Node | None, many: bool) -> bool:
         """Whether the kernel of the score takes the mask; elsewhere it costs more there, or other scores come first."""
         plain = self.scoring.importance == "shift" and not self.lowest and padding is None
-        return plain and in_registers(stream.meta["val"].device, tokens.dense)
+        return plain and way(stream.meta["val"].device, tokens.dense, many) != "topk"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-_IN_REGISTERS = 512  # tokens up to which Inductor makes one GPU kernel of both sorts; topk is faster above, and on CPU
+Way = Literal["topk", "sorts", "compares"]
+
+MANY = "many"  # gm.meta key: whether calls bring more than FEW samples
+FEW = 256  # samples whose tokens, or rows and columns, Inductor sorts a row at a time
+_IN_REGISTERS = 512  # tokens up to which Inductor makes one GPU kernel of both sorts
 
 
 def protected_mask(
@@ -27,9 +33,18 @@ def protected_mask(
     return mask
 
 
-def in_registers(device: torch.device, count: int) -> bool:
-    """Whether one kernel scores a token and another does all of the selection."""
-    return device.type != "cpu" and count <= _IN_REGISTERS
+def way(device: torch.device, count: int, many: bool) -> Way:
+    """How the highest of `count` scores are found; on CPU by topk, twice as fast as sorts.
+
+    Args:
+        many: more than 512 rows. Inductor sorts four of a thousand rows in one warp, in a program that ptxas was not
+            through with after six minutes; comparing takes one kernel more, which so many rows do not notice.
+    """
+    if device.type == "cpu":
+        return "topk"
+    if many:
+        return "compares"
+    return "sorts" if count <= _IN_REGISTERS else "topk"
 
 
 def shortest_row(device: torch.device) -> int:
@@ -38,7 +53,12 @@ def shortest_row(device: torch.device) -> int:
 
 
 def keep_highest(
-    score: Tensor, protected: Tensor | None, keep: int, lowest: bool = False, padding: Tensor | None = None
+    score: Tensor,
+    protected: Tensor | None,
+    keep: int,
+    lowest: bool = False,
+    padding: Tensor | None = None,
+    many: bool = False,
 ) -> Tensor:
     """Positions of the `keep` highest scores, ascending; ties go to the earlier token.
 
@@ -50,6 +70,7 @@ def keep_highest(
         keep: how many stay.
         lowest: keep the lowest scores instead (a baseline).
         padding: [B, N] bool, tokens that go before all others; protected ones stay.
+        many: see `way`.
 
     Returns:
         [B, keep] int64.
@@ -58,7 +79,12 @@ def keep_highest(
         score = _marked(score, protected, lowest, padding)
     count = score.shape[1]
     at = torch.arange(count, device=score.device)
-    if not in_registers(score.device, count):
+    how = way(score.device, count, many)
+    if how == "compares":
+        # as _ordered_keys, but a kernel less: NaN above all
+        key = torch.where(score.isnan(), torch.inf, score.clamp(max=torch.finfo(torch.float32).max))
+        return _first(places(key, descending=True) < keep, keep)
+    if how == "topk":
         kept = _ordered_keys(score, count - at).topk(keep, dim=1, sorted=False).indices
         return _by_itself(kept, count).sort(dim=1).values[:, :keep]
     order = _by_itself(score, -torch.inf).sort(dim=1, descending=True, stable=True).indices
@@ -66,15 +92,10 @@ def keep_highest(
     return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
 
 
-def keep_highest_in_short_rows(score: Tensor, keep: int, lowest: bool = False) -> Tensor:
-    """The same for many short rows [R, N] on a GPU, by comparing every two entries: two kernels, none of them a sort.
-
-    Inductor sorts four of a thousand rows in one warp, in a program that ptxas was not through with after six minutes.
-    """
-    at = torch.arange(score.shape[1], device=score.device)
-    earlier = at < at.unsqueeze(1)
-    stays = places(_finite(score, lowest), descending=True) < keep
-    before = (stays.unsqueeze(1) & earlier).sum(2)
+def _first(stays: Tensor, keep: int) -> Tensor:
+    """Positions [B, keep] of the `keep` true entries of [B, N], in order, without a sort."""
+    at = torch.arange(stays.shape[1], device=stays.device)
+    before = (stays.unsqueeze(1) & (at < at.unsqueeze(1))).sum(2)
     place = torch.where(stays, before, keep + at - before)
     # into int32, since Inductor leaves int64 to a kernel of its own, and into what the first kernel makes on the way
     order = stays.int().scatter(1, place, at.int().expand_as(place))

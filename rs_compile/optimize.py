@@ -16,6 +16,7 @@ from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult, Skip
 from passes.capture import FIXED_BATCH, capture
 from passes.pipeline import Compiled, Progress, cleaned
+from passes.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
@@ -31,6 +32,7 @@ from rs_compile.signature import (
     batch_sizes,
     check_inputs,
     in_words,
+    many_samples,
 )
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
@@ -137,6 +139,7 @@ class OptimizedModel(nn.Module):
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
         with torch._C._DisableAutocast():
             gm = capture(self._model, call.args, call.kwargs, call.constant)
+        gm.meta[MANY] = many_samples(call.leaves, call.constant)
         why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)

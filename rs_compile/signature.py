@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from passes.base import CompileError
 from passes.capture import batched
 from passes.constant_inputs import LARGEST, input_names, is_small
+from passes.select import FEW
 
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
@@ -219,7 +220,10 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def leaf_key(leaves: Sequence[Any], constant: Collection[int] = ()) -> tuple[Any, ...]:
-    """The input signature: everything but the number of samples; of constant leaves the values too."""
+    """The input signature: everything but the number of samples, of which it says whether they are many.
+
+    Of constant leaves it holds the values too.
+    """
     runs = batched(leaves, constant)
     key: list[Any] = [
         (leaf.shape[1:] if over else leaf.shape, leaf.stride()[1:], over, leaf.dtype, leaf.device)
@@ -227,7 +231,15 @@ def leaf_key(leaves: Sequence[Any], constant: Collection[int] = ()) -> tuple[Any
         else repr(leaf)
         for leaf, over in zip(leaves, runs, strict=True)
     ]
-    return (*key, *((i, *leaves[i].flatten().tolist()) for i in constant))
+    return (*key, many_samples(leaves, constant), *((i, *leaves[i].flatten().tolist()) for i in constant))
+
+
+def many_samples(leaves: Sequence[Any], constant: Collection[int] = ()) -> bool:
+    """Whether a call brings so many samples, not to a CPU, that tokens are selected another way (`select.way`)."""
+    runs = batched(leaves, constant)
+    return any(
+        over and leaf.shape[0] > FEW and leaf.device.type != "cpu" for leaf, over in zip(leaves, runs, strict=True)
+    )
 
 
 def batch_sizes(leaves: Sequence[Any]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from rs_compile.signature import StateReader, flatten, leaf_key
 
@@ -112,3 +113,14 @@ def test_a_constant_leaf_is_known_by_its_value() -> None:
     assert leaf_key([x, grid], (1,)) == leaf_key([x, grid.clone()], (1,))
     assert leaf_key([x, grid], (1,)) != leaf_key([x, grid + 1], (1,))
     assert leaf_key([x, grid]) == leaf_key([x, grid + 1])
+
+
+def test_many_samples_on_a_gpu_are_another_signature() -> None:
+    """There tokens are selected another way; on a CPU the number of samples never counts."""
+
+    def key(samples: int, device: str) -> object:
+        with FakeTensorMode():
+            return leaf_key([torch.empty(samples, 3, 8, 8, device=device)])
+
+    assert key(1, "cuda") == key(256, "cuda") != key(257, "cuda") == key(1024, "cuda")
+    assert key(1, "cpu") == key(1024, "cpu")

@@ -30,16 +30,16 @@ def cut(mode: Literal["line", "token"]) -> Schedule:
     return Schedule(grid=dict.fromkeys(SITES, GridPrune(rows=2, columns=2, mode=mode)))
 
 
-def transformer(tokens: int, schedule: Schedule) -> GraphModule:
+def transformer(tokens: int, schedule: Schedule, samples: int = 2) -> GraphModule:
     """fp16, one class token in front of a square of patches."""
     side = int((tokens - 1) ** 0.5)
     config = Config(depth=DEPTH, width=WIDTH, heads=HEADS, grid=(side, side), prefix=1)
     assert config.tokens == tokens
-    return on_cuda(GeneratedViT(config), (3, 2 * side, 2 * side), float16, schedule)
+    return on_cuda(GeneratedViT(config), (3, 2 * side, 2 * side), float16, schedule, samples)
 
 
-def cnn(tokens: int, schedule: Schedule) -> GraphModule:
+def cnn(tokens: int, schedule: Schedule, samples: int = 2) -> GraphModule:
     """fp16, on the images of which patches of 16 x 16 make so many tokens: 224 or 384 rows and columns."""
     side = 16 * int((tokens - 1) ** 0.5)
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10).eval()
-    return on_cuda(model, (3, side, side), float16, schedule)
+    return on_cuda(model, (3, side, side), float16, schedule, samples)

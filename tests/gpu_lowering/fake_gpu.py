@@ -60,15 +60,18 @@ class Generated:
         return re.findall(found, self.body)
 
 
-def on_cuda(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype, schedule: Schedule) -> GraphModule:
+def on_cuda(
+    model: nn.Module, images: tuple[int, ...], dtype: torch.dtype, schedule: Schedule, samples: int = 2
+) -> GraphModule:
     """The rewritten graph of a model on fake CUDA tensors; without a site flash is named all the same.
 
     Args:
         images: shape of one sample.
+        samples: of the call that it is captured for.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to("cuda", dtype)
-        batch = torch.zeros(2, *images, device="cuda", dtype=dtype)
+        batch = torch.zeros(samples, *images, device="cuda", dtype=dtype)
     handle = optimize(model, schedule, backend="eager")
     next(plans([handle], batch))
     return NameFlash()(handle.graph_module()).gm

@@ -12,19 +12,20 @@ from triton_kernels import compiled, sources
 
 pytestmark = [pytest.mark.inductor, pytest.mark.slow]
 
-GRAPHS: dict[str, Callable[[int], GraphModule]] = {
-    "pruned": lambda tokens: transformer(tokens, kept()),
-    "merged": lambda tokens: transformer(tokens, merged()),
-    "lines": lambda tokens: cnn(tokens, cut("line")),
-    "cells": lambda tokens: cnn(tokens, cut("token")),
+GRAPHS: dict[str, Callable[[int, int], GraphModule]] = {
+    "pruned": lambda tokens, samples: transformer(tokens, kept(), samples),
+    "merged": lambda tokens, samples: transformer(tokens, merged(), samples),
+    "lines": lambda tokens, samples: cnn(tokens, cut("line"), samples),
+    "cells": lambda tokens, samples: cnn(tokens, cut("token"), samples),
 }
 
 
 @pytest.mark.parametrize(("capability", "target"), [(AMPERE, "sm_80"), (HOPPER, "sm_90a")])
 @pytest.mark.parametrize("tokens", [197, 577])
+@pytest.mark.parametrize("samples", [64, 1024])
 @pytest.mark.parametrize("case", GRAPHS)
-def test_every_kernel_compiles(case: str, tokens: int, capability: Capability, target: str) -> None:
-    generated = generate(GRAPHS[case](tokens), 64, capability)
+def test_every_kernel_compiles(case: str, samples: int, tokens: int, capability: Capability, target: str) -> None:
+    generated = generate(GRAPHS[case](tokens, samples), samples, capability)
     wanted = set(sources(generated))
     assert wanted and wanted == {launch for launch in generated.launches if launch.startswith("triton_")}
     binaries = list(compiled(generated, capability))

@@ -116,6 +116,20 @@ def test_tokens_are_gathered_once_a_site(tokens: int) -> None:
     assert sum("gather" in launch for launch in pruned(tokens).launches) == len(SITES)
 
 
+@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
+def test_many_samples_are_not_sorted(tokens: int) -> None:
+    """Three launches a site for any N: score, every two scores compared, positions put in order."""
+    generated = generate(transformer(tokens, kept(), samples=1024), batch=1024)
+    check_all_on_the_gpu(generated, DEPTH)
+    assert len(generated.launches) - len(dense(197).launches) == 3 * len(SITES)
+    assert not [launch for launch in generated.launches if "sort" in launch or "topk" in launch]
+    code = sources(generated)
+    for site in SITES:
+        score, compare, order, gather = (code[launch] for launch in behind(generated.launches, site))
+        assert score.count("tl.store(") == 1 and 'float("nan")' in score and 'float("nan")' not in compare + order
+        assert "gather_native_layer_norm" in gather
+
+
 @pytest.mark.slow
 def test_inductors_own_threshold_would_gather_again() -> None:
     """Why `inductor_options` sets it."""
@@ -157,3 +171,11 @@ def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) 
     assert len([launch for launch in launches if "relu" in launch and "linalg_vector_norm" in launch]) == len(SITES)
     assert len([launch for launch in launches if "_index_" in launch]) == len(SITES)
     assert len([launch for launch in launches if "sort" in launch]) == len(SITES) * (mode == "line")
+
+
+def test_lines_of_many_samples_are_not_sorted() -> None:
+    """One launch more a site than for few: there are a row and a column of means for each sample."""
+    generated = generate(cnn(197, cut("line"), samples=512), batch=512)
+    check_all_on_the_gpu(generated, 0)
+    assert len(generated.launches) - len(whole_cnn().launches) == 4 * len(SITES)
+    assert not [launch for launch in generated.launches if "sort" in launch or "topk" in launch]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passes import score as scores
 from passes import select
-from passes.select import keep_highest, keep_highest_in_short_rows, protected_mask
+from passes.select import keep_highest, protected_mask
 
 CPU = torch.device("cpu")
 NONE = torch.zeros(6, dtype=torch.bool)
@@ -72,12 +72,13 @@ def test_half_precision_scores() -> None:
     assert keep_highest(score, NONE[:4], 2).tolist() == [[1, 2]]
 
 
-WAYS = [("topk", 0), ("topk", 16), ("sorts", 0), ("sorts", 16)]  # with the least length of a row that is sorted
+# with the least length of a row that is sorted
+WAYS = [("topk", 0), ("topk", 16), ("sorts", 0), ("sorts", 16), ("compares", 0)]
 
 
 def choose(patch: pytest.MonkeyPatch, way: tuple[str, int]) -> None:
     """A way of selecting, all but the first of which only a GPU takes."""
-    patch.setattr(select, "in_registers", lambda *_: way[0] == "sorts")
+    patch.setattr(select, "way", lambda *_: way[0])
     patch.setattr(select, "shortest_row", lambda _: way[1])
 
 
@@ -126,15 +127,6 @@ def check_against_a_plain_sort(data: st.DataObject, count: int, batch: int, lowe
     assert kept.tolist() == [naive(row, protected, keep, lowest) for row in score]
     alone = [keep_highest(torch.tensor([row]), torch.tensor(protected), keep, lowest)[0].tolist() for row in score]
     assert kept.tolist() == alone  # a sample's tokens do not depend on its neighbours
-
-
-@given(data=st.data(), count=st.integers(1, 9), rows=st.integers(1, 3), lowest=st.booleans())
-def test_short_rows_without_a_sort(data: st.DataObject, count: int, rows: int, lowest: bool) -> None:
-    of_rows = st.lists(SCORES, min_size=count, max_size=count)
-    score = torch.tensor(data.draw(st.lists(of_rows, min_size=rows, max_size=rows)))
-    keep = data.draw(st.integers(0, count))
-    wanted = keep_highest(score, torch.zeros(count, dtype=torch.bool), keep, lowest)
-    assert torch.equal(keep_highest_in_short_rows(score, keep, lowest), wanted)
 
 
 def test_protected_mask() -> None:
