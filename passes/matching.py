@@ -24,17 +24,22 @@ class Matched(NamedTuple):
         sources: positions, [B, r].
         destinations: the position that each merges into.
         left: positions of the tokens left in their new order, [B, N - r].
-        order: those, then the sources, [B, N].
-        into: the place of each source's destination among the tokens left, [B, r].
-        place: for each of the N tokens the place that now stands for it, [B, N].
+        stands: for each of the N tokens the position that now stands for it, [B, N].
+        new: the place of each token in the new order, those that merge away behind those left, [B, N].
+        over: what a GPU writes into the new order over, [B, N] float32; None on CPU.
     """
 
     sources: Tensor
     destinations: Tensor
     left: Tensor
-    order: Tensor
-    into: Tensor
-    place: Tensor
+    stands: Tensor
+    new: Tensor
+    over: Tensor | None = None
+
+    @property
+    def place(self) -> Tensor:
+        """For each of the N tokens the place among those left of the one that stands for it, [B, N]."""
+        return self.new.gather(1, self.stands)
 
 
 def most(count: int, prefix: int, suffix: int, extra: int) -> int:
@@ -64,34 +69,48 @@ def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int,
     similar = (features[:, ::2] @ features[:, 1::2].transpose(1, 2)).float()
     similar = similar.masked_fill(protected[:, ::2, None] | protected[:, None, 1::2], -torch.inf)
     strength, to = similar.max(-1)  # the first of equals
-    _, strong = _sorted(strength, descending=True)
     at = torch.arange(count, device=features.device)
-    half = (at // 2).expand(batch, -1)  # a source's place among sources
-    strong = strong.gather(1, half)
+    half = at // 2  # a source's place among sources
+    strong, over = _by_strength(strength, half)
     leaves = (at % 2 == 0) & (strong < r)
-    ordered, new = _sorted(torch.where(leaves, 4 * count + strong, _rank(at, strong, count, prefix, suffix, order)))
+    key = torch.where(leaves, 4 * count + strong, _rank(at, strong, count, prefix, suffix, order))
+    if over is None:
+        ordered = key.sort(dim=1).indices
+        new = _inverse(ordered)
+    else:
+        new = places(key)
+        ordered = _moved(at, new, over).long()
     left, sources = ordered[:, : count - r], ordered[:, count - r :]
     destinations = 2 * to.gather(1, sources // 2) + 1
-    stands = torch.where(leaves, 2 * to.gather(1, half) + 1, at)
-    return Matched(sources, destinations, left, ordered, new.gather(1, destinations), new.gather(1, stands))
+    stands = torch.where(leaves, 2 * to.gather(1, half.expand(batch, -1)) + 1, at)
+    return Matched(sources, destinations, left, stands, new, over)
 
 
-def _sorted(key: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """Positions in a stable order of their keys [B, N], and for each position its place in that order."""
-    if key.device.type != "cpu":
-        return by_counting(key, descending)
-    order = key.sort(dim=1, descending=descending, stable=True).indices
-    at = torch.arange(key.shape[1], device=key.device)
-    return order, torch.empty_like(order).scatter(1, order, at.expand_as(order))
+def _by_strength(strength: Tensor, half: Tensor) -> tuple[Tensor, Tensor | None]:
+    """For each token [N] the place of source `half` [N] among sources by strength [B, S], the strongest first.
 
-
-def by_counting(key: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """The same without a sort: how many keys come before each one, and the inverse of that.
-
-    For a GPU: two kernels for any N, in which N x N comparisons are less than the passes of a sort.
+    On a GPU by comparing every two, less work than the passes of a sort, and for every token at once, so that the next
+    kernel can make the new order. That one writes over numbers that this one makes, or zeros would be a kernel more.
     """
-    at, place = torch.arange(key.shape[1], device=key.device), places(key, descending)
-    return torch.where(place.unsqueeze(1) == at.unsqueeze(1), at, 0).sum(2), place
+    if not _compares(strength.device):
+        return _inverse(strength.sort(dim=1, descending=True, stable=True).indices)[:, half], None
+    mine, other = strength[:, half].unsqueeze(2), strength.unsqueeze(1)
+    same, earlier = other == mine, torch.arange(strength.shape[1], device=strength.device) < half.unsqueeze(1)
+    return ((other > mine) | same & earlier).sum(2), same.sum(2, dtype=torch.float32)
+
+
+def _compares(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _moved(values: Tensor, new: Tensor, over: Tensor) -> Tensor:
+    """Values of each token in the new order, float32, exact up to 2**24."""
+    return over.scatter(1, new, values.to(over.dtype).expand_as(new))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    at = torch.arange(order.shape[1], device=order.device)
+    return torch.empty_like(order).scatter(1, order, at.expand_as(order))
 
 
 def _rank(at: Tensor, strong: Tensor, count: int, prefix: int, suffix: int, order: Order) -> Tensor:
@@ -122,22 +141,38 @@ def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) ->
     Returns:
         [B, N - r, C] and [B, N - r].
     """
-    sources, left, into = matched.sources, matched.left, matched.into
+    sources, destinations = matched.sources, matched.destinations
     share = sizes.gather(1, sources)
     if weights is not None:
         share = share * weights.gather(1, sources)
-    # at full length: the copy is part of the kernel that makes the order
-    sizes = sizes.gather(1, matched.order).scatter_add(1, into, share)[:, : left.shape[1]]
+    grown, sizes = _grown(sizes, share, weights, matched)
 
     def rows(index: Tensor) -> Tensor:
         return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
 
     wide = torch.promote_types(x.dtype, torch.float32)
-    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(matched.destinations)).to(wide)
-    share = (share / sizes.gather(1, into)).to(wide).unsqueeze(-1)
+    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(destinations)).to(wide)
+    share = (share / grown.gather(1, destinations)).to(wide).unsqueeze(-1)
     # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
-    merged = x.to(wide).scatter_add(1, rows(matched.destinations), apart * share)
-    return merged.gather(1, rows(left)).to(x.dtype), sizes
+    merged = x.to(wide).scatter_add(1, rows(destinations), apart * share)
+    return merged.gather(1, rows(matched.left)).to(x.dtype), sizes
+
+
+def _grown(sizes: Tensor, share: Tensor, weights: Tensor | None, matched: Matched) -> tuple[Tensor, Tensor]:
+    """Each token's size with what its sources add to it, at its position [B, N] and of those left [B, N - r].
+
+    Args:
+        share: what each source adds, [B, r].
+    """
+    left = matched.left
+    if matched.over is None:
+        sizes = sizes.scatter_add(1, matched.destinations, share)
+        return sizes, sizes.gather(1, left)
+    # by comparing as well, in the kernel that makes the order
+    at, stands = torch.arange(sizes.shape[1], device=sizes.device), matched.stands
+    shares = sizes if weights is None else torch.where(stands == at, sizes, sizes * weights)
+    sizes = torch.where(stands.unsqueeze(1) == at.unsqueeze(1), shares.unsqueeze(1), 0).sum(2)
+    return sizes, _moved(sizes, matched.new, matched.over)[:, : left.shape[1]]
 
 
 def saliency(score: Tensor, protected: Tensor) -> Tensor:

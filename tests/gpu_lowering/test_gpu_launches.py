@@ -140,18 +140,16 @@ def test_inductors_own_threshold_would_gather_again() -> None:
 
 @pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_merging_with_size_bias_stays_on_flash(tokens: int) -> None:
-    """A merge makes eight launches more, for any N; an attention behind one two, for its padded heads and back."""
+    """A merge makes six launches more, for any N; an attention behind one two, for its padded heads and back."""
     generated = generate(transformer(tokens, merged()), batch=64)
     check_all_on_the_gpu(generated, DEPTH)
-    assert len(generated.launches) - len(dense(197).launches) == len(SITES) * (8 + 2)
+    assert len(generated.launches) - len(dense(197).launches) == len(SITES) * (6 + 2)
     sums, similar, *found, add, norm = behind(generated.launches, 0)
     assert "add_" in sums and similar == "extern_kernels.bmm"  # the features' norm takes the residual add
-    assert [("max" in launch, "scatter_add" in launch) for launch in found] == [
+    assert [("max" in launch, "sum" in launch) for launch in found] == [
         (True, False),  # each source's destination
-        (False, False),  # its place among sources
-        (False, False),  # every token's place
-        (False, True),  # who is left, and the sizes that sources are added to
-        (False, True),
+        (False, True),  # its place among sources
+        (False, True),  # every token's place, the new order, and the sizes
     ]
     assert "scatter_add" in add and "gather_native_layer_norm" in norm
     assert not [launch for launch in generated.launches if "sort" in launch]
