@@ -17,8 +17,8 @@ from passes.contraction import arguments
 from passes.splice import replace_by
 
 _TILE = 16  # keys that a matrix unit takes at once
-_PAYS = 5  # keys of a last tile from which on the copies cost less: of 22 to 1039 keys, BENCHMARKS.md
-_LONGEST = 512  # torch's kernel walks so many keys at a time; of more, the last tile is too small a part
+_PAYS = 6  # keys of a last tile from which on the copies cost less, measured on an Intel Xeon for 21 to 2352 keys
+_FEWEST, _MOST = 64, 384  # queries at least, keys at least and at most: elsewhere there was little or nothing to gain
 _UNIT = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
 
 
@@ -59,8 +59,10 @@ class PadKeys(Pass):
             return False
         if given["is_causal"] or given["dropout_p"] or (mask is not None and not _by_key(mask.meta["val"], key)):
             return False
-        count = key.shape[2]
-        return not isinstance(count, SymInt) and count <= _LONGEST and count % _TILE >= _PAYS
+        count, queries = key.shape[2], given["query"].meta["val"].shape[2]
+        if isinstance(count, SymInt) or isinstance(queries, SymInt):
+            return False
+        return queries >= _FEWEST and _FEWEST <= count <= _MOST and count % _TILE >= _PAYS
 
 
 def _by_key(mask: Tensor, key: Tensor) -> bool:
