@@ -78,7 +78,9 @@ def _pad(gm: GraphModule, op: Node) -> None:
         pad = -count % _TILE
         if mask is None:
             at = torch.arange(count + pad, device=key.device)
-            mask = torch.where(at < count, 0.0, -math.inf)[None, None, None]
+            # torch reads a mask of another width than float32 or the queries' as if it were theirs
+            wide = torch.promote_types(query.dtype, torch.float32)
+            mask = torch.where(at < count, 0.0, -math.inf).to(wide)[None, None, None]
         else:
             mask = F.pad(mask, (0, pad), value=False if mask.dtype == torch.bool else -math.inf)
         key, value = (F.pad(t, (0, 0, 0, pad)) for t in (key, value))

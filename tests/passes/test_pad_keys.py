@@ -67,11 +67,13 @@ MASKS: dict[str, Tensor] = {
 
 
 @pytest.mark.parametrize("count", [70, 77, 78, 79, 158, 383])
-def test_filled_up_with_the_same_result(count: int) -> None:
-    tensors = qkv(count)
-    result = PadKeys(BF16)(graph(*tensors))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_filled_up_with_the_same_result(count: int, dtype: torch.dtype) -> None:
+    tensors = qkv(count, dtype)
+    result = PadKeys((dtype,))(graph(*tensors))
     assert (result.rewrites, keys(result.gm)) == (1, [16 * math.ceil(count / 16)])
-    torch.testing.assert_close(result.gm(*tensors)[0].double(), by_hand(*tensors), atol=0.02, rtol=0.02)
+    near = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(result.gm(*tensors)[0].double(), by_hand(*tensors), atol=near, rtol=near)
     [(_, choice)] = kernels(result.gm)
     assert choice.name == "flash"
 
