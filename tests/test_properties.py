@@ -6,6 +6,7 @@ from typing import Any
 
 import hypothesis
 import oracle
+import pytest
 import torch
 from generated import Config, GeneratedViT
 from hypothesis import strategies as st
@@ -13,6 +14,10 @@ from oracle import Pruning
 from strategies import configs, prunings
 from torch import Tensor, nn
 
+import passes.insert
+import passes.pad_keys
+import passes.pipeline
+import passes.select
 import rs_compile
 
 TOLERANCE = 2e-4
@@ -82,6 +87,28 @@ def test_pruned_equals_oracle_with_gradients(data: st.DataObject, config: Config
     oracle.assert_close(got, wanted.outputs, TOLERANCE, f"{config} {pruning}")
     expected = gradients(model, wanted.outputs["output"])
     assert_same_gradients(gradients(model, got), expected, f"{config} {pruning}")
+
+
+@pytest.mark.parametrize("way", ["compares", "sorts"])
+@hypothesis.given(data=st.data(), config=configs(), batch=st.integers(1, 3))
+@torch.no_grad()
+def test_what_other_processors_choose_is_as_right(
+    way: passes.select.Way, data: st.DataObject, config: Config, batch: int
+) -> None:
+    """A GPU's ways to select, and attention that matrix units would read whole tiles of keys for, on this CPU."""
+    model = GeneratedViT(config)
+    pruning = data.draw(prunings(config))
+    images = model.images(batch)
+    wanted = model.forward_pruned(images, pruning)
+    hypothesis.assume(wanted.margin > CLEAR)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (passes.select, passes.insert):
+            patch.setattr(module, "way", lambda *_: way)
+        patch.setattr(passes.pipeline, "with_matrix_units", lambda: (torch.float32,))
+        for limit, value in {"_PAYS": 1, "_FEWEST": 1}.items():
+            patch.setattr(passes.pad_keys, limit, value)
+        got = optimized(model, pruning)(images)
+    oracle.assert_close(got, wanted.outputs, TOLERANCE, f"{way} {config} {pruning}")
 
 
 @hypothesis.given(data=st.data(), config=configs())
