@@ -43,8 +43,6 @@ class PadKeys(Pass):
 
     def call(self, gm: GraphModule) -> PassResult:
         rewrites = 0
-        if not self.dtypes:
-            return PassResult(gm)
         for op in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
             if self._pays(gm, op):
                 _pad(gm, op)
