@@ -90,7 +90,8 @@ def _by_strength(strength: Tensor, half: Tensor) -> tuple[Tensor, Tensor | None]
     """For each token [N] the place of source `half` [N] among sources by strength [B, S], the strongest first.
 
     On a GPU by comparing every two, less work than the passes of a sort, and for every token at once, so that the next
-    kernel can make the new order. That one writes over numbers that this one makes, or zeros would be a kernel more.
+    kernel can make the new order. That one writes over numbers which this one makes for it,
+    or it would be two.
     """
     if not _compares(strength.device):
         return _inverse(strength.sort(dim=1, descending=True, stable=True).indices)[:, half], None

@@ -37,8 +37,8 @@ def way(device: torch.device, count: int, many: bool) -> Way:
     """How the highest of `count` scores are found; on CPU by topk, twice as fast as sorts.
 
     Args:
-        many: more than 512 rows. Inductor sorts four of a thousand rows in one warp, in a program that ptxas was not
-            through with after six minutes; comparing takes one kernel more, which so many rows do not notice.
+        many: there may be more than 512 rows. Inductor sorts four of a thousand rows in one warp, in a program that
+            ptxas was not through with after six minutes; comparing takes one kernel more, little beside so many rows.
     """
     if device.type == "cpu":
         return "topk"

@@ -14,7 +14,7 @@ from torch import nn
 
 from passes.attention_kernel import KernelChoice
 from passes.base import CompileError, PassResult, Skip
-from passes.capture import FIXED_BATCH, capture
+from passes.capture import FIXED_BATCH, batched, capture
 from passes.pipeline import Compiled, Progress, cleaned
 from passes.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
@@ -139,7 +139,7 @@ class OptimizedModel(nn.Module):
         # traced without autocast: it acts on the graph's ops when they run, as on the model's
         with torch._C._DisableAutocast():
             gm = capture(self._model, call.args, call.kwargs, call.constant)
-        gm.meta[MANY] = many_samples(call.leaves, call.constant)
+        gm.meta[MANY] = many_samples(call.leaves, batched(call.leaves, call.constant))
         why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)

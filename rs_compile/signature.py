@@ -231,12 +231,15 @@ def leaf_key(leaves: Sequence[Any], constant: Collection[int] = ()) -> tuple[Any
         else repr(leaf)
         for leaf, over in zip(leaves, runs, strict=True)
     ]
-    return (*key, many_samples(leaves, constant), *((i, *leaves[i].flatten().tolist()) for i in constant))
+    return (*key, many_samples(leaves, runs), *((i, *leaves[i].flatten().tolist()) for i in constant))
 
 
-def many_samples(leaves: Sequence[Any], constant: Collection[int] = ()) -> bool:
-    """Whether a call brings so many samples, not to a CPU, that tokens are selected another way (`select.way`)."""
-    runs = batched(leaves, constant)
+def many_samples(leaves: Sequence[Any], runs: Sequence[bool]) -> bool:
+    """Whether a call brings so many samples, not to a CPU, that tokens are selected another way (`select.way`).
+
+    Args:
+        runs: which leaves run over samples, `batched`.
+    """
     return any(
         over and leaf.shape[0] > FEW and leaf.device.type != "cpu" for leaf, over in zip(leaves, runs, strict=True)
     )

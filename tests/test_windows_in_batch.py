@@ -13,9 +13,11 @@ import pytest
 import torch
 from merge_oracle import match
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import rs_compile
 from passes.base import Refusal
+from rs_compile.optimize import plans
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"hidden_size": 24, "num_attention_heads": 2, "hidden_act": "gelu"}
@@ -222,3 +224,15 @@ def test_where_no_layer_lies_between() -> None:
 def test_no_map_shows_several_windows() -> None:
     with pytest.raises(Refusal, match=r"a sample has 4 sequences of tokens \(windows, frames\), and a map shows one"):
         rs_compile.score_maps(lw_detr(), noise(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize(("device", "sorts"), [("cuda", False), ("cpu", True)])
+def test_on_a_gpu_windows_are_selected_without_a_sort(device: str, sorts: bool) -> None:
+    """There are more rows than samples, and Inductor's sort of many rows takes ptxas minutes."""
+    model = lw_detr()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, images = model.to(device), torch.zeros(2, 3, 48, 48, dtype=torch.float64, device=device)
+    handle = rs_compile.optimize(model, {2: 0.7}, backend="eager")
+    next(plans([handle], images))
+    ops = {str(node.target) for node in handle.graph_module().graph.nodes}
+    assert any("sort" in op for op in ops) == sorts

@@ -12,31 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from generated import Config, GeneratedViT
+from sdpa import graph
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 
-from passes.attention_kernel import AUTOCAST, FLASH, KernelChoice, kernels
-from passes.capture import capture
+from passes.attention_kernel import FLASH, SDPA, KernelChoice, kernels
 from passes.contraction import arguments
 from passes.name_flash import NameFlash
 from passes.pipeline import Prune, prepare, prune
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU torch itself is asked")
-
-
-class Attend(nn.Module):
-    """SDPA of the inputs with fixed options."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*tensors, **self.options)
 
 
 def qkv(
@@ -45,12 +33,6 @@ def qkv(
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 8, width), *((2, 4 // groups, keys, width),) * 2)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-
-
-def graph(*tensors: Tensor, **options: Any) -> GraphModule:
-    gm = capture(Attend(**options), tensors, {})
-    gm.meta[AUTOCAST] = {}
-    return gm
 
 
 def targets(gm: GraphModule) -> list[Any]:

@@ -7,44 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from generated import Config, GeneratedViT
-from torch import Tensor, nn
+from sdpa import graph
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 import passes.pipeline
-from passes.attention_kernel import AUTOCAST, kernels
-from passes.capture import capture
+from passes.attention_kernel import AUTOCAST, SDPA, kernels
 from passes.contraction import arguments
 from passes.pad_keys import PadKeys
 from passes.pipeline import Prune, prepare, prune
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 BF16 = (torch.bfloat16,)
-
-
-class Attend(nn.Module):
-    """SDPA of the inputs with fixed options."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*tensors, **self.options)
 
 
 def qkv(keys: int, dtype: torch.dtype = torch.bfloat16, queries: int = 64, groups: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, queries, 8), *((2, 4 // groups, keys, 8),) * 2)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def graph(*tensors: Tensor, **options: Any) -> GraphModule:
-    gm = capture(Attend(**options), tensors, {})
-    gm.meta[AUTOCAST] = {}
-    return gm
 
 
 def keys(gm: GraphModule) -> list[int]:
