@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from passes.aliasing import Memory, writes
+from passes.aliasing import written_outside
 from passes.base import Refusal
 from passes.branches import module_path
 from passes.capture import FIXED_BATCH, batched
@@ -95,9 +95,7 @@ def hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
         return "in train mode a run moves batch statistics; compared in eval mode only"
     if any(isinstance(leaf, FakeTensor) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves):
         return "the inputs hold no values"
-    written = [n for node in gm.graph.nodes for n in writes(node)]
-    memory = Memory(gm.graph) if written else None
-    outside = next((n for n in written if memory is not None and memory.external(n)), None)
+    outside = written_outside(gm.graph)
     return f"the model writes into {outside.name}, and every run would do so again" if outside is not None else ""
 
 

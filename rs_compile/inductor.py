@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from rs_compile.direct import direct
+
 # a sum of two tensors stays open, a sum of three is stored: kept tokens are then gathered once, by the norm that reads
 # them first, the residual stream moves through memory less, and there are a third fewer kinds of kernels to compile
 _STORE_SUMS = {"realize_reads_threshold": 2}
@@ -33,11 +35,16 @@ def inductor_options(gm: GraphModule, mode: str | None) -> dict[str, Any]:
 
 
 def compile_graph(gm: GraphModule, backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-    """`torch.compile` of a rewritten graph; see `optimize` for backend and mode."""
+    """`torch.compile` of a rewritten graph, without Dynamo where that can be; see `optimize` for backend and mode."""
     gm = flattened(gm)
-    if backend == "inductor" and (options := inductor_options(gm, mode)):
-        return torch.compile(gm, backend=backend, options=options)
-    return torch.compile(gm, backend=backend, mode=mode)
+    if backend != "inductor":
+        return torch.compile(gm, backend=backend, mode=mode)
+    options = inductor_options(gm, mode)
+    told: dict[str, Any] = {"options": options} if options else {"mode": mode}
+    compiled = torch.compile(gm, backend=backend, **told)
+    # the other modes search, or record CUDA graphs, for which Dynamo tells what lies still in memory
+    plain = mode in (None, "default") and not torch._inductor.config.triton.cudagraphs
+    return direct(gm, options, compiled) if plain else compiled
 
 
 def flattened(gm: GraphModule) -> GraphModule:
