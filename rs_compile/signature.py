@@ -157,7 +157,7 @@ class _Snapshot:
             for name, value in list(own.items()):  # a list: another thread may be setting one
                 if name not in _TABLES:
                     self._note(own, name, value)
-                    if type(value) in _ATOMS:
+                    if _fixed(value):
                         rest.append(value)
                     elif id(value) not in known:  # every layer may hold the same config
                         known.add(id(value))
@@ -202,6 +202,11 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
             seen.add(id(module))
             yield module
             waiting += [m for m in list(module._modules.values()) if m is not None]
+
+
+def _fixed(value: Any) -> bool:
+    """Whether an attribute stays what it is as long as it is the same object."""
+    return type(value) in _ATOMS or (type(value) is tuple and all(map(_fixed, value)))
 
 
 def _plain(value: Any, depth: int) -> Any:

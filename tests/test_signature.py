@@ -22,6 +22,7 @@ class Model(nn.Module):
         self.scale, self.names, self.sizes = 0.5, ["a"], {"h": (2, 3)}
         self.config = SimpleNamespace(flags={"tanh": True}, depth=2)
         self.config_again = self.config
+        self.window, self.pair = (7, (1, 2)), (1, ["x"])
 
 
 def replace_parameter(m: Any) -> None:
@@ -39,6 +40,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a new attribute": lambda m: setattr(m, "flag", True),
     "an attribute removed": lambda m: delattr(m, "scale"),
     "a list in place": lambda m: m.names.append("b"),
+    "another tuple": lambda m: setattr(m, "window", (7, (1, 3))),
+    "a list in a tuple": lambda m: m.pair[1].append("y"),
     "a dict in place": lambda m: m.sizes.update(h=(2, 4)),
     "a flag of a config": lambda m: m.config.flags.update(tanh=False),
     "another config": lambda m: setattr(m, "config_again", SimpleNamespace(depth=3)),
