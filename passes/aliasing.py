@@ -175,8 +175,10 @@ class Memory:
 def written_outside(graph: Graph) -> Node | None:
     """A value that the graph writes into and whose memory may be the caller's or the model's."""
     written = [n for node in graph.nodes for n in writes(node)]
-    memory = Memory(graph) if written else None
-    return next((n for n in written if memory is not None and memory.external(n)), None)
+    if not written:
+        return None
+    memory = Memory(graph)
+    return next((n for n in written if memory.external(n)), None)
 
 
 def may_require_grad(graph: Graph, memory: Memory, constant: Iterable[Node] = ()) -> set[Node]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,9 @@ from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 
 from passes.aliasing import written_outside
+from rs_compile.guard import Run
 
-Run = Callable[..., Any]
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_KINDS = (Tensor, nn.Parameter, nn.Buffer)
 _COMPILING = threading.RLock()
 _log = logging.getLogger(__name__)
 
@@ -37,12 +36,15 @@ def direct(gm: GraphModule, options: dict[str, Any], otherwise: Run) -> Run:
         otherwise: the graph under `torch.compile`, called with the same leaves.
 
     Returns:
-        `otherwise` itself where the graph writes into what is not its own, or reads an input that is no tensor.
+        `otherwise` itself where the graph writes into what is not its own, reads an input that is no tensor, or has
+        parameters that are none of torch's own.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
     takes = [isinstance(node.meta.get("val"), Tensor) for node in inputs]
+    weights = (*gm.parameters(), *gm.buffers())
     unread = all(taken or not node.users for node, taken in zip(inputs, takes, strict=True))
-    return Direct(gm, takes, options, otherwise) if unread and written_outside(gm.graph) is None else otherwise
+    able = unread and _plain(weights) and written_outside(gm.graph) is None
+    return Direct(gm, takes, weights, options, otherwise) if able else otherwise
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,20 @@ class _Made:
     run: Run
     state: Any  # grad mode, autocast, threads, precision, determinism
     tensors: Any  # dispatch keys, dtype, device, sizes, strides, requires_grad of the parameters, then the inputs
-    weights: tuple[Tensor, ...]
-
-    def fits(self, leaves: Sequence[Tensor]) -> bool:
-        return bool(self.state.check() and self.tensors.check(*self.weights, *leaves))
 
 
 class Direct:
     """A graph, compiled for the first call without gradients, and `torch.compile`'s for any other; see `direct`."""
 
-    def __init__(self, gm: GraphModule, takes: Sequence[bool], options: dict[str, Any], otherwise: Run) -> None:
-        self._gm, self._takes, self._options, self._otherwise = gm, takes, options, otherwise
+    def __init__(
+        self,
+        gm: GraphModule,
+        takes: Sequence[bool],
+        weights: Sequence[Tensor],
+        options: dict[str, Any],
+        otherwise: Run,
+    ) -> None:
+        self._gm, self._takes, self._weights, self._options, self._otherwise = gm, takes, weights, options, otherwise
         self._made: _Made | None = None
         self._able = True
 
@@ -70,26 +75,24 @@ class Direct:
         if self._able and _nothing_watches():
             given = [leaf for leaf, taken in zip(leaves, self._takes, strict=True) if taken]
             made = self._made or self._make(given)
-            if made is not None and made.fits(given):
+            if made is not None and made.state.check() and made.tensors.check(*self._weights, *given):
                 return made.run(*given)
         return self._otherwise(*leaves)
 
     def _make(self, given: Sequence[Any]) -> _Made | None:
         """Compiles for tensors like these; None where they are none of torch's own, or one is given twice."""
-        weights = (*self._gm.parameters(), *self._gm.buffers())
-        plain = all(type(t) in _PLAIN and t.layout is torch.strided for t in (*weights, *given))
-        if not plain or len({id(t) for t in given}) < len(given):
+        if not _plain(given) or len({id(t) for t in given}) < len(given):
             return None
         with _COMPILING:
             if self._made is None and self._able:
                 try:
-                    self._made = self._compile(given, weights)
+                    self._made = self._compile(given)
                 except Exception as error:  # another version of torch may not know what is called here
                     self._able = False
                     _log.info("Dynamo is used; Inductor did not take the graph as it is: %s", error, exc_info=True)
         return self._made
 
-    def _compile(self, given: Sequence[Tensor], weights: tuple[Tensor, ...]) -> _Made:
+    def _compile(self, given: Sequence[Tensor]) -> _Made:
         # imported late: torch has not loaded its compiler yet
         from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
         from torch._inductor.compile_fx import compile_fx
@@ -111,11 +114,15 @@ class Direct:
             results = iter(compiled(*leaves))
             return [next(results) if isinstance(out, Node) else out for out in outputs]
 
-        both = (*weights, *given)
+        both = (*self._weights, *given)
         sizes: Any = [list(t.shape) for t in both]
         strides: Any = [list(t.stride()) for t in both]
         guards = TensorGuards(*both, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        return _Made(run, GlobalStateGuard(), guards, weights)
+        return _Made(run, GlobalStateGuard(), guards)
+
+
+def _plain(tensors: Sequence[Any]) -> bool:
+    return all(type(t) in _KINDS and t.layout is torch.strided for t in tensors)
 
 
 def _nothing_watches() -> bool:

@@ -42,7 +42,7 @@ def compile_graph(gm: GraphModule, backend: str | Callable[..., Any], mode: str 
     options = inductor_options(gm, mode)
     told: dict[str, Any] = {"options": options} if options else {"mode": mode}
     compiled = torch.compile(gm, backend=backend, **told)
-    # the other modes search, or record CUDA graphs, for which Dynamo tells what lies still in memory
+    # modes that search or record CUDA graphs were never tried without Dynamo: there was no GPU
     plain = mode in (None, "default") and not torch._inductor.config.triton.cudagraphs
     return direct(gm, options, compiled) if plain else compiled
 
