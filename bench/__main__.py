@@ -16,7 +16,7 @@ from bench.coverage import command as coverage
 from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table6, table8
 from bench.tables.pictures import figure4, figure6, figure7
 from bench.throughput import command as throughput
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 
 class Command(Protocol):

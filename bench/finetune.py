@@ -32,7 +32,7 @@ from bench.training.checkpoint import read_checkpoint, save_weights
 from bench.training.imagenet import imagenet_data
 from bench.training.loop import Data, Tick, accuracy, train
 from bench.training.recipe import Recipe, TrainingError, add_recipe_arguments, recipe_from
-from passes.base import CompileError
+from passes.graph.base import CompileError
 from rs_compile import GridPrune, Schedule, models, optimize
 
 METHODS = ("dense", "line", "token")

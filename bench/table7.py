@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
 from bench.tables.results import processor
-from passes.base import CompileError
+from passes.graph.base import CompileError
 from rs_compile import OptimizedModel, Report, Schedule, optimize, plan
 from rs_compile.arguments import positive
 from rs_compile.digits import load_digits

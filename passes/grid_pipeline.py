@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from passes.base import CompileError, Refusal, finish
-from passes.cost import count
-from passes.grid_axes import follow_grid
-from passes.grid_cut import Against, CutGrid, Mode
+from passes.axes.grid_axes import follow_grid
+from passes.graph.base import CompileError, Refusal, finish
+from passes.graph.cost import count
+from passes.graph.verify import no_stale_shapes
+from passes.network.stages import Stage, StageReport, find_stages
 from passes.pipeline import Compiled
-from passes.score import Metric
-from passes.stages import Stage, StageReport, find_stages
-from passes.verify import no_stale_shapes
+from passes.sites.grid_cut import Against, CutGrid, Mode
+from passes.sites.score import Metric
 
 
 @dataclass(frozen=True)

@@ -10,37 +10,37 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from passes.attention_kernel import AUTOCAST, KernelChoice, kernels
-from passes.base import CompileError, PassResult, Refusal, Skip, finish
-from passes.branches import Block, Branch, blocks_of, find_branches
-from passes.canonicalise import Canonicalise
-from passes.capture import capture
-from passes.cost import Cost, count
-from passes.explicit_attention import ExplicitAttention
-from passes.full_length import WriteFullLength
-from passes.importance import Scoring
-from passes.inline_regions import InlineRegions
-from passes.insert import InsertSelection
-from passes.insert_merge import InsertMerge, Merger, merge_point
-from passes.layout import sequence_in
-from passes.lower_attention import LowerAttention
-from passes.matching import most
-from passes.name_flash import NameFlash
-from passes.no_block import no_block
-from passes.pad_keys import PadKeys, with_matrix_units
-from passes.padding import masking
-from passes.protected import Protected
-from passes.prunable import protected_tokens
-from passes.relative_shift import WriteRelativeShifts
-from passes.restore import AppendKept, RestoreTokens
-from passes.retarget import Gap, RetargetTokens
-from passes.same_stream import same_stream
-from passes.site import SITE, Site
-from passes.sizes import HOW, ApplySizes
-from passes.splice import REPLACED, stand_ins
-from passes.stages import StageReport
-from passes.token_axis import Needed, sequences_per_sample, stream_layout
-from passes.verify import no_stale_shapes, not_put_back
+from passes.attention.attention_kernel import AUTOCAST, KernelChoice, kernels
+from passes.attention.lower_attention import LowerAttention
+from passes.axes.token_axis import Needed, sequences_per_sample, stream_layout
+from passes.capture.capture import capture
+from passes.cleanup.canonicalise import Canonicalise
+from passes.cleanup.inline_regions import InlineRegions
+from passes.cleanup.relative_shift import WriteRelativeShifts
+from passes.device.name_flash import NameFlash
+from passes.device.pad_keys import PadKeys, with_matrix_units
+from passes.graph.base import CompileError, PassResult, Refusal, Skip, finish
+from passes.graph.cost import Cost, count
+from passes.graph.layout import sequence_in
+from passes.graph.splice import REPLACED, stand_ins
+from passes.graph.verify import no_stale_shapes, not_put_back
+from passes.network.branches import Block, Branch, blocks_of, find_branches
+from passes.network.no_block import no_block
+from passes.network.padding import masking
+from passes.network.protected import Protected
+from passes.network.prunable import protected_tokens
+from passes.network.same_stream import same_stream
+from passes.network.stages import StageReport
+from passes.sites.explicit_attention import ExplicitAttention
+from passes.sites.full_length import WriteFullLength
+from passes.sites.importance import Scoring
+from passes.sites.insert import InsertSelection
+from passes.sites.insert_merge import InsertMerge, Merger, merge_point
+from passes.sites.matching import most
+from passes.sites.restore import AppendKept, RestoreTokens
+from passes.sites.retarget import Gap, RetargetTokens
+from passes.sites.site import SITE, Site
+from passes.sites.sizes import HOW, ApplySizes
 
 SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
 

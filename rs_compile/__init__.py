@@ -14,11 +14,11 @@ if getattr(_passes, "PROJECT", None) != "rs_compile":
     )
 
 if TYPE_CHECKING:
-    from passes.base import CompileError, Refusal
-    from passes.capture import CaptureError
-    from passes.cost import register_cost
-    from passes.restore import TokenOutput
-    from passes.rules import register_token_rule
+    from passes.axes.rules import register_token_rule
+    from passes.capture.capture import CaptureError
+    from passes.graph.base import CompileError, Refusal
+    from passes.graph.cost import register_cost
+    from passes.sites.restore import TokenOutput
     from rs_compile.errors import ScheduleError
     from rs_compile.explain import explain
     from rs_compile.grid_prune import GridPrune
@@ -51,11 +51,11 @@ __all__ = [
 
 # where each name lives; imported when it is first asked for, because sympy and torch.export take half a second
 _HOMES = {
-    "passes.base": ("CompileError", "Refusal"),
-    "passes.capture": ("CaptureError",),
-    "passes.cost": ("register_cost",),
-    "passes.restore": ("TokenOutput",),
-    "passes.rules": ("register_token_rule",),
+    "passes.graph.base": ("CompileError", "Refusal"),
+    "passes.capture.capture": ("CaptureError",),
+    "passes.graph.cost": ("register_cost",),
+    "passes.sites.restore": ("TokenOutput",),
+    "passes.axes.rules": ("register_token_rule",),
     "rs_compile.errors": ("ScheduleError",),
     "rs_compile.explain": ("explain",),
     "rs_compile.grid_prune": ("GridPrune",),

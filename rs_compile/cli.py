@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from passes.base import CompileError
-from passes.score import Metric, Operation
+from passes.graph.base import CompileError
+from passes.sites.score import Metric, Operation
 from rs_compile import comparison, demo, models, timing
 from rs_compile.arguments import count, positive
 from rs_compile.explain import explain

@@ -11,9 +11,9 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from passes.base import PassResult
+from passes.graph.base import PassResult
 from passes.pipeline import Progress
-from passes.restore import KEPT, TokenOutput
+from passes.sites.restore import KEPT, TokenOutput
 from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
 from rs_compile.inductor import compile_graph
 from rs_compile.report import Report

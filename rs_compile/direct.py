@@ -19,7 +19,7 @@ from torch._guards import TracingContext, tracing
 from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 
-from passes.aliasing import written_outside
+from passes.graph.aliasing import written_outside
 from rs_compile.guard import Run
 
 _KINDS = (Tensor, nn.Parameter, nn.Buffer)

@@ -1,8 +1,8 @@
-"""What the user-facing side refuses, beside the compiler's own `passes.base.CompileError`."""
+"""What the user-facing side refuses, beside the compiler's own `passes.graph.base.CompileError`."""
 
 from __future__ import annotations
 
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 
 class ScheduleError(CompileError, ValueError):

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from passes.base import source_line
-from passes.branches import Block, module_path
+from passes.axes.token_axis import sequences_per_sample
+from passes.graph.base import source_line
 from passes.grid_pipeline import cuttable
+from passes.network.branches import Block, module_path
+from passes.network.prunable import prunable
+from passes.network.stages import find_stages
 from passes.pipeline import block_kernels, prepare
-from passes.prunable import prunable
-from passes.stages import find_stages
-from passes.token_axis import sequences_per_sample
 from rs_compile.optimize import kernel_cells
 from rs_compile.report import Explanation, ExplanationRow, StageExplanation
 from rs_compile.signature import check_inputs, constant_leaves, flatten

@@ -17,10 +17,10 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from passes.aliasing import written_outside
-from passes.base import Refusal
-from passes.branches import module_path
-from passes.capture import FIXED_BATCH, batched
+from passes.capture.capture import FIXED_BATCH, batched
+from passes.graph.aliasing import written_outside
+from passes.graph.base import Refusal
+from passes.network.branches import module_path
 from rs_compile.signature import autocast_state
 
 _SAMPLES = 2

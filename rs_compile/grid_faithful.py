@@ -19,11 +19,11 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from passes.base import Refusal
-from passes.grid_axes import RESTORE, WAY_OUT
-from passes.grid_cut import CUTS, MAPS
-from passes.grid_select import take
-from passes.splice import ORIGIN
+from passes.axes.grid_axes import RESTORE, WAY_OUT
+from passes.graph.base import Refusal
+from passes.graph.splice import ORIGIN
+from passes.sites.grid_cut import CUTS, MAPS
+from passes.sites.grid_select import take
 from rs_compile.faithful import (
     first_samples,
     gap,

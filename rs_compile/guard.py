@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from passes.aliasing import writes
+from passes.graph.aliasing import writes
 from rs_compile.timing import Timing, interleaved
 
 Guard = Literal["measure"]

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.attention_kernel import KernelChoice
-from passes.base import CompileError, PassResult, Skip
-from passes.capture import FIXED_BATCH, batched, capture
+from passes.attention.attention_kernel import KernelChoice
+from passes.capture.capture import FIXED_BATCH, batched, capture
+from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Compiled, Progress, cleaned
-from passes.select import MANY
+from passes.sites.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts

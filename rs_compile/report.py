@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from passes.base import Skip
+from passes.graph.base import Skip
 from rs_compile.guard import Verdict
 
 _REASON_WIDTH = 48  # columns; a kernel's reason may be a sentence
@@ -72,7 +72,7 @@ class Report:
         signature: the inputs' shapes, dtypes and device.
         blocks: a row for each block.
         macs_dense, macs: multiply-accumulates of the whole model, before and after.
-        flops_dense, flops: the same in fvcore's convention (`passes.cost`), which papers print.
+        flops_dense, flops: the same in fvcore's convention (`passes.graph.cost`), which papers print.
         skips: where a pass could have fired and did not.
         stages: a row for each stage of a CNN that was rewritten by `Schedule.grid`.
         merging: how tokens merged, and what sizes do behind the merges; "" where none did.

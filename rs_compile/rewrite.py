@@ -7,8 +7,8 @@ from functools import partial
 from torch.fx import GraphModule
 
 from passes.grid_pipeline import GridCut, cut_stages
-from passes.importance import Scoring
 from passes.pipeline import Behind, Compiled, Merge, Prune, prune
+from passes.sites.importance import Scoring
 from rs_compile.errors import ScheduleError
 from rs_compile.schedule import Schedule
 

@@ -10,8 +10,8 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from passes.retarget import Gap
-from passes.score import Importance, Metric, Operation
+from passes.sites.retarget import Gap
+from passes.sites.score import Importance, Metric, Operation
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
 

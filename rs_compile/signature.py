@@ -12,10 +12,10 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from passes.base import CompileError
-from passes.capture import batched
-from passes.constant_inputs import LARGEST, input_names, is_small
-from passes.select import FEW
+from passes.capture.capture import batched
+from passes.capture.constant_inputs import LARGEST, input_names, is_small
+from passes.graph.base import CompileError
+from passes.sites.select import FEW
 
 _AUTOCAST = ("cpu", "cuda")  # device types that have it
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rs_compile
-from passes.capture import capture
+from passes.capture.capture import capture
 from rs_compile.direct import direct
 from rs_compile.inductor import flattened
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import rs_compile
-from passes.base import Refusal
+from passes.graph.base import Refusal
 
 
 class Block(nn.Module):

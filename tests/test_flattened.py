@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from passes.capture import capture
+from passes.capture.capture import capture
 from rs_compile.inductor import flattened
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx.experimental import proxy_tensor
 
-import passes.capture
+import passes.capture.capture
 from bench.memory import peak_bytes
 from rs_compile import GridPrune, OptimizedModel, Schedule, optimize
 
@@ -50,14 +50,14 @@ def test_nothing_of_a_capture_stays(
     monkeypatch: pytest.MonkeyPatch, name: str, schedule: Schedule, options: dict[str, Any]
 ) -> None:
     programs: list[weakref.ref[Any]] = []
-    export = passes.capture.export
+    export = passes.capture.capture.export
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         program = export(*args, **kwargs)
         programs.append(weakref.ref(program))
         return program
 
-    monkeypatch.setattr(passes.capture, "export", noting)
+    monkeypatch.setattr(passes.capture.capture, "export", noting)
     before = {id(f) for f in fakes()}
     model = timm.create_model(name, num_classes=10, **({"img_size": 64} if name == "test_vit" else {})).eval()
     x = torch.randn(2, 3, 64, 64)

@@ -14,10 +14,10 @@ from oracle import Pruning
 from strategies import configs, prunings
 from torch import Tensor, nn
 
-import passes.insert
-import passes.pad_keys
+import passes.device.pad_keys
 import passes.pipeline
-import passes.select
+import passes.sites.insert
+import passes.sites.select
 import rs_compile
 
 TOLERANCE = 2e-4
@@ -93,7 +93,7 @@ def test_pruned_equals_oracle_with_gradients(data: st.DataObject, config: Config
 @hypothesis.given(data=st.data(), config=configs(), batch=st.integers(1, 3))
 @torch.no_grad()
 def test_what_other_processors_choose_is_as_right(
-    way: passes.select.Way, data: st.DataObject, config: Config, batch: int
+    way: passes.sites.select.Way, data: st.DataObject, config: Config, batch: int
 ) -> None:
     """A GPU's ways to select, and attention that matrix units would read whole tiles of keys for, on this CPU."""
     model = GeneratedViT(config)
@@ -102,11 +102,11 @@ def test_what_other_processors_choose_is_as_right(
     wanted = model.forward_pruned(images, pruning)
     hypothesis.assume(wanted.margin > CLEAR)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (passes.select, passes.insert):
+        for module in (passes.sites.select, passes.sites.insert):
             patch.setattr(module, "way", lambda *_: way)
         patch.setattr(passes.pipeline, "with_matrix_units", lambda: (torch.float32,))
         for limit, value in {"_PAYS": 1, "_FEWEST": 1}.items():
-            patch.setattr(passes.pad_keys, limit, value)
+            patch.setattr(passes.device.pad_keys, limit, value)
         got = optimized(model, pruning)(images)
     oracle.assert_close(got, wanted.outputs, TOLERANCE, f"{way} {config} {pruning}")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.rules import registry
+from passes.axes.rules import registry
 from rs_compile import Refusal, optimize
 
 README = Path(__file__).parents[1] / "README.md"

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.base import Skip
+from passes.graph.base import Skip
 from rs_compile.report import BlockRow, Explanation, ExplanationRow, Report
 
 SKIPS = (

@@ -15,7 +15,7 @@ from PIL import Image
 from bench import table7
 from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
-from passes.base import CompileError
+from passes.graph.base import CompileError
 from rs_compile import Schedule
 from rs_compile.digits import load_digits
 

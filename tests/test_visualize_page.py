@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from passes.patch_grid import Extent, PatchGrid
+from passes.network.patch_grid import Extent, PatchGrid
 from rs_compile.visualize import LayerMaps, ScoreMaps, SiteMap, save_page
 from rs_compile.visualize.page import embedded
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import rs_compile
-from passes.base import Refusal
+from passes.graph.base import Refusal
 from rs_compile.optimize import plans
 
 transformers = pytest.importorskip("transformers")

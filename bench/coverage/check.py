@@ -17,13 +17,13 @@ import rs_compile
 from bench.coverage.grid_twin import cut_by_hand, maps, same_shape, strays
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
-from passes.base import CompileError
-from passes.branches import ATTENTION, SOFTMAX, Block, Branch, blocks_of, find_branches, module_path
+from passes.graph.base import CompileError
 from passes.grid_pipeline import cuttable
+from passes.network.branches import ATTENTION, SOFTMAX, Block, Branch, blocks_of, find_branches, module_path
+from passes.network.protected import Protected
+from passes.network.prunable import protected_tokens, prunable
+from passes.network.stages import Stage, find_stages
 from passes.pipeline import check_blocks, prepare
-from passes.protected import Protected
-from passes.prunable import protected_tokens, prunable
-from passes.stages import Stage, find_stages
 from rs_compile.report import BlockRow
 from rs_compile.signature import constant_leaves
 

@@ -27,7 +27,7 @@ from bench.evaluate.ranks import Ranks
 from bench.evaluate.retrieval import RetrievalScores, evaluate_retrieval
 from bench.evaluate.sweep import skipped_text
 from bench.models import umt
-from passes.base import CompileError
+from passes.graph.base import CompileError
 from rs_compile import cli, models, optimize
 from rs_compile.arguments import count, positive
 

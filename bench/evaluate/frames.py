@@ -12,7 +12,7 @@ import torch
 from av.container import InputContainer
 from torch import Tensor
 
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 
 class VideoError(CompileError):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bench.evaluate.ranks import Ranks
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 _WAY_OUT = "way out: give another --resume file, or delete this one"
 

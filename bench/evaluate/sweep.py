@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.evaluate.journal import Journal
 from bench.evaluate.ranks import Ranks
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 Read = Callable[[int], Tensor]
 Measure = Callable[[list[int], Tensor], dict[str, Any]]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes.layout import Layout
-from passes.rules import Context, Kept, Transfer, Untransferable
+from passes.axes.rules import Context, Kept, Transfer, Untransferable
+from passes.graph.layout import Layout
 from rs_compile import register_cost, register_token_rule
 
 try:

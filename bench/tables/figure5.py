@@ -8,7 +8,7 @@ from typing import get_args
 from bench.tables.layer_plot import add_plot, run_figure
 from bench.tables.one_layer import Curves, add_shared, deit_s, digits_vit, umt_b
 from bench.tables.options import add_data_arguments
-from passes.score import Metric, Operation
+from passes.sites.score import Metric, Operation
 
 BLOCKS = (0, 2, 4, 6, 8)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from passes.score import Importance
+from passes.sites.score import Importance
 from rs_compile import Schedule, optimize
 from rs_compile.optimize import Backend
 from rs_compile.timing import compiled

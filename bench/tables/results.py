@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 Row = dict[str, Any]
 

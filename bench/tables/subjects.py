@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.umt import SIZES, Size, VisionEncoder, load_checkpoint, umt
-from passes.score import Importance
+from passes.sites.score import Importance
 from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
 

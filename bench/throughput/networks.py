@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.umt import Size, VisionEncoder, umt
-from passes.score import Importance
+from passes.sites.score import Importance
 
 SIDE, QUICK_SIDE = 224, 64
 WORDS = 256  # tokens of BERT's input

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from passes.base import CompileError
+from passes.graph.base import CompileError
 
 
 class TrainingError(CompileError):

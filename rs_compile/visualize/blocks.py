@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes.base import Refusal
-from passes.branches import Block
-from passes.importance import Scoring
-from passes.patch_grid import PatchGrid, find_grid
+from passes.axes.token_axis import sequences_per_sample
+from passes.graph.base import Refusal
+from passes.network.branches import Block
+from passes.network.patch_grid import PatchGrid, find_grid
+from passes.network.protected import Protected
+from passes.network.prunable import protected_tokens
 from passes.pipeline import SELECTIONS
-from passes.protected import Protected
-from passes.prunable import protected_tokens
-from passes.score_outputs import KeptOutputs, ScoreOutputs
-from passes.token_axis import sequences_per_sample
+from passes.sites.importance import Scoring
+from passes.sites.score_outputs import KeptOutputs, ScoreOutputs
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.layers import LayerMaps, Say, SiteMap, over_grid

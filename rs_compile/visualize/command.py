@@ -14,7 +14,7 @@ from tabulate import tabulate
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from passes.base import CompileError
+from passes.graph.base import CompileError
 from rs_compile.models import load_images
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.layers import Say, ScoreMaps

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from passes.patch_grid import PatchGrid
+from passes.network.patch_grid import PatchGrid
 
 Say = Callable[[str], None]
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from passes.base import CompileError
-from passes.branches import find_blocks, find_branches
+from passes.graph.base import CompileError
 from passes.grid_pipeline import check_stages
-from passes.importance import Scoring
-from passes.patch_grid import map_grid
+from passes.network.branches import find_blocks, find_branches
+from passes.network.patch_grid import map_grid
+from passes.network.stages import find_stages
 from passes.pipeline import check_blocks, prepare
-from passes.score import Metric, Operation
-from passes.stages import find_stages
+from passes.sites.importance import Scoring
+from passes.sites.score import Metric, Operation
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.blocks import block_layers, block_sites, patches
 from rs_compile.visualize.layers import Say, ScoreMaps

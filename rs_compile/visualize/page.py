@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from passes.patch_grid import PatchGrid
+from passes.network.patch_grid import PatchGrid
 from rs_compile.visualize.layers import ScoreMaps
 from rs_compile.visualize.picture import COVER, Picture, colour_range, edges, palette
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from passes.base import CompileError
-from passes.patch_grid import Extent, PatchGrid
+from passes.graph.base import CompileError
+from passes.network.patch_grid import Extent, PatchGrid
 from rs_compile.visualize.layers import ScoreMaps
 
 Picture = NDArray[np.floating[Any]]  # [height, width, 3] in 0..1

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes.grid_cut import CUTS, CutGrid
-from passes.patch_grid import PatchGrid, map_grid
-from passes.score import Metric
-from passes.score_outputs import CutOutputs, StageScoreOutputs
-from passes.stages import Stage
+from passes.network.patch_grid import PatchGrid, map_grid
+from passes.network.stages import Stage
+from passes.sites.grid_cut import CUTS, CutGrid
+from passes.sites.score import Metric
+from passes.sites.score_outputs import CutOutputs, StageScoreOutputs
 from rs_compile.grid_prune import GridPrune
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule

@@ -29,7 +29,7 @@ from torch.fx import GraphModule, Node
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from passes.name_flash import NameFlash
+from passes.device.name_flash import NameFlash
 from rs_compile import Schedule, optimize
 from rs_compile.inductor import inductor_options
 from rs_compile.optimize import plans

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from passes.base import PassResult
-from passes.contraction import aten_name
-from passes.lower_attention import LowerAttention
+from passes.attention.lower_attention import LowerAttention
+from passes.graph.base import PassResult
+from passes.graph.contraction import aten_name
 
 HEADS, TOKENS, CHANNELS = 4, 10, 8
 INF = math.inf

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from passes.capture import capture
-from passes.gather import put, take
-from passes.layout import show, tokens_in
+from passes.axes.gather import put, take
+from passes.axes.token_axis import TokenAxis, analyse, stream_layout
+from passes.capture.capture import capture
+from passes.graph.layout import show, tokens_in
+from passes.graph.splice import splice
 from passes.pipeline import prepare
-from passes.retarget import RetargetTokens
-from passes.select import keep_highest, protected_mask
-from passes.site import SITE, Site
-from passes.splice import splice
-from passes.token_axis import TokenAxis, analyse, stream_layout
+from passes.sites.retarget import RetargetTokens
+from passes.sites.select import keep_highest, protected_mask
+from passes.sites.site import SITE, Site
 
 B, N, C = 3, 6, 8
 aten = torch.ops.aten

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes.attention_kernel import AUTOCAST
-from passes.capture import capture
+from passes.attention.attention_kernel import AUTOCAST
+from passes.capture.capture import capture
 
 
 class Attend(nn.Module):

@@ -1,0 +1,1 @@
+"""Attention in its spellings, and which kernel it takes."""

@@ -1,0 +1,199 @@
+"""Ops that treat every element by itself: broadcast, gather what pairs up with tokens, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for, shape_of
+from passes.graph.layout import Batch, Dim, Free, Layout, Part, Tokens, dim_size, tokens_in, whole_grids
+
+aten = torch.ops.aten
+
+
+def tensors(args: Any) -> list[Node]:
+    """The tensor nodes among an op's arguments, in order."""
+    found: list[Node] = []
+
+    def add(a: Any) -> Any:
+        if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor) and a not in found:
+            found.append(a)
+        return a
+
+    map_aggregate(args, add)
+    return found
+
+
+def joined(dims: Sequence[Dim]) -> Dim | None:
+    """The dimension that these broadcast to where one of them runs over tokens or samples."""
+    over_tokens = [d for d in dims if tokens_in(d)]
+    if over_tokens:
+        first = over_tokens[0]
+        weights = False
+        for other in over_tokens:
+            a, b = tokens_in(first), tokens_in(other)
+            assert a is not None and b is not None
+            if not a.same_sequence(b):
+                raise Untransferable("two different sequences of tokens meet")
+            if [f for f in first if f != a] != [f for f in other if f != b] or first.index(a) != other.index(b):
+                raise Untransferable("tokens are folded with different dimensions")
+            weights |= a.weights or b.weights
+    if len({_in_row(d) for d in dims if any(not isinstance(f, Free) for f in d)}) > 1:
+        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
+    if over_tokens:
+        return tuple(replace(f, weights=weights) if isinstance(f, Tokens) else f for f in first)
+    return next((d for d in dims if any(isinstance(f, Batch) for f in d)), None)
+
+
+def _in_row(dim: Dim) -> Any:
+    """How many entries of a dimension follow each other from one sample; None where it does not run over samples."""
+    at = next((i for i, f in enumerate(dim) if isinstance(f, Batch)), None)
+    return None if at is None else dim_size(dim[at + 1 :])
+
+
+def broadcast(ctx: Context, inputs: Sequence[Node], shape: Sequence[Any]) -> Layout:
+    """The layout of what the inputs broadcast to; inputs that carry tokens decide."""
+    carrying = [layout for n in inputs if (layout := ctx.layout(n)) is not None]
+    out: list[Dim] = []
+    for d, size in enumerate(shape):
+        at = d - len(shape)
+        dims = [layout[at] for layout in carrying if len(layout) >= -at and layout[at] != ()]
+        dim = joined(dims)
+        out.append(dim if dim is not None else ctx.plain(size))
+    return tuple(out)
+
+
+class Ungatherable(Untransferable):
+    """An input has an entry per token, and cannot be gathered by what each sample kept."""
+
+
+def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layout]:
+    """The inputs that have an entry per token along a dimension in which they do not carry tokens."""
+    aligned: dict[Node, Layout] = {}
+    for n in inputs:
+        own = ctx.layout(n)
+        shape = shape_of(n)
+        for at in range(-len(shape), 0):
+            over = tokens_in(out[at])
+            if own is not None and own[at] and out[at]:
+                joined([own[at], out[at]])
+                if tokens_in(own[at]) and over is None:
+                    raise Untransferable("tokens meet what does not run over them")
+            if over is None or (isinstance(shape[at], int) and shape[at] == 1):
+                continue
+            if own is None or tokens_in(own[at]) is None:
+                aligned[n] = out
+    parts = [dim for dim in out if isinstance(tokens_in(dim), Part)]
+    if aligned and not whole_grids(out):
+        raise Ungatherable("an input has an entry per row or column of the tokens' grid, and those left form none")
+    if aligned and any(len(dim) > 1 for dim in parts):
+        raise Ungatherable("an input with an entry per token meets a grid that is folded with another dimension")
+    if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
+        _check_one_sample(ctx, aligned, out)
+    return aligned
+
+
+def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> None:
+    """Declines where inputs with an entry per token meet a value without samples, unless there is but one sample."""
+    if ctx.batch.size != 1:
+        raise Ungatherable("an input with an entry per token has no dimension for samples to be gathered along")
+    for n in aligned:
+        shape = shape_of(n)
+        if sum(shape[at] != 1 and tokens_in(out[at]) is not None for at in range(-len(shape), 0)) > 1:
+            raise Untransferable(
+                "an input has an entry per pair of tokens, which may keep several images in one sequence apart"
+            )
+
+
+# act on each entry by itself, and torch does not tag them so
+ELEMENTWISE: tuple[Any, ...] = (
+    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.to,
+    aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy,
+    aten.bernoulli, aten.where, aten.masked_fill, aten.nan_to_num, aten.hardswish, aten.log_sigmoid, aten.subtract,
+    aten.rsub, aten.multiply, aten.divide, aten.true_divide, aten.floor_divide, aten.negative, aten.absolute, aten.fix,
+    aten.square, aten.greater, aten.greater_equal, aten.less, aten.less_equal, aten.not_equal, aten.isclose,
+    aten.__and__, aten.__or__, aten.__xor__, aten.arccos, aten.arccosh, aten.arcsin, aten.arcsinh, aten.arctan,
+    aten.arctan2, aten.arctanh, aten.real, aten.imag, aten.isreal, aten._conj, aten.conj, aten.resolve_conj,
+    aten.resolve_neg, aten.complex, aten.polar, aten.special_digamma, aten.special_erf, aten.special_erfc,
+    aten.special_erfinv, aten.special_exp2, aten.special_expit, aten.special_expm1, aten.special_gammainc,
+    aten.special_gammaincc, aten.special_gammaln, aten.special_i0, aten.special_log1p, aten.special_logit,
+    aten.special_ndtr, aten.special_psi, aten.special_round, aten.special_sinc, aten.special_xlogy,
+)  # fmt: skip
+# give values of their own, in the shape of what they read
+SHAPED_LIKE: tuple[Any, ...] = (
+    aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
+)  # fmt: skip
+
+
+def elementwise(target: Any) -> bool:
+    """Whether an op computes each entry of its result from the same entries of its inputs, and writes into none."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return torch.Tag.pointwise in target.tags or target.overloadpacket in ELEMENTWISE
+
+
+@rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE)
+def pointwise(node: Node, ctx: Context) -> Transfer:
+    """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
+    val = node.meta["val"]
+    values = val if isinstance(val, (tuple, list)) else (val,)
+    inputs = tensors((node.args, node.kwargs))
+    if any(_like_only(node, n) for n in inputs):
+        inputs = inputs[:1]
+    out = broadcast(ctx, inputs, values[0].shape)
+    if not _still_weights(node, {n for n in inputs if _weighted(ctx.layout(n))}):
+        out = tuple(no_weights(dim) for dim in out)
+    layouts = tuple(out for _ in values)
+    return Transfer(layouts if isinstance(val, (tuple, list)) else out, align(ctx, inputs, out))
+
+
+def no_weights(dim: Dim) -> Dim:
+    """The dimension without the promise that it holds attention weights."""
+    return tuple(replace(f, weights=False) if isinstance(f, Tokens) else f for f in dim)
+
+
+def _weighted(layout: Layout | None) -> bool:
+    return any(t.weights for dim in layout or () if (t := tokens_in(dim)))
+
+
+_SAME = {
+    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.to, aten._to_copy, aten.type_as, aten.clone,
+    aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.neg, aten.nan_to_num,
+}  # fmt: skip
+
+
+def _still_weights(node: Node, weighted: set[Node]) -> bool:
+    """Whether attention weights come out as such: scaled, masked or mixed, but not shifted or bent."""
+    op, args = getattr(node.target, "overloadpacket", None), node.args
+    if op is aten.mul:
+        return sum(a in weighted for a in args[:2]) == 1
+    if op is aten.div:
+        return weighted == {args[0]}
+    if op in (aten.add, aten.sub):
+        return all(a in weighted for a in args[:2])
+    if op is aten.masked_fill:
+        return bool(args[2] == 0)
+    if op is aten.where:
+        return all(a in weighted or bool(a == 0) for a in args[1:3])
+    return op in _SAME
+
+
+def _like_only(node: Node, other: Node) -> bool:
+    """`type_as` reads only its second input's dtype."""
+    return node.target is aten.type_as.default and other is not node.args[0]
+
+
+@rules_for(aten.prelu.default)
+def prelu(node: Node, ctx: Context) -> Transfer:
+    """One slope for every entry, or one for each entry of dimension 1."""
+    layout, slopes = ctx.layout(node.args[0]), node.args[1]
+    if layout is None or ctx.layout(slopes) is not None:
+        raise Untransferable("only a side input of it carries tokens")
+    if shape_of(slopes) != (1,):
+        need_free(layout, [1], "a slope for each entry of what")
+    return Transfer(tuple(no_weights(dim) for dim in layout))

@@ -1,0 +1,116 @@
+"""Norms, reductions and softmax: over channels they carry the axis on; the mean over tokens ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.axes.rules.registry import (
+    Context,
+    Transfer,
+    Untransferable,
+    argument,
+    need_free,
+    need_whole,
+    rules_for,
+    shape_of,
+    wrap,
+)
+from passes.axes.rules.views import carried, without
+from passes.graph.layout import Dim, Tokens, tokens_in
+
+aten = torch.ops.aten
+
+
+@rules_for(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default, aten._fused_rms_norm.default)
+def norm(node: Node, ctx: Context) -> Transfer:
+    """Normalises the last dimensions, which must be channels."""
+    layout = carried(node, ctx)
+    last = len(argument(node, 1, "normalized_shape"))
+    need_free(layout, range(len(layout) - last, len(layout)), "a norm")
+    val = node.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return Transfer(layout)
+    stats = without(layout, set(range(len(layout) - last, len(layout))), keepdim=True)
+    return Transfer((layout, *(stats for _ in val[1:])))
+
+
+@rules_for(aten.batch_norm.default)
+def batch_norm(node: Node, ctx: Context) -> Transfer:
+    """With running statistics it is an affine map of channels (dimension 1)."""
+    layout = carried(node, ctx)
+    if argument(node, 5, "training"):
+        raise Untransferable("batch norm in training mode, whose statistics run over tokens")
+    need_free(layout, [1], "batch norm")
+    return Transfer(layout)
+
+
+_DIM: dict[Any, tuple[int, int]] = {  # where each reduction takes its dimensions, and whether to keep them
+    aten.mean.dim: (1, 2), aten.sum.dim_IntList: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2),
+    aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),
+    aten.norm.ScalarOpt_dim: (2, 3), aten.var.correction: (1, 3), aten.var.dim: (1, 3), aten.std.correction: (1, 3),
+    aten.std.dim: (1, 3), aten.var_mean.correction: (1, 3), aten.logsumexp.default: (1, 2),
+    aten.prod.dim_int: (1, 2), aten.any.dim: (1, 2), aten.all.dim: (1, 2), aten.argmax.default: (1, 2),
+    aten.argmin.default: (1, 2),
+}  # fmt: skip
+_OVER_TOKENS = {aten.mean.dim, aten.amax.default}  # mean the same on a shorter sequence
+
+
+@rules_for(*_DIM)
+def reduction(node: Node, ctx: Context) -> Transfer:
+    """Over channels anything goes; over tokens the mean, the maximum, or a sum of attention weights."""
+    layout = carried(node, ctx)
+    at, keep = _DIM[node.target]
+    given: Any = argument(node, at, "dim")
+    keepdim = bool(argument(node, keep, "keepdim", False))
+    dims = range(len(layout)) if given is None or given == [] else [given] if isinstance(given, int) else given
+    over = {wrap(d, len(layout)) for d in dims}
+    tokens = {d for d in over if tokens_in(layout[d])}
+    need_free(layout, over - tokens, "a reduction")
+    for d in tokens:
+        factor = tokens_in(layout[d])
+        weights = factor is not None and factor.weights and node.target is aten.sum.dim_IntList
+        if len(layout[d]) != 1 or not (weights or node.target in _OVER_TOKENS):
+            raise Untransferable("a reduction over tokens that depends on how many there are")
+    out = without(layout, over, keepdim)
+    val = node.meta["val"]
+    mixes = bool(tokens)
+    return Transfer(tuple(out for _ in val) if isinstance(val, (tuple, list)) else out, mixes=mixes)
+
+
+@rules_for(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+def softmax(node: Node, ctx: Context) -> Transfer:
+    """Over channels it is per token; over keys it makes attention weights, to be summed over later."""
+    layout = carried(node, ctx)
+    d = wrap(argument(node, 1, "dim"), len(layout))
+    if tokens_in(layout[d]) is None:
+        need_free(layout, [d], "a softmax")
+        return Transfer(layout)
+    if len(layout[d]) != 1:
+        raise Untransferable("a softmax over tokens that are folded with another dimension")
+    need_whole(layout[d], "a softmax over")
+    weights: Dim = tuple(Tokens(f.pieces, True) if isinstance(f, Tokens) else f for f in layout[d])
+    return Transfer(layout[:d] + (weights,) + layout[d + 1 :], mixes=True)
+
+
+@rules_for(aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
+def along(node: Node, ctx: Context) -> Transfer:
+    """Works along one dimension, which must be channels."""
+    layout = carried(node, ctx)
+    d = wrap(argument(node, 1, "dim", -1), len(layout))
+    need_free(layout, [d], "an op along a dimension that")
+    return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
+
+
+@rules_for(aten.adaptive_avg_pool1d.default)
+def pool(node: Node, ctx: Context) -> Transfer:
+    """[B, C, N] pooled to one entry is the mean over tokens."""
+    layout = carried(node, ctx)
+    if tokens_in(layout[-1]) is None:
+        need_free(layout, [-1], "pooling")
+        return Transfer((*layout[:-1], ctx.plain(shape_of(node)[-1])))
+    if len(layout[-1]) != 1 or argument(node, 1, "output_size") not in (1, [1]):
+        raise Untransferable("pools tokens into more than one")
+    return Transfer((*layout[:-1], ()), mixes=True)

@@ -1,0 +1,170 @@
+"""One table: for every op that may meet a token axis, what it does to it. An op without a rule refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+
+from passes.graph.base import CompileError
+from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, plain, tokens_in
+
+
+class Untransferable(CompileError):
+    """A rule declines: the op is not proven to mean the same on a shorter sequence. Holds the reason."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Stands in a rewritten argument for the size of a dimension."""
+
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Position:
+    """Stands in a rewritten argument for a border between stretches of a sequence, counted from its start."""
+
+    tokens: Tokens
+    at: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Stands in `Transfer.decay` for the positions, among the tokens of a dimension, that are left: [B, K] int64."""
+
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What an op does to the token axis.
+
+    Args:
+        out: the result's layout, a tuple of them for a tuple result, None where the result does not run
+            over tokens any more.
+        aligned: inputs that pair up with tokens by position and are gathered first, with the layout that
+            they broadcast to (right-aligned, as broadcasting does).
+        target, args, kwargs: the op to emit, where it differs; `Extent` and `Position` become sizes.
+        beside: inputs that pair up with tokens and are read with an entry for each, with the same.
+        mixes: a token's result depends on other tokens.
+        ordered: and on the order that they come in (a scan, a convolution, causal attention).
+        decay: the arguments to emit instead where the schedule says gap="decay", for an op that can carry
+            its state over the gap that pruned tokens leave; may hold `Kept`.
+    """
+
+    out: Layout | tuple[Layout | None, ...] | None
+    aligned: Mapping[Node, Layout] = field(default_factory=dict)
+    target: Callable[..., Any] | None = None
+    args: tuple[Any, ...] | None = None
+    kwargs: Mapping[str, Any] | None = None
+    beside: Mapping[Node, Layout] = field(default_factory=dict)
+    mixes: bool = False
+    ordered: bool = False
+    decay: tuple[Any, ...] | None = None
+
+
+class Context:
+    """What a rule may ask about an op's inputs."""
+
+    def __init__(self, layouts: Mapping[Node, Any], batch: Batch, ends: Container[Node] = ()) -> None:
+        self._layouts = layouts
+        self._ends = ends  # read with every token
+        self.batch = batch
+
+    def layout(self, node: Any) -> Layout | None:
+        """The layout of an input that runs over tokens, else None."""
+        return self._layouts.get(node) if isinstance(node, Node) and node not in self._ends else None
+
+    def sides(self, node: Any) -> Layout:
+        """The layout of any tensor input: its own, or one read off its shape."""
+        own = self.layout(node)
+        return own if own is not None else tuple(self.plain(s) for s in shape_of(node))
+
+    def plain(self, size: Any) -> Dim:
+        return plain(size, self.batch)
+
+
+Rule: TypeAlias = Callable[[Node, Context], Transfer]
+_RULES: dict[Any, Rule] = {}
+
+
+def register_token_rule(op: Any, rule: Rule) -> None:
+    """Says what an op does to the token axis, for custom ops and for ops that have no rule yet.
+
+    Args:
+        op: an `OpOverload` (`torch.ops.mine.scan.default`) or a packet (`torch.ops.mine.scan`).
+        rule: takes the fx node and a `Context`, returns a `Transfer`, or raises `Untransferable(reason)`.
+
+    Raises:
+        TypeError: `op` is not an op of `torch.ops`.
+    """
+    if not isinstance(op, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not callable(op):
+        raise TypeError(f"expected an op such as torch.ops.mine.scan.default, got {op!r}")
+    _RULES[op] = rule
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op: its own, its class's, its packet's, or the pointwise rule where torch tags it so."""
+    if target in _RULES or type(target) in _RULES:
+        return _RULES.get(target) or _RULES[type(target)]
+    if isinstance(target, torch._ops.OpOverload):
+        if target.overloadpacket in _RULES:
+            return _RULES[target.overloadpacket]
+        if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
+            return _RULES["pointwise"]
+    return None
+
+
+def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
+    """Decorator: one rule for several ops."""
+
+    def add(rule: Rule) -> Rule:
+        for op in ops:
+            _RULES[op] = rule
+        return rule
+
+    return add
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The shape of a tensor node; an op's argument, which fx leaves untyped, may be given."""
+    return tuple(node.meta["val"].shape)
+
+
+def sizes_of(node: Node) -> tuple[Any, ...] | None:
+    """A tensor value's sizes as expressions, to be compared: comparing symbols of torch's would fix the batch.
+
+    None for what is no tensor.
+    """
+    val = node.meta.get("val")
+    return tuple(map(expr, val.shape)) if isinstance(val, torch.Tensor) else None
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An op's argument, however it was passed."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def wrap(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+def need_whole(dim: Dim, doing: str) -> None:
+    """Declines where a dimension runs over rows or columns of tokens alone."""
+    if isinstance(tokens_in(dim), Part):
+        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone")
+
+
+def need_free(layout: Layout, dims: Any, doing: str) -> None:
+    """Declines where one of the dimensions runs over tokens or samples."""
+    for d in dims:
+        if tokens_in(layout[d]) is not None:
+            raise Untransferable(f"{doing} runs over the token axis")
+        if any(isinstance(f, Batch) for f in layout[d]):
+            raise Untransferable(f"{doing} runs over the samples of the batch")

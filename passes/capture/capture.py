@@ -1,0 +1,191 @@
+"""Capture: the model as a graph of ATen ops, with a symbolic batch and literal token counts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ShapesCollection, export
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from passes.capture.constant_inputs import HeldFast, input_names, is_small, written_constant
+from passes.graph.base import CompileError, op_name, source_line
+from passes.graph.layout import expr
+
+_TORCH = os.path.dirname(torch.__file__)
+FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
+
+
+_ANY = "make that line independent of the data, or give the part of the model that it is not in"
+_KNOWN_OUTPUTS = (
+    "call it so that it does not return that (a cache is usually left out by use_cache=False), "
+    "or register the class with torch.utils._pytree.register_pytree_node"
+)
+_KNOWN = (  # words of torch's own, what they mean for a model, what to do
+    (
+        "Couldn't swap",
+        "it moves or casts a layer's own weights while it runs, which torch.export cannot record",
+        "cast the model before (model.to(dtype)) and take that line out of its forward",
+    ),
+)
+
+
+class CaptureError(CompileError):
+    """torch.export cannot capture the model; the message is its own, shortened, with the model's line."""
+
+
+def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]:
+    """Which input leaves run over samples: tensors whose first size is that of the first tensor.
+
+    Args:
+        constant: leaves that are the same at every call, and say nothing of samples.
+    """
+    sizes = [leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.dim() else None for leaf in leaves]
+    batch = next((s for i, s in enumerate(sizes) if s is not None and i not in constant), None)
+    return [s is not None and s == batch and i not in constant for i, s in enumerate(sizes)]
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], constant: Collection[int] = ()
+) -> GraphModule:
+    """Captures `model` for inputs like these, whatever their batch size.
+
+    The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
+    output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
+    the number of samples, or inputs are constant, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
+
+    Args:
+        model: any module; it is not changed.
+        args, kwargs: example inputs. Tensors whose first size is the batch size run over samples.
+        constant: flat input leaves that the graph has the values of; it takes them, and does not read them.
+
+    Raises:
+        CaptureError: torch.export gives up.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    runs = batched(leaves, constant)
+    held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
+    exported = None
+    if held is None:
+        # export would take a batch of one for a constant
+        doubled = [
+            torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
+            for leaf, over in zip(leaves, runs, strict=True)
+        ]
+        exported = _export(model, doubled, runs, spec)
+    # what is held fast may say how much there is of everything else
+    if exported is None or _fixed_batch(exported, runs):
+        exported = _export(model, leaves, [False] * len(leaves), spec, held)
+        exported.meta[FIXED_BATCH] = next((x.shape[0] for x, over in zip(leaves, runs, strict=True) if over), 0)
+    return _flat(exported).train(model.training)
+
+
+def _export(
+    model: nn.Module,
+    leaves: Sequence[Any],
+    runs: Sequence[bool],
+    spec: pytree.TreeSpec,
+    held: HeldFast | None = None,
+) -> GraphModule:
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    dynamic = ShapesCollection()
+    for leaf, over in zip(leaves, runs, strict=True):
+        if over:
+            dynamic[leaf] = {0: Dim.AUTO}
+    try:
+        with torch.enable_grad():
+            program = export(held or model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
+            exported: GraphModule = program.module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(_shortened(model, error, _readable(model, leaves, args, kwargs, held))) from error
+    _no_vmap(model, exported)
+    if held is not None:
+        _no_writes(model, held, exported)
+    return exported
+
+
+def _readable(model: nn.Module, leaves: Sequence[Any], args: Any, kwargs: Any, held: HeldFast | None) -> list[str]:
+    """The names of inputs whose values code may ask for: few whole numbers, beside the first tensor, not held yet."""
+    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)), None)
+    known = {first, *(held.held if held is not None else ())}
+    names = input_names(model, args, kwargs)
+    return [names[i][-1] for i, leaf in enumerate(leaves) if names[i] and is_small(leaf) and i not in known]
+
+
+def _no_writes(model: nn.Module, held: HeldFast, exported: GraphModule) -> None:
+    """Refuses a model that writes into a constant input, or into what it computed from one."""
+    node = written_constant(exported, model)
+    line = source_line(node) if node is not None else ""
+    if node is not None or held.written():
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: "
+            f"{op_name(node) + ' writes' if node is not None else 'it writes'} into a value of its constant_inputs\n"
+            + (f"  in the model: {line}\n" if line else "")
+            + "  way out: write that line out of place, or name fewer inputs in constant_inputs"
+        )
+
+
+def _no_vmap(model: nn.Module, exported: GraphModule) -> None:
+    """Refuses what torch.func.vmap left in the graph: values without memory of their own."""
+    for node in exported.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and torch._C._functorch.is_batchedtensor(val):
+            line = source_line(node)
+            raise CaptureError(
+                f"torch.export cannot capture {type(model).__name__}: {op_name(node)} runs inside torch.func.vmap\n"
+                + (f"  in the model: {line}\n" if line else "")
+                + "  way out: write that line without vmap, or give the part of the model that it is not in"
+            )
+
+
+def _fixed_batch(exported: GraphModule, runs: Sequence[bool]) -> bool:
+    """Whether the model's own code made the number of samples a constant."""
+    values = [n.meta.get("val") for n in exported.graph.find_nodes(op="placeholder")]
+    return any(
+        over and isinstance(val, torch.Tensor) and expr(val.shape[0]).is_Integer
+        for val, over in zip(values, runs, strict=True)
+    )
+
+
+def _flat(exported: GraphModule) -> GraphModule:
+    """The same graph without export's input checks and nesting; the handle does both."""
+    codegen: Any = exported.graph._codegen
+    info = codegen.pytree_info
+    exported.graph.set_codegen(torch.fx.graph.CodeGen())
+    gm = GraphModule(exported, exported.graph, type(exported).__name__)
+    gm.meta["out_spec"] = info.out_spec
+    gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, 0)
+    return gm
+
+
+def _shortened(model: nn.Module, error: Exception, constants: Sequence[str]) -> str:
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    tb = error.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        frames.append((code.co_filename, str(tb.tb_lineno), code.co_name))
+        tb = tb.tb_next
+    # neither torch's own frames, nor generated code, nor this file
+    where = next((f for f in reversed(frames) if not f[0].startswith((_TORCH, "<", __file__))), None)
+    said = lines[0] if lines else type(error).__name__
+    reason, way_out = next(((r, w) for words, r, w in _KNOWN if words in said), ("", _ANY))
+    if constants and re.search("data.?dependent", f"{type(error).__name__} {said}", re.IGNORECASE):
+        named = "".join(f'"{name}", ' for name in constants).strip()
+        way_out = (
+            f"pass constant_inputs=({named}): the graph then holds the value of such an input fast, "
+            "and another value is another capture"
+        )
+    if found := re.search(r"<class '([\w.]+)'> in output", said):
+        reason, way_out = f"it returns a {found[1]}, which torch.export does not know", _KNOWN_OUTPUTS
+    return "\n".join(
+        [f"torch.export cannot capture {type(model).__name__}: {reason or said}"]
+        + ([f"  in the model: {where[0]}, line {where[1]}, in {where[2]}"] if where else [])
+        + [f"  way out: {way_out}"]
+    )

@@ -1,0 +1,1 @@
+"""Spellings of one thing made one; what does nothing, dropped."""

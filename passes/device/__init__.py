@@ -1,0 +1,1 @@
+"""What one device wants written otherwise."""

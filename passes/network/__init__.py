@@ -1,0 +1,1 @@
+"""Analyses: residual branches, blocks, stages, protected tokens, padding."""

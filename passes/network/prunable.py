@@ -1,0 +1,70 @@
+"""Analysis: whether tokens can leave after a block, which must stay, and where they would come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from passes.axes.token_axis import follow, stream_layout
+from passes.graph.base import CompileError, Refusal
+from passes.graph.layout import sequence_in, tokens_in
+from passes.network.branches import Block, Branch
+from passes.network.padding import masking
+from passes.network.protected import Protected, find_protected, with_picked
+from passes.network.same_stream import same_stream
+
+
+def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
+    """The tokens that must stay: those found, and those given."""
+    layout, _ = stream_layout(block.output)
+    dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
+    found = Protected(0, 0)  # learned tokens lie in no grid
+    if len(layout) < 4:
+        found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
+    if not given:
+        return found
+    tokens = sequence_in(layout)
+    length = tokens.dense if tokens is not None else 0
+    if max(given) >= length:
+        raise CompileError(f"protected token {max(given)} does not exist: there are {length} tokens, 0 to {length - 1}")
+    stay = [i < found.prefix or i >= length - found.suffix or i in found.extra or i in given for i in range(length)]
+    # the prefix stays what the model's own slices know; given tokens may move
+    extra = tuple(i for i, s in enumerate(stay) if s and found.prefix <= i < length - found.suffix)
+    return Protected(found.prefix, found.suffix, extra)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether tokens could leave after a block.
+
+    Args:
+        able: whether.
+        reason: why not, "" where they can.
+        until: the sums at which every token comes back for the layers behind; none where that is the network's end.
+    """
+
+    able: bool
+    reason: str = ""
+    until: tuple[Node, ...] = ()
+
+
+def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answer:
+    """Whether tokens could leave after this block, or the reason why not. Changes nothing."""
+    try:
+        guard = protected_tokens(gm, block, None)
+        layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
+        tokens = sequence_in(layout)
+        if tokens is None or not tokens.prunable:
+            raise Refusal(
+                "none of its tokens is made from the input, so all of them are protected",
+                block.output,
+                "prune a stream of patches, frames or words; learned queries that read it have to stay",
+            )
+        masking(gm, block, guard.prefix, guard.suffix)
+        layers = [b.add for b in branches if b.whole]
+        axis = follow(gm, block.output, layout, batch, layers, same_stream(branches, block.output))
+    except Refusal as refusal:
+        return Answer(False, str(refusal).replace("\n", "; "))
+    return Answer(True, until=tuple(n for n in axis.ends if n in axis.layouts))

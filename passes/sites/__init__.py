@@ -1,0 +1,1 @@
+"""The places where tokens leave: score, select or merge, gather, restore."""

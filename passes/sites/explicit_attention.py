@@ -1,0 +1,73 @@
+"""Attention written out as softmax(Q K^T) V: where a baseline reads its map, or everywhere, as papers run it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.graph.base import Pass, PassResult, Refusal
+from passes.graph.contraction import arguments
+from passes.graph.splice import replace_by
+from passes.sites.sizes import KEY_SIZES, with_bias
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+MAP = "attention map"  # node.meta key of an op that was written out
+
+
+@dataclass(frozen=True)
+class ExplicitAttention(Pass):
+    """Writes out every attention that is still one op."""
+
+    def call(self, gm: GraphModule) -> PassResult:
+        ops = list(gm.graph.find_nodes(op="call_function", target=SDPA))
+        for op in ops:
+            write_out(gm, op)
+        return PassResult(gm, rewrites=len(ops))
+
+
+def write_out(gm: GraphModule, op: Node) -> Node:
+    """Replaces an attention op by its arithmetic and returns its map [B, H, Nq, Nk], without size bias.
+
+    An op that was written out before gives the map that it has.
+
+    Raises:
+        Refusal: attention with dropout, whose map is random.
+    """
+    if MAP in op.meta:
+        known: Node = op.meta[MAP]
+        return known
+    given: dict[str, Any] = arguments(op)
+    if given["dropout_p"]:
+        raise Refusal("attention with dropout has no one map to read", op, "call model.eval() first")
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if given["enable_gqa"]:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        logits = attention_logits(query, key, mask, given["scale"], given["is_causal"])
+        plain = logits.softmax(-1)
+        weights = plain if sizes is None else with_bias(logits, sizes).softmax(-1)
+        return weights @ value, plain
+
+    inputs = (given["query"], given["key"], given["value"], given["attn_mask"], op.meta.get(KEY_SIZES))
+    op.meta[MAP] = replace_by(gm, op, "attention", attend, *inputs)[1]
+    return write_out(gm, op)
+
+
+def attention_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
+    """Q K^T * scale + mask, [B, H, Nq, Nk] from [B, H, N, d]; scale is 1/sqrt(d) where not given."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits = (query * scale) @ key.transpose(-2, -1)
+    if causal:
+        rows, columns = (torch.arange(n, device=query.device) for n in logits.shape[-2:])
+        logits = logits.masked_fill(columns > rows.unsqueeze(-1), -math.inf)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    return logits

@@ -1,0 +1,234 @@
+"""Takes rows and columns out of a stage's output; everything behind it runs on the smaller grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.axes.grid_axes import RESTORE, WAY_OUT, follow_grid
+from passes.axes.grid_layout import Follow, Grid, GridAxes, size_of
+from passes.graph.base import CompileError, Pass, PassResult, Refusal
+from passes.graph.propagate import evaluate
+from passes.graph.splice import fake, fake_mode, splice
+from passes.network.stages import Stage
+from passes.sites.grid_select import kept_cells, kept_lines, score_map, spread, take
+from passes.sites.score import Metric
+from passes.sites.select import MANY
+
+CUTS = "cuts"  # gm.meta key: by stage the rows and columns kept, which broadcast to [B, H', W']
+MAPS = "maps"  # gm.meta key: by stage the map before the cut and after it
+
+Mode = Literal["line", "token"]
+Against = Literal["shortcut", "first-block", "sum"]
+
+
+@dataclass(frozen=True)
+class CutGrid(Pass):
+    """Score, selection and gather after a stage; then the ops behind it, one by one, on the smaller grid.
+
+    Outputs of the model keep their size: the stage's own output as it was, an output that every cell is
+    computed for by itself from the whole map, any other by the nearest cell that is left (`spread`).
+
+    Args:
+        stage: after which; its nodes must be in the graph.
+        rows, columns: how many leave.
+        mode: "line", whole rows and columns; "token", cells of each row, then of each column.
+        rows_first: in mode "line", columns are scored on the rows that stay.
+        against: what the output is compared with, see `rs_compile.GridPrune`.
+        metric: distance over the channels.
+        random: random scores, a baseline.
+        lowest: the lowest scores stay, a baseline.
+        compact_outputs: the caller wants short outputs, which a map has no form for.
+    """
+
+    stage: Stage
+    rows: int
+    columns: int
+    mode: Mode = "line"
+    rows_first: bool = False
+    against: Against = "shortcut"
+    metric: Metric = "l2"
+    random: bool = False
+    lowest: bool = False
+    compact_outputs: bool = False
+
+    def call(self, gm: GraphModule) -> PassResult:
+        graph, output = gm.graph, self.stage.output
+        self._check()
+        axes = follow_grid(output)
+        if axes.dense and self.compact_outputs:
+            raise Refusal(
+                "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
+            )
+        readers = [user for user in output.users if user in axes.follows]
+        whole = _whole(axes)
+        with graph.inserting_before(output.next):
+            score = self.insert_score(graph)
+            select = partial(self._select, many=gm.meta.get(MANY, False))
+            rows, columns = splice(graph, "select", select, score)
+            gm.meta.setdefault(CUTS, {})[self.stage.index] = (rows, columns)
+            short = splice(graph, "gather", take, output, rows, columns)
+        gm.meta.setdefault(MAPS, {})[self.stage.index] = (output, short)
+        for reader in readers:
+            reader.replace_input_with(output, short)
+        cut = _Cut(gm, axes, rows, columns, short)
+        for node, follow in axes.follows.items():
+            cut.follow(node, follow)
+        for consumer in axes.dense:
+            for value in [n for n in consumer.all_input_nodes if n in axes.grids]:
+                consumer.replace_input_with(value, whole[value] if value in whole else cut.restored(value))
+        return PassResult(gm, rewrites=1)
+
+    def _check(self) -> None:
+        height, width = self.stage.grid
+        for name, left, there in (("rows", self.rows, height), ("columns", self.columns, width)):
+            if left >= there:
+                raise CompileError(
+                    f"{left} {name} are to leave stage {self.stage.index}, which has {there} {name}; "
+                    f"write {name} from 0 to {there - 1}"
+                )
+
+    def insert_score(self, graph: torch.fx.Graph) -> Node:
+        """The score map [B, H, W] of the stage, at the graph's insertion point."""
+        output, blocks = self.stage.output, self.stage.blocks
+        sums, shape = self.stage.sums, self.stage.as_map
+
+        def score(*values: Tensor) -> Tensor:
+            maps = [shape(v) for v in values]
+            return score_map(list(zip(maps[::2], maps[1::2], strict=True)), self.metric)
+
+        if self.random:
+            return splice(graph, "score", lambda x: torch.rand_like(x[:, 0], dtype=torch.float32), output)
+        if self.against == "shortcut":
+            return splice(graph, "score", score, sums, self.stage.shortcut)
+        if self.against == "sum":
+            return splice(graph, "score", score, *[n for b in blocks for n in (b.output, b.shortcut)])
+        if len(blocks) == 1:
+            raise Refusal(
+                f"stage {self.stage.index} has one block, whose output is the stage's",
+                output,
+                'use GridPrune(against="shortcut")',
+            )
+        return splice(graph, "score", score, sums, blocks[0].output)
+
+    def _select(self, score: Tensor, many: bool) -> tuple[Tensor, Tensor]:
+        height, width = self.stage.grid
+        rows, columns = height - self.rows, width - self.columns
+        if self.mode == "line":
+            return kept_lines(score, rows, columns, self.rows_first, self.lowest, many)
+        return kept_cells(score, rows, columns, self.lowest)
+
+
+def _whole(axes: GridAxes) -> dict[Node, Node]:
+    """For each value that an output reads and that needs no other cell of the map: the same from the whole map."""
+    whole = {axes.start: axes.start}
+
+    def copied(value: Node) -> Node:
+        if value not in whole:
+            inputs = {n: copied(n) for n in value.all_input_nodes if n in axes.grids}
+            with value.graph.inserting_before(value):
+                whole[value] = value.graph.node_copy(value, lambda n: inputs.get(n, n))
+        return whole[value]
+
+    for consumer in axes.dense:
+        for value in consumer.all_input_nodes:
+            grid = axes.grid(value)
+            if isinstance(grid, Grid) and not grid.mixed:
+                copied(value)
+    return whole
+
+
+class _Cut:
+    """Moves the ops behind a cut onto the smaller grid, in topological order."""
+
+    def __init__(self, gm: GraphModule, axes: GridAxes, rows: Node, columns: Node, short: Node) -> None:
+        self.graph = gm.graph
+        self.axes = axes
+        self.rows = rows
+        self.columns = columns
+        self.mode = fake_mode(gm.graph)
+        self.full = {n: tuple(n.meta["val"].shape) for n, g in axes.grids.items() if isinstance(g, Grid)}
+        self.sizes: dict[Node, tuple[int, int]] = {short: tuple(short.meta["val"].shape[2:])}
+        self.now: dict[Node, Node] = {axes.start: short}
+        self.taken: dict[Node, Node] = {}
+
+    def follow(self, node: Node, follow: Follow) -> None:
+        """Gives the op inputs on the smaller grid and recomputes its value."""
+        for n in follow.aligned:
+            if n not in self.taken:
+                with self.graph.inserting_before(node):
+                    self.taken[n] = splice(self.graph, "gather", take, n, self.rows, self.columns)
+            node.replace_input_with(n, self.taken[n])
+        if not follow.apart:
+            self._same_cells(node)
+        self._rewrite(node, follow)
+        before = node.meta["val"]
+        try:
+            op: Any = node.target
+            node.meta["val"] = evaluate(self.mode, op, fake(node.args), fake(node.kwargs))
+        except Exception as error:
+            raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+        after = node.meta["val"]
+        if follow.out is not None:
+            self.sizes[node] = size_of(node, follow.out, self.sizes)
+        if isinstance(after, torch.Tensor):
+            free = follow.out.dims if isinstance(follow.out, Grid) else ()
+            same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
+            if not all(same):
+                raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+            gone = [before.shape[d] - after.shape[d] for d in free]
+            if any(n % period for n, period in zip(gone, follow.period, strict=False)):
+                raise Refusal(
+                    f"pads the map by amounts that may be others on the smaller grid, from which {gone[0]} rows and "
+                    f"{gone[1]} columns are gone",
+                    node,
+                    self.axes.fitting,
+                )
+
+    def _rewrite(self, node: Node, follow: Follow) -> None:
+        """Writes the smaller map's sizes where the op names the map's."""
+        if follow.sizes:
+            rows, columns = self.sizes[node.all_input_nodes[0]]
+            new = {"rows": rows, "columns": columns, "cells": rows * columns}
+            others, sizes = node.args[:-1], [*cast(Any, node.args[-1])]
+            for at, what in follow.sizes:
+                sizes[at] = new[what]
+            node.args = (*others, sizes)
+
+    def _same_cells(self, node: Node) -> None:
+        """Maps that meet must be equally large, lest one of a single row be broadcast."""
+        start = self.axes.start
+        grids = {n: self.axes.grid(start if n is self.now[start] else n) for n in node.all_input_nodes}
+        sizes = {
+            self.sizes[n] if len(g.dims) == 1 and g.columns == g.rows else tuple(n.meta["val"].shape[d] for d in g.dims)
+            for n, g in grids.items()
+            if isinstance(g, Grid)
+        }
+        if len(sizes) > 1:
+            raise Refusal(
+                f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
+                node,
+                f"{self.axes.fitting}, or {WAY_OUT}",
+            )
+
+    def restored(self, value: Node) -> Node:
+        """The value at full size, from the nearest cells that are left."""
+        grid = self.axes.grid(value)
+        is_map = isinstance(grid, Grid) and (grid.rows, grid.columns) == (2, 3) and len(self.full[value]) == 4
+        if not is_map:
+            raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
+        if not self.axes.sample_for_sample(value):
+            raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT)
+        start = (float(grid.start[0]), float(grid.start[1]))
+        size: Any = self.full[value][2:]
+
+        def back(x: Tensor, r: Tensor, c: Tensor) -> Tensor:
+            return spread(x, r, c, self.axes.size, size, grid.step, start)
+
+        with self.graph.inserting_before(value.next):
+            return splice(self.graph, RESTORE, back, value, self.rows, self.columns)

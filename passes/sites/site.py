@@ -1,0 +1,74 @@
+"""A place in the network where tokens leave, as the passes hand it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from passes.axes.gather import put, spread
+from passes.axes.token_axis import TokenAxis
+from passes.graph.layout import Batch, Layout, Tokens, sequence_in
+from passes.graph.splice import splice
+
+SITE = "site"  # gm.meta key
+
+
+@dataclass
+class Site:
+    """Where tokens leave, pruned or merged into others.
+
+    Args:
+        stream: the value that they leave, at full length.
+        full: the same value at full length again; what the rest of the network reads until it is retargeted.
+        short: the tokens left.
+        index: their positions in `stream`, [B, K]; a merged token has the place of its destination.
+        layout: of `stream`.
+        left: tokens left of the prunable stretch.
+        place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
+        sizes: how many of the model's tokens each token of `short` stands for, [B, K]; None before any merge.
+        in_order: whether the tokens left come in the order that they had in `stream`.
+        size_bias, weighted_mean: whether attention and means behind the site use them.
+        axis: the token axis from `full` on, once analysed.
+        compact: for each value that runs over tokens its compact form, once retargeted.
+        restored: for values that were put back their full-length form, once restored.
+    """
+
+    stream: Node
+    full: Node
+    short: Node
+    index: Node
+    layout: Layout
+    batch: Batch
+    left: int
+    place: Node | None = None
+    sizes: Node | None = None
+    size_bias: bool = True
+    weighted_mean: bool = False
+    in_order: bool = True
+    axis: TokenAxis | None = None
+    compact: dict[Node, Node] = field(default_factory=dict)
+    restored: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Tokens:
+        tokens = sequence_in(self.layout)
+        assert tokens is not None
+        return tokens
+
+    def carries(self, value: Node) -> bool:
+        """Whether a value runs over the tokens that this site left, as its stream does."""
+        assert self.axis is not None
+        layouts = self.axis.layouts
+        return any(twin is value and layouts.get(n) == self.layout for n, twin in self.compact.items())
+
+    def back(self, graph: Graph, short: Node) -> Node:
+        """A stream value at full length, at the graph's insertion point."""
+        return put_back(graph, self.layout, self.stream, short, self.index, self.place)
+
+
+def put_back(graph: Graph, layout: Layout, stream: Node, short: Node, index: Node, place: Node | None) -> Node:
+    """Every token back: a pruned one as it was in `stream`, a merged one with its destination's value."""
+    if place is not None:
+        return splice(graph, "restore", lambda s, p: spread(s, p, layout), short, place)
+    return splice(graph, "restore", lambda x, s, i: put(x, s, i, layout), stream, short, index)

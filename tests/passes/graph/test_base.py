@@ -1,0 +1,169 @@
+"""The contract around a pass: checks before and after, clean-up, and errors that say which pass it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from graphs import aten, graph_of, only
+from torch.fx import GraphModule
+
+from passes.graph.base import Check, CompileError, Pass, PassResult, Refusal, Skip, op_name, source_line
+
+
+def doubles(gm: GraphModule) -> int:
+    return len(gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor))
+
+
+def has_a_mul(gm: GraphModule) -> None:
+    if not doubles(gm):
+        raise CompileError("no mul is left")
+
+
+@dataclass(frozen=True)
+class ReluForMul(Pass):
+    """Replaces every mul by a relu, and leaves the mul for dead-code removal."""
+
+    def call(self, gm: GraphModule) -> PassResult:
+        found = gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+        for node in found:
+            with gm.graph.inserting_after(node):
+                relu = gm.graph.call_function(aten.relu.default, (node.args[0],))
+            node.replace_all_uses_with(relu)
+        return PassResult(gm, rewrites=len(found))
+
+
+@dataclass(frozen=True)
+class NeedsMul(ReluForMul):
+    requires: ClassVar[tuple[Check, ...]] = (has_a_mul,)
+
+
+@dataclass(frozen=True)
+class PromisesMul(ReluForMul):
+    ensures: ClassVar[tuple[Check, ...]] = (has_a_mul,)
+
+
+@dataclass(frozen=True)
+class LeavesTheRest(ReluForMul):
+    leaves_dead_code: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class NewGraph(Pass):
+    """Returns another graph module."""
+
+    ensures: ClassVar[tuple[Check, ...]] = (has_a_mul,)
+
+    def call(self, gm: GraphModule) -> PassResult:
+        return PassResult(graph_of(lambda x: x * 3))
+
+
+@dataclass(frozen=True)
+class Misorders(Pass):
+    """Lets an op read a value that is computed after it."""
+
+    def call(self, gm: GraphModule) -> PassResult:
+        first, last = only(gm, aten.mul.Tensor), only(gm, aten.relu.default)
+        first.args = (last, 2)
+        return PassResult(gm)
+
+
+@dataclass(frozen=True)
+class Refuses(Pass):
+    def call(self, gm: GraphModule) -> PassResult:
+        raise Refusal("this is not proven", only(gm, aten.mul.Tensor), "do something else")
+
+
+def test_clean_up_and_recompile() -> None:
+    gm = graph_of(lambda x: x * 2)
+    result = ReluForMul()(gm)
+    assert result.rewrites == 1 and result.skips == () and doubles(gm) == 0
+    x = torch.tensor([[[-1.0] * 8] * 6])
+    assert torch.equal(result.gm(x)[0], x * 0)
+    assert ReluForMul()(gm).rewrites == 0
+
+
+def test_dead_code_may_be_left_for_the_next_pass() -> None:
+    gm = graph_of(lambda x: x * 2)
+    assert doubles(LeavesTheRest()(gm).gm) == 1
+    assert doubles(ReluForMul()(gm).gm) == 0
+
+
+def test_writes_and_random_numbers() -> None:
+    """A random op that nothing reads goes, an op that writes stays."""
+    gm = graph_of(lambda x: (x.relu(), torch.rand_like(x), x.clone().mul_(2))[0])
+    ReluForMul()(gm)
+    assert not gm.graph.find_nodes(op="call_function", target=aten.rand_like.default)
+    assert gm.graph.find_nodes(op="call_function", target=aten.mul_.Tensor)
+
+
+def test_requires_is_checked_on_the_input() -> None:
+    gm = graph_of(lambda x: x + 1)
+    with pytest.raises(CompileError, match=r"^before pass NeedsMul: no mul is left$"):
+        NeedsMul()(gm)
+    NeedsMul()(graph_of(lambda x: x * 2))
+
+
+def test_ensures_is_checked_on_the_result() -> None:
+    with pytest.raises(CompileError, match=r"^after pass PromisesMul: no mul is left$"):
+        PromisesMul()(graph_of(lambda x: x * 2))
+    assert doubles(NewGraph()(graph_of(lambda x: x + 1)).gm) == 1  # the input has none, the result has
+
+
+def test_a_malformed_graph_is_laid_at_the_passs_door() -> None:
+    with pytest.raises(CompileError, match=r"^pass Misorders left a malformed graph: ") as error:
+        Misorders()(graph_of(lambda x: (x * 2).relu()))
+    assert "used before it has been defined" in str(error.value)
+
+
+def test_a_refusal_comes_through_as_it_is() -> None:
+    with pytest.raises(Refusal, match="this is not proven"):
+        Refuses()(graph_of(lambda x: x * 2))
+
+
+class Doubles(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def test_refusal_text() -> None:
+    gm = graph_of(Doubles())
+    node = only(gm, aten.mul.Tensor)
+    refusal = Refusal("this is not proven", node, "do something else")
+    line = Doubles.forward.__code__.co_firstlineno + 1
+    where = f'File "{__file__}", line {line}, in forward: return x * 2'
+    assert str(refusal) == (
+        f"aten.mul.Tensor (mul): this is not proven\n  in the model: {where}\n  way out: do something else"
+    )
+    assert (refusal.reason, refusal.op, refusal.node_name) == ("this is not proven", "aten.mul.Tensor", "mul")
+    assert (refusal.where, refusal.way_out) == (where, "do something else")
+    assert str(Refusal("no node")) == "no node"
+    assert str(Refusal("no node", way_out="leave")) == "no node\n  way out: leave"
+    del node.meta["stack_trace"]
+    assert str(Refusal("no line", node)) == "aten.mul.Tensor (mul): no line"
+
+
+def test_lines_of_layers_are_the_models_lines() -> None:
+    """The line that calls a layer, not the body of torch's own layer."""
+    linear = torch.nn.Linear(8, 8).requires_grad_(False)
+    gm = graph_of(lambda x: linear(x))
+    assert "/torch/nn/" not in source_line(only(gm, aten.linear.default))
+
+
+def test_skip() -> None:
+    node = only(graph_of(Doubles()), aten.mul.Tensor)
+    assert Skip.at(node, "why") == Skip("mul", "why", source_line(node))
+    assert "return x * 2" in Skip.at(node, "why").where
+    assert op_name(node) == "aten.mul.Tensor"
+    assert op_name(next(iter(node.graph.nodes))).startswith("placeholder ")
+    assert op_name(node.graph.call_function(graph_of, ())) == "graph_of"  # its text would hold an address
+
+
+def test_a_pass_is_named_for_its_class() -> None:
+    assert NeedsMul().name == "NeedsMul"
+    assert NeedsMul() == NeedsMul()
+    abstract: Any = Pass
+    with pytest.raises(TypeError, match="abstract"):
+        abstract()
