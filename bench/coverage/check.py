@@ -18,8 +18,9 @@ from bench.coverage.grid_twin import cut_by_hand, maps, same_shape, strays
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
 from passes.graph.base import CompileError
+from passes.graph.ops import SDPA, SOFTMAX
 from passes.grid_pipeline import cuttable
-from passes.network.branches import ATTENTION, SOFTMAX, Block, Branch, blocks_of, find_branches, module_path
+from passes.network.branches import Block, Branch, blocks_of, find_branches, module_path
 from passes.network.protected import Protected
 from passes.network.prunable import protected_tokens, prunable
 from passes.network.stages import Stage, find_stages
@@ -179,7 +180,7 @@ def _padding(given: Any, length: int, guard: Protected) -> Tensor | None:
 def layer_of(block: Block, layers: list[Layer]) -> Layer | None:
     """The layer that a block of the compiler is, by its place in the model, where its attention is in it as well."""
     attention = block.attention.nodes if block.attention is not None else frozenset()
-    places = [block.where, *(path for n in attention if n.target in ATTENTION | SOFTMAX and (path := module_path(n)))]
+    places = [block.where, *(path for n in attention if n.target in {SDPA, *SOFTMAX} and (path := module_path(n)))]
     return next((y for y in layers if all(f"{place}.".startswith(f"{y.path}.") for place in places)), None)
 
 

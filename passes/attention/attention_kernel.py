@@ -12,11 +12,11 @@ from torch import SymInt, Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from passes.graph.contraction import arguments, is_alias
-from passes.graph.described import Described
+from passes.graph.contraction import is_alias
+from passes.graph.fake import Described
+from passes.graph.ops import SDPA, arguments
 
 ATEN = torch.ops.aten
-SDPA = ATEN.scaled_dot_product_attention.default
 FLASH = ATEN._scaled_dot_product_flash_attention.default  # CUDA's
 ALIGN = 8  # channels of a head that CUDA's flash kernels take at once
 HALF = (torch.float16, torch.bfloat16)

@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.attention.constants import Constants
 from passes.graph.base import op_name
-from passes.graph.contraction import Contraction, arguments, aten_name, order
+from passes.graph.contraction import Contraction, order
+from passes.graph.ops import arguments, aten_name
 
 SAME = {"contiguous", "clone", "alias", "lift_fresh_copy"}
 CASTS = {"to", "_to_copy", "type_as"}

@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from passes.graph.contraction import aten_name, is_alias
+from passes.graph.contraction import is_alias
+from passes.graph.ops import aten_name
 
 # what these make is the same along a dim whose size is not known: one stands for all
 UNIFORM = {"expand", "ones", "zeros", "full"}

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from passes.attention.attention_pattern import CASTS, RESHAPES, SAME, TURNS, Attention, Miss, Step, fed_by_product
 from passes.attention.constants import Constants
 from passes.graph.base import Pass, PassResult, Skip
-from passes.graph.contraction import MATMULS, align, arguments, arrange, aten_name, is_alias
+from passes.graph.contraction import MATMULS, align, arrange, is_alias
+from passes.graph.ops import arguments, aten_name
 from passes.graph.splice import ORIGIN, splice
 
 # a product of activations is as finite as the logits themselves

@@ -16,9 +16,10 @@ import torch
 from torch.fx import Node
 
 from passes.axes.grid_layout import Follow, Grid, GridAxes, carried, grid_rules_for
-from passes.axes.rules.pointwise import ELEMENTWISE, SHAPED_LIKE, tensors
-from passes.axes.rules.registry import Untransferable, argument, shape_of, wrap
+from passes.axes.rules.pointwise import tensors
+from passes.axes.rules.registry import Untransferable
 from passes.graph.layout import expr
+from passes.graph.ops import ELEMENTWISE, SHAPED_LIKE, VIEWS, argument, shape_of, view_sizes, wrap
 
 aten = torch.ops.aten
 
@@ -85,31 +86,28 @@ def pointwise(node: Node, axes: GridAxes) -> Follow:
     return replace(joined, out=tuple(out for _ in values)) if isinstance(val, (tuple, list)) else joined
 
 
-# mean the same on a smaller map: where each takes its dimensions, and whether to keep them
-_DIMS: dict[Any, tuple[int, int]] = {
-    aten.mean.dim: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2), aten.var_mean.correction: (1, 3),
-    aten.var.correction: (1, 3), aten.std.correction: (1, 3), aten.var_mean.dim: (1, 3), aten.var.dim: (1, 3),
-    aten.std.dim: (1, 3),
-}  # fmt: skip
-_CHANNELS_ONLY: dict[Any, tuple[int, int]] = {
-    aten.sum.dim_IntList: (1, 2), aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),
-    aten.norm.ScalarOpt_dim: (2, 3), aten.logsumexp.default: (1, 2), aten.argmax.default: (1, 2),
-}  # fmt: skip
+_ANY_DIMS = (  # mean the same on a smaller map
+    aten.mean.dim, aten.amax.default, aten.amin.default, aten.var_mean.correction, aten.var.correction,
+    aten.std.correction, aten.var_mean.dim, aten.var.dim, aten.std.dim,
+)  # fmt: skip
+_CHANNELS_ONLY = (
+    aten.sum.dim_IntList, aten.max.dim, aten.min.dim, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
+    aten.logsumexp.default, aten.argmax.default,
+)  # fmt: skip
 
 
-@grid_rules_for(*_DIMS, *_CHANNELS_ONLY)
+@grid_rules_for(*_ANY_DIMS, *_CHANNELS_ONLY)
 def reduction(node: Node, axes: GridAxes) -> Follow:
     """Over channels anything goes; over rows and columns a mean, an extremum, a variance, which end the axis."""
     grid, rank = carried(node, axes), len(shape_of(node.args[0]))
-    at, keep = (_DIMS | _CHANNELS_ONLY)[node.target]
-    given: Any = argument(node, at, "dim")
+    given: Any = argument(node, "dim")
     dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
     over = {wrap(d, rank) for d in dims}
     if over & set(grid.dims) and node.target in _CHANNELS_ONLY:
         raise Untransferable("reduces rows and columns to something that depends on how many there are")
     if 0 in over:
         raise Untransferable("reduces the samples of the batch")
-    kept = bool(argument(node, keep, "keepdim", False))
+    kept = bool(argument(node, "keepdim"))
 
     def after(dim: int | None) -> int | None:
         if dim is None or dim in over:
@@ -127,7 +125,7 @@ def batch_norm(node: Node, axes: GridAxes) -> Follow:
     """An affine map of channels from running statistics; in training its statistics are the smaller map's."""
     grid = carried(node, axes)
     _need_free(grid, [0, 1], "batch norm")
-    return Follow(replace(grid, mixed=grid.mixed or bool(argument(node, 5, "training"))))
+    return Follow(replace(grid, mixed=grid.mixed or bool(argument(node, "training"))))
 
 
 @grid_rules_for(aten.group_norm.default)
@@ -142,7 +140,7 @@ def group_norm(node: Node, axes: GridAxes) -> Follow:
 def layer_norm(node: Node, axes: GridAxes) -> Follow:
     """Normalises the last dimensions, which must be channels."""
     grid, rank = carried(node, axes), len(shape_of(node))
-    _need_free(grid, range(rank - len(argument(node, 1, "normalized_shape")), rank), "a norm")
+    _need_free(grid, range(rank - len(argument(node, "normalized_shape")), rank), "a norm")
     return Follow(grid)
 
 
@@ -166,7 +164,7 @@ def prelu(node: Node, axes: GridAxes) -> Follow:
 def along(node: Node, axes: GridAxes) -> Follow:
     """Works along one dimension, which must be channels."""
     grid = carried(node, axes)
-    _need_free(grid, [wrap(argument(node, 1, "dim", -1), len(shape_of(node)))], "an op along a dimension that")
+    _need_free(grid, [wrap(argument(node, "dim"), len(shape_of(node)))], "an op along a dimension that")
     return Follow(grid)
 
 
@@ -181,14 +179,14 @@ def _reordered(grid: Grid, order: Sequence[int]) -> Grid:
 def permute(node: Node, axes: GridAxes) -> Follow:
     """Dimensions in another order."""
     rank = len(shape_of(node))
-    return Follow(_reordered(carried(node, axes), [wrap(d, rank) for d in argument(node, 1, "dims")]))
+    return Follow(_reordered(carried(node, axes), [wrap(d, rank) for d in argument(node, "dims")]))
 
 
 @grid_rules_for(aten.transpose.int)
 def transpose(node: Node, axes: GridAxes) -> Follow:
     """Two dimensions exchanged."""
     order = list(range(len(shape_of(node))))
-    a, b = (wrap(argument(node, i, f"dim{i - 1}"), len(order)) for i in (1, 2))
+    a, b = (wrap(argument(node, name), len(order)) for name in ("dim0", "dim1"))
     order[a], order[b] = order[b], order[a]
     return Follow(_reordered(carried(node, axes), order))
 
@@ -196,9 +194,9 @@ def transpose(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.cat.default)
 def cat(node: Node, axes: GridAxes) -> Follow:
     """Along channels; maps from before the cut are cut alike."""
-    parts: Any = argument(node, 0, "tensors")
+    parts: Any = argument(node, "tensors")
     rank = len(shape_of(node))
-    follow, dim = _joined(node, axes, list(dict.fromkeys(parts)), rank), wrap(argument(node, 1, "dim", 0), rank)
+    follow, dim = _joined(node, axes, list(dict.fromkeys(parts)), rank), wrap(argument(node, "dim"), rank)
     assert isinstance(follow.out, Grid)
     _need_free(follow.out, [dim], "a concatenation")
     out = _parted(follow.out, dim, shape_of(parts[0]), shape_of(node))
@@ -211,7 +209,7 @@ def cat(node: Node, axes: GridAxes) -> Follow:
 def split(node: Node, axes: GridAxes) -> Follow:
     """Parts of the channels."""
     grid, val = carried(node, axes), node.meta["val"]
-    dim = wrap(argument(node, 2, "dim", 0), val[0].dim())
+    dim = wrap(argument(node, "dim"), val[0].dim())
     _need_free(grid, [dim], "a split")
     return Follow(tuple(_parted(grid, dim, shape_of(node.args[0]), part.shape) for part in val))
 
@@ -226,10 +224,10 @@ def getitem(node: Node, axes: GridAxes) -> Follow:
 def slice_(node: Node, axes: GridAxes) -> Follow:
     """Part of the channels, or every n-th row or column from the first to the last."""
     grid, shape = carried(node, axes), shape_of(node.args[0])
-    dim = wrap(argument(node, 1, "dim", 0), len(shape))
+    dim = wrap(argument(node, "dim"), len(shape))
     if dim not in grid.dims:
         return Follow(_parted(grid, dim, shape, shape_of(node)))
-    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
     if start not in (None, 0) or not (end is None or end == torch.iinfo(torch.int64).max):
         raise Untransferable("takes rows or columns by their number")
     if step != 1 and grid.rows == grid.columns:
@@ -241,7 +239,7 @@ def slice_(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.sym_size.int)
 def size(node: Node, axes: GridAxes) -> Follow:
     """The number of samples; a number of rows or columns would be a literal."""
-    _need_free(carried(node, axes), [argument(node, 1, "dim")], "a size that")
+    _need_free(carried(node, axes), [argument(node, "dim")], "a size that")
     return Follow(None)
 
 
@@ -257,7 +255,7 @@ def new(node: Node, axes: GridAxes) -> Follow:
 def select(node: Node, axes: GridAxes) -> Follow:
     """One entry, or each, along channels or heads, whose dimension goes."""
     grid, shape = carried(node, axes), shape_of(node.args[0])
-    over = wrap(argument(node, 1, "dim", 0), len(shape))
+    over = wrap(argument(node, "dim"), len(shape))
     _need_free(grid, [over], "one entry of a dimension that")
     if not isinstance(shape[over], int):
         raise Untransferable("takes one sample of the batch")
@@ -269,9 +267,9 @@ def select(node: Node, axes: GridAxes) -> Follow:
 @grid_rules_for(aten.scaled_dot_product_attention.default)
 def attention(node: Node, axes: GridAxes) -> Follow:
     """Cells attend to cells, of this map or of one that a window made from it: to those of the smaller map."""
-    given: list[Any] = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    given: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
     query, key, value = grids = [axes.grid(n) for n in given]
-    if argument(node, 3, "attn_mask") is not None or argument(node, 5, "is_causal", False):
+    if argument(node, "attn_mask") is not None or argument(node, "is_causal"):
         raise Untransferable("attends by a mask, which may have an entry per cell, or in order")
     for n, grid in zip(given, grids, strict=True):
         if grid is not None and (grid.rows, grid.columns) != (len(shape_of(n)) - 2,) * 2:
@@ -301,8 +299,8 @@ def _written(node: Node, grid: Grid, at: tuple[int, int]) -> dict[int, Literal["
     if node.target is aten.flatten.using_ints:
         return {}
     split = node.target is aten.unflatten.int
-    sizes: Any = node.args[2 if split else 1]
-    first = wrap(argument(node, 1, "dim"), len(shape_of(node.args[0]))) if split else 0
+    sizes = view_sizes(node)
+    first = wrap(argument(node, "dim"), len(shape_of(node.args[0]))) if split else 0
     names: Any = {at[0]: "cells"} if at[0] == at[1] else {at[0]: "rows", at[1]: "columns"}
     places = {d - first: name for d, name in names.items() if 0 <= d - first < len(sizes)}
     left = [i for i, s in enumerate(sizes) if isinstance(s, int) and s == -1]
@@ -315,7 +313,7 @@ def _written(node: Node, grid: Grid, at: tuple[int, int]) -> dict[int, Literal["
     return places
 
 
-@grid_rules_for(aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.unflatten.int)
+@grid_rules_for(aten.flatten.using_ints, aten.unflatten.int, *VIEWS)
 def view(node: Node, axes: GridAxes) -> Follow:
     """Rows and columns folded into one dimension, or out of it; channels and heads in any other way.
 

@@ -11,11 +11,10 @@ import torch
 from torch.fx import Node
 
 from passes.axes.grid_layout import Follow, GridAxes, carried, grid_rules_for
-from passes.axes.rules.registry import Untransferable, argument, shape_of
+from passes.axes.rules.registry import Untransferable
+from passes.graph.ops import CONV2D, POOL2D, argument, shape_of
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-_POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default)
 _MODULES = tuple(f"torch.nn.modules.{m}." for m in ("padding", "pooling", "conv"))
 Pair: TypeAlias = tuple[int, int]
 
@@ -44,24 +43,24 @@ def _pair(value: Any) -> Pair:
 
 def window_of(node: Node) -> Window | None:
     """The window that an op slides over dimensions 2 and 3 of its first input."""
-    if node.target in _CONVOLUTIONS:
+    if node.target in CONV2D:
         kernel: Any = shape_of(node.args[1])[2:]
-        stride, dilation = argument(node, 3, "stride", 1), argument(node, 5, "dilation", 1)
-        padding = argument(node, 4, "padding", 0)
+        stride, dilation = argument(node, "stride"), argument(node, "dilation")
+        padding = argument(node, "padding")
         if padding == "same":  # pads (k - 1) d in all, the odd one behind
             padding = [d * (k - 1) // 2 for k, d in zip(kernel, _pair(dilation), strict=True)]
         elif padding == "valid":
             padding = 0
-    elif node.target in _POOLS:
-        kernel, padding = argument(node, 1, "kernel_size"), argument(node, 3, "padding", 0)
-        stride = argument(node, 2, "stride") or kernel
-        dilation = argument(node, 4, "dilation", 1) if node.target is aten.max_pool2d.default else 1
+    elif node.target in POOL2D:
+        kernel, padding = argument(node, "kernel_size"), argument(node, "padding")
+        stride = argument(node, "stride") or kernel
+        dilation = argument(node, "dilation", 1)
     else:
         return None
     return Window(_pair(kernel), _pair(stride), _pair(padding), _pair(dilation))
 
 
-@grid_rules_for(*_CONVOLUTIONS, *_POOLS)
+@grid_rules_for(*CONV2D, *POOL2D)
 def window(node: Node, axes: GridAxes) -> Follow:
     """Any stride, padding, dilation and groups: it slides over a smaller map as over a smaller image."""
     grid, slides = carried(node, axes), window_of(node)
@@ -91,7 +90,7 @@ def _by_torch(node: Node) -> bool:
 def pad(node: Node, axes: GridAxes) -> Follow:
     """More channels; rows and columns where the amounts are the same for the smaller map."""
     grid, rank = carried(node, axes), len(shape_of(node))
-    given: Any = argument(node, 1, "pad")
+    given: Any = argument(node, "pad")
     others = {rank - 1 - i // 2: (given[i], given[i + 1]) for i in range(0, len(given), 2)}
     here = {d: others.pop(d) for d in grid.dims if d in others}
     only_others = any(map(any, others.values())) and not any(map(any, here.values()))
@@ -129,7 +128,7 @@ def _as_tensorflow(node: Node, amounts: Pair) -> Pair:
 @grid_rules_for(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
 def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
     """To one cell it is the mean or the maximum of the map; to a fixed grid, that of the smaller map's parts."""
-    grid, size = carried(node, axes), _pair(argument(node, 1, "output_size"))
+    grid, size = carried(node, axes), _pair(argument(node, "output_size"))
     if grid.dims != (2, 3):
         raise Untransferable("pools other dimensions than rows and columns")
     if size != (1, 1):

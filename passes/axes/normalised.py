@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from passes.axes.rules.pointwise import elementwise, tensors
-from passes.axes.rules.registry import argument, rule_for, shape_of, sizes_of, wrap
-from passes.axes.rules.views import permuted, reshape
-from passes.cleanup.broadcasts import EXPANSIONS
+from passes.axes.rules.pointwise import tensors
+from passes.axes.rules.registry import rule_for
+from passes.axes.rules.views import reshape
 from passes.graph.layout import Layout, regroup, tokens_in
+from passes.graph.ops import EXPANSIONS, SOFTMAX, argument, elementwise, permuted, shape_of, sizes_of, wrap
 
 aten = torch.ops.aten
-_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ def normalised(side: Node, target: Layout, carries: Callable[[Node], bool]) -> N
         if node in seen or carries(node):
             continue
         seen.add(node)
-        if node.target not in _SOFTMAX:
+        if node.target not in SOFTMAX:
             todo += [(n, before, (node, *chain)) for n, before in _before(node, layout)]
-        elif tokens_in(layout[wrap(argument(node, 1, "dim"), len(layout))]):
+        elif tokens_in(layout[wrap(argument(node, "dim"), len(layout))]):
             return Normalised(node.all_input_nodes[0], layout, (node, *chain))
     return None
 

@@ -12,15 +12,13 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from passes.axes.rules.pointwise import elementwise
 from passes.graph.aliasing import same_kind
-from passes.graph.propagate import evaluate
+from passes.graph.fake import evaluate
+from passes.graph.ops import EXPANSIONS, SUMS, elementwise
 from passes.graph.splice import fake, fake_mode
 
 aten = torch.ops.aten
-EXPANSIONS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
 # a term may be the residual stream (queries that the model has learned), which has a sequence for each sample
-SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
 def drop_expansions(graph: Graph) -> int:

@@ -23,6 +23,7 @@ from passes.cleanup.spelled_out import spell_out
 from passes.cleanup.transposed_sums import turn_sums
 from passes.graph.aliasing import EXTERNAL, Memory, may_require_grad, same_kind
 from passes.graph.base import Pass, PassResult
+from passes.graph.ops import argument
 
 aten = torch.ops.aten
 
@@ -36,22 +37,12 @@ def _unchanged(node: Node) -> bool:
     return a is not None and b is not None and same_kind(a, b) and a.dtype == b.dtype
 
 
-def _argument(node: Node, name: str) -> Any:
-    assert isinstance(node.target, OpOverload)
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, argument.default_value if argument.has_default_value() else None)
-    return None
-
-
 def _idle_dropout(node: Node) -> bool:
-    return _argument(node, "p") == 0 or _argument(node, "train") is False
+    return argument(node, "p") == 0 or argument(node, "train") is False
 
 
 def _idle_cast(node: Node) -> bool:
-    return _unchanged(node) and not _argument(node, "copy")
+    return _unchanged(node) and not argument(node, "copy")
 
 
 def _overloads(packet: Any) -> list[OpOverload]:

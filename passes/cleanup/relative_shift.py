@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.axes.rules.registry import argument, sizes_of, wrap
 from passes.graph.aliasing import Memory
 from passes.graph.base import Pass, PassResult
+from passes.graph.ops import VIEWS, argument, sizes_of, wrap
 from passes.graph.splice import replace_by
 
 aten = torch.ops.aten
-_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 _PICKS = {aten.slice.Tensor}
 
 
@@ -56,8 +55,8 @@ def _alone(last: Node, memory: Memory, order: dict[Node, int]) -> bool:
 def _shift(last: Node) -> tuple[Node, int, int, int] | None:
     """What a pick skews, and which of its columns entry (i, j) is: start + down * i + across * j."""
     chain, source = [last], last.args[0]
-    while isinstance(source, Node) and source.target in _RESHAPES | _PICKS:
-        if sum(node.target in _RESHAPES for node in chain) >= 2:
+    while isinstance(source, Node) and source.target in VIEWS | _PICKS:
+        if sum(node.target in VIEWS for node in chain) >= 2:
             break
         chain.append(source)
         source = source.args[0]
@@ -65,7 +64,7 @@ def _shift(last: Node) -> tuple[Node, int, int, int] | None:
         return None
     whole, out = sizes_of(source) or (), sizes_of(last) or ()
     lead = whole[:-2]
-    if sum(node.target in _RESHAPES for node in chain) < 2 or len(whole) < 3 or whole[:-1] != out[:-1]:
+    if sum(node.target in VIEWS for node in chain) < 2 or len(whole) < 3 or whole[:-1] != out[:-1]:
         return None
     if any(
         (s := sizes_of(node) or ())[:-2] != lead or any(x.free_symbols for x in s[-2:]) for node in (*chain, source)
@@ -80,12 +79,12 @@ def _shift(last: Node) -> tuple[Node, int, int, int] | None:
 
 def _moved(table: Tensor, node: Node, lead: int) -> Tensor:
     """A matrix behind an op of the chain."""
-    if node.target in _RESHAPES:
+    if node.target in VIEWS:
         return table.reshape([int(s) for s in node.meta["val"].shape[-2:]])
-    d = wrap(argument(node, 1, "dim", 0), table.dim() + lead) - lead
+    d = wrap(argument(node, "dim"), table.dim() + lead) - lead
     if d < 0:  # the sizes in front are equal, so it takes all of them
         return table
-    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
     return aten.slice.Tensor(table, d, start, end, step)
 
 

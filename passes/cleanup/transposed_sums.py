@@ -13,9 +13,8 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
-from passes.axes.rules.registry import sizes_of
-from passes.axes.rules.views import permuted
 from passes.graph.aliasing import same_kind
+from passes.graph.ops import permuted, sizes_of
 from passes.graph.splice import fake, fake_mode
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.attention.attention_kernel import ALIGN, FLASH, SDPA, flash_obstacle
+from passes.attention.attention_kernel import ALIGN, FLASH, flash_obstacle
 from passes.graph.base import Pass, PassResult, Skip
-from passes.graph.contraction import arguments
+from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
-from passes.attention.attention_kernel import AUTOCAST, SDPA
+from passes.attention.attention_kernel import AUTOCAST
 from passes.graph.base import Pass, PassResult
-from passes.graph.contraction import arguments
+from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 
 _TILE = 16  # keys that a matrix unit takes at once

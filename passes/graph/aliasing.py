@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from passes.graph.propagate import call_key, memory_of
+from passes.graph.fake import call_key, memory_of
 from passes.graph.splice import fake, fake_mode
 
 aten = torch.ops.aten

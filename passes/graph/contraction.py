@@ -5,11 +5,12 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import SymInt, Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
+
+from passes.graph.ops import arguments, aten_name
 
 MATMULS = {"matmul": ("self", "other"), "bmm": ("self", "mat2"), "baddbmm": ("batch1", "batch2")}
 
@@ -49,21 +50,6 @@ class Contraction:
         if len(dims) != 3 or min(map(rank, (left, right, node))) < 3:
             return None
         return cls(node, left, right, *dims)
-
-
-def aten_name(node: Node) -> str:
-    """`add` for aten.add.Tensor and aten.add_.Tensor, '' for what is no aten op."""
-    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
-        return ""
-    return node.target._schema.name.removeprefix("aten::").rstrip("_")
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """An op node's arguments by their schema names, defaults filled in."""
-    assert isinstance(node.target, OpOverload)
-    formal = node.target._schema.arguments
-    given = dict(zip((a.name for a in formal), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in formal}
 
 
 def is_alias(node: Node) -> bool:

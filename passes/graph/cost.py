@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from passes.graph.base import CompileError, Skip, op_name
 from passes.graph.cost_rules import RULES, CostFn, Count
+from passes.graph.ops import operator_of
 
 __all__ = ["Cost", "Count", "count", "register_cost"]
 
@@ -82,7 +83,7 @@ def register_cost(op: Any, fn: CostFn) -> None:
     Raises:
         TypeError: op is no operator.
     """
-    target = getattr(op, "_opoverload", op)
+    target = operator_of(op)
     if not isinstance(target, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
         raise TypeError(f"{op!r} is no operator; pass torch.ops.<namespace>.<name>")
     RULES[str(target)] = fn

@@ -13,9 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from passes.graph.described import Described
-from passes.graph.literal_batch import LiteralBatch
-from passes.graph.propagate import remember
+from passes.graph.fake import Described, LiteralBatch, remember
 
 ORIGIN = "rs_compile"  # node.meta key: which piece of new arithmetic a node belongs to
 REPLACED = "replaced"  # gm.meta key: an op -> the ops that stand in its place

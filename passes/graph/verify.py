@@ -6,8 +6,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.graph.base import CompileError
+from passes.graph.fake import describe
 from passes.graph.layout import expr
-from passes.graph.propagate import describe
 from passes.graph.splice import fake, fake_mode
 
 

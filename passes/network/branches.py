@@ -14,23 +14,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.axes.rules.registry import sizes_of
 from passes.axes.token_axis import analyse, mixing, stream_layout
 from passes.graph.base import Refusal, source_line
+from passes.graph.ops import CASTS, CONV, LINEAR, NORMS, PASS_ON, PRODUCTS, SCALES, SDPA, SOFTMAX, elementwise, sizes_of
 
 aten = torch.ops.aten
-ATTENTION = {aten.scaled_dot_product_attention.default}
-PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default}
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
-CONV = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-}  # fmt: skip
-NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-CASTS = {aten.to.dtype, aten._to_copy.default}
 AFFINE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 LIKE = {  # read the shape of a value, not what is in it
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
@@ -97,7 +86,7 @@ class Block:
 
     def attention_op(self) -> Node | None:
         """The block's attention op, if it has exactly one."""
-        ops = [n for n in self.attention.nodes if n.target in ATTENTION] if self.attention is not None else []
+        ops = [n for n in self.attention.nodes if n.target is SDPA] if self.attention is not None else []
         return ops[0] if len(ops) == 1 else None
 
     def gated(self) -> Node | None:
@@ -148,7 +137,7 @@ def _part_of(branch: Branch, stream: Node, term: Node, nodes: frozenset[Node], o
 
     The attention is none of its own, and its sum is no stream: the term is computed from the stream past it as well.
     """
-    attention = {n for n in nodes if n.target in ATTENTION}
+    attention = {n for n in nodes if n.target is SDPA}
     if not attention or attention & branch.nodes or branch.kind != "mlp":
         return False
     past = {stream}
@@ -253,12 +242,13 @@ def _joined(
 def _works(nodes: frozenset[Node], above: dict[Node, int], order: dict[Node, int]) -> bool:
     """Whether more than a norm and one linear layer is among these ops: something not linear behind a linear layer."""
     linears = sum(1 << order[n] for n in nodes if n.target in LINEAR)
-    return any(above[n] & linears for n in nodes if n.target in ATTENTION | SOFTMAX or _bends(n))
+    return any(above[n] & linears for n in nodes if n.target in {SDPA, *SOFTMAX} or _bends(n))
 
 
 def _bends(node: Node) -> bool:
     """An activation: acts on each entry, and not linearly."""
-    return _pointwise(node) and node.target not in (*AFFINE, *CASTS, aten.dropout.default)
+    passes_on = getattr(node.target, "overloadpacket", None) in PASS_ON
+    return elementwise(node.target) and node.target not in AFFINE and not passes_on
 
 
 def _uncast(node: Node) -> Node:
@@ -269,7 +259,7 @@ def _uncast(node: Node) -> Node:
 
 def _unscaled(node: Node) -> Node:
     """The stream x of a term a * x, where a sum weighs its stream and its branch by numbers."""
-    while node.target in CASTS or (node.target in _SCALES and not isinstance(node.args[1], Node)):
+    while node.target in CASTS or (node.target in SCALES and not isinstance(node.args[1], Node)):
         node = node.all_input_nodes[0]
     return node
 
@@ -329,7 +319,7 @@ def _after(node: Node) -> Any:
 def _kind(gm: GraphModule, stream: Node, term: Node, nodes: frozenset[Node]) -> tuple[str, str, Node | None]:
     """What a branch is, why its tokens are not carried, and the op that this is about."""
     targets = [n.target for n in nodes]
-    if any(t in ATTENTION for t in targets):
+    if SDPA in targets:
         return "attention", "", None
     if any(t in SOFTMAX for t in targets) and sum(t in PRODUCTS for t in targets) >= 2:
         return "attention", "its attention is not in a form that can be lowered", None
@@ -357,12 +347,6 @@ def _reaches(add: Node, stream: Node) -> bool:
         if stream is add:
             return True
         inputs = [n for n in stream.all_input_nodes if sizes_of(n) == sizes_of(stream)]
-        if len(inputs) != 1 or not (stream.target in NORMS or _pointwise(stream)):
+        if len(inputs) != 1 or not (stream.target in NORMS or elementwise(stream.target)):
             return False
         stream = inputs[0]
-
-
-def _pointwise(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in node.target.tags or node.target in (aten.dropout.default, aten.to.dtype)
-    )

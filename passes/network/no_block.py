@@ -6,7 +6,8 @@ from torch.fx import GraphModule
 
 from passes.axes.token_axis import stream_layout
 from passes.graph.base import Refusal
-from passes.network.branches import CONV, LINEAR, Branch
+from passes.graph.ops import CONV, LINEAR
+from passes.network.branches import Branch
 from passes.network.stages import find_stages
 
 

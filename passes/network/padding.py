@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.axes.rules.pointwise import pointwise
-from passes.axes.rules.registry import argument, rule_for, shape_of, wrap
+from passes.axes.rules.registry import rule_for
 from passes.axes.token_axis import TokenAxis, analyse, stream_layout
 from passes.graph.base import Refusal
-from passes.graph.contraction import arguments
 from passes.graph.layout import Layout, over_samples, sequence_in, tokens_in
+from passes.graph.ops import SOFTMAX, argument, arguments, shape_of, wrap
 from passes.graph.splice import splice
-from passes.network.branches import LIKE, SOFTMAX, Block, ancestors
+from passes.network.branches import LIKE, Block, ancestors
 
 aten = torch.ops.aten
 Masking: TypeAlias = tuple[Node, Callable[[Tensor, int], Tensor]]
@@ -106,7 +106,7 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
         return (mask, hidden_by_mask) if outside(mask) and over_stream(keys, -2) else None
     weights = (n for n in gm.graph.nodes if n in block.attention.nodes and n.target in SOFTMAX)
     for node in weights:
-        last = wrap(argument(node, 1, "dim"), len(shape_of(node))) == len(shape_of(node)) - 1
+        last = wrap(argument(node, "dim"), len(shape_of(node))) == len(shape_of(node)) - 1
         if last and over_stream(axis.layouts.get(node), -1):
             # the weights themselves say less: a query that is padding may attend to everything
             return _written_out(node, outside, axis) or (node, hidden_by_weights)

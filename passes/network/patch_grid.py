@@ -14,31 +14,19 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.axes.rules.pointwise import elementwise, tensors
-from passes.axes.rules.registry import argument, shape_of, wrap
-from passes.axes.rules.views import permuted
+from passes.axes.rules.pointwise import tensors
 from passes.graph.base import Refusal, op_name
 from passes.graph.layout import expr
+from passes.graph.ops import CONV2D, POOL2D, RESHAPES, argument, elementwise, permuted, shape_of, wrap
 from passes.network.branches import ancestors
 from passes.network.protected import origins
 
 aten = torch.ops.aten
-_RESHAPES = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-}  # fmt: skip
 _SAME_PLACE = {  # a position of the result comes from the same position of the first input
     aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default,
     aten.instance_norm.default, aten.linear.default, aten.expand.default,
 }  # fmt: skip
-_WINDOWS: dict[Any, tuple[int, int, int]] = {  # where stride, padding and dilation stand among the arguments
-    aten.conv2d.default: (3, 4, 5),
-    aten.conv2d.padding: (3, 4, 5),
-    aten.convolution.default: (3, 4, 5),
-    aten.max_pool2d.default: (2, 3, 4),
-    aten.avg_pool2d.default: (2, 3, -1),
-}
-_POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
+_WINDOWS = {*CONV2D, aten.convolution.default, *POOL2D}
 
 
 @dataclass(frozen=True)
@@ -141,7 +129,7 @@ def _extents(node: Node, down: int, across: int, above: Mapping[Node, int]) -> t
 def _flattened(node: Node, dim: int, above: Mapping[Node, int]) -> tuple[Node, list[int]]:
     """The value and those of its dimensions that a dimension was flattened from."""
     while True:
-        if node.target in _RESHAPES:
+        if node.target in RESHAPES:
             before = node.all_input_nodes[0]
             dims = _merged([expr(s) for s in shape_of(before)], [expr(s) for s in shape_of(node)], dim)
             if len(dims) > 1:
@@ -175,18 +163,18 @@ def _traced(node: Node, dim: int, extent: Extent, above: Mapping[Node, int]) -> 
             start, step = stride * start + (size - stride) / 2 - padding, stride * step
             field = stride * (field - 1) + size
             node = node.all_input_nodes[0]
-        elif node.target in _RESHAPES:
+        elif node.target in RESHAPES:
             before = node.all_input_nodes[0]
             dim, ratio = _outer([expr(s) for s in shape_of(before)], [expr(s) for s in shape_of(node)], dim, node)
             start, step, field, node = start * ratio, step * ratio, field * ratio, before
         elif node.target in (aten.constant_pad_nd.default, aten.pad.default):
-            pads: Any = argument(node, 1, "pad")
+            pads: Any = argument(node, "pad")
             start -= pads[2 * (rank - 1 - dim)] if 2 * (rank - 1 - dim) < len(pads) else 0
             node = node.all_input_nodes[0]
         elif node.target is aten.slice.Tensor:
-            if wrap(argument(node, 1, "dim", 0), rank) == dim:
-                first: Any = argument(node, 2, "start", 0) or 0
-                every: Any = argument(node, 4, "step", 1)  # as a window of one that slides
+            if wrap(argument(node, "dim"), rank) == dim:
+                first: Any = argument(node, "start") or 0
+                every: Any = argument(node, "step")  # as a window of one that slides
                 start = every * start + (1 - every) / 2 + wrap(first, int(shape_of(node.all_input_nodes[0])[dim]))
                 step, field = every * step, every * (field - 1) + 1
             node = node.all_input_nodes[0]
@@ -208,16 +196,15 @@ def _outer(before: list[sympy.Expr], after: list[sympy.Expr], dim: int, node: No
 
 def _window(node: Node, side: int) -> tuple[int, int, int]:
     """Extent, stride and leading padding of a convolution's or pooling's window along a spatial dimension."""
-    at_stride, at_padding, at_dilation = _WINDOWS[node.target]
-    kernel: Any = argument(node, 1, "kernel_size") if node.target in _POOLS else shape_of(node.all_input_nodes[1])[2:]
+    kernel: Any = argument(node, "kernel_size") if node.target in POOL2D else shape_of(node.all_input_nodes[1])[2:]
 
     def along(value: Any) -> int:
         return int(value if isinstance(value, int) else value[side if len(value) > 1 else 0])
 
-    dilation = along(argument(node, at_dilation, "dilation", 1)) if at_dilation >= 0 else 1
+    dilation = along(argument(node, "dilation", 1))
     size = dilation * (along(kernel) - 1) + 1
-    stride: Any = argument(node, at_stride, "stride", None) or (kernel if node.target in _POOLS else 1)
-    padding: Any = argument(node, at_padding, "padding", 0)
+    stride: Any = argument(node, "stride") or (kernel if node.target in POOL2D else 1)
+    padding: Any = argument(node, "padding")
     if isinstance(padding, str):
         padding = (size - 1) // 2 if padding == "same" else 0
     return size, along(stride), along(padding)
@@ -231,7 +218,7 @@ def _back(node: Node, dim: int, above: Mapping[Node, int]) -> tuple[Node, int]:
         return inputs[0], order[dim]
     channels = node.target is aten.linear.default and dim == rank - 1
     pointwise = elementwise(node.target)
-    joined = node.target is aten.cat.default and wrap(argument(node, 1, "dim", 0), rank) != dim
+    joined = node.target is aten.cat.default and wrap(argument(node, "dim"), rank) != dim
     if inputs and not channels and (pointwise or joined or node.target in _SAME_PLACE):
         for n in inputs:
             d = dim - rank + len(shape_of(n))

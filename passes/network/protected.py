@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.axes.rules.pointwise import elementwise, tensors
-from passes.axes.rules.registry import argument, shape_of, wrap
-from passes.axes.rules.views import permuted
+from passes.axes.rules.pointwise import tensors
 from passes.axes.token_axis import TokenAxis, analyse, stream_layout
 from passes.graph.base import Refusal
 from passes.graph.layout import tokens_in
+from passes.graph.ops import argument, elementwise, permuted, shape_of, wrap
 from passes.network.branches import ancestors, positions, stream_of
 
 aten = torch.ops.aten
@@ -84,9 +83,9 @@ def _picked(node: Node, axis: TokenAxis) -> int | None:
     if node.target is not aten.select.int:
         return None
     layout = axis.layouts[node.all_input_nodes[0]]
-    over = layout[wrap(argument(node, 1, "dim"), len(layout))]
+    over = layout[wrap(argument(node, "dim"), len(layout))]
     whole = [t for dim in axis.layouts[axis.start] if (t := tokens_in(dim))]
-    return wrap(argument(node, 2, "index"), whole[0].dense) if [*over] == whole else None
+    return wrap(argument(node, "index"), whole[0].dense) if [*over] == whole else None
 
 
 @dataclass(frozen=True)
@@ -118,20 +117,20 @@ def _origins(node: Node, dim: int, sums: Mapping[Node, Node], above: Mapping[Nod
 
     first = node.args[0] if node.args else None
     rank = len(shape_of(node))
-    if node.target is aten.cat.default and wrap(argument(node, 1, "dim", 0), rank) == dim:
+    if node.target is aten.cat.default and wrap(argument(node, "dim"), rank) == dim:
         return [origin for n in tensors(first) for origin in _origins(n, dim, sums, above)]
     if node.target is aten.slice.Tensor and isinstance(first, Node):
         full = _origins(first, dim, sums, above)
-        if wrap(argument(node, 1, "dim", 0), rank) != dim:
+        if wrap(argument(node, "dim"), rank) != dim:
             return full
-        start = argument(node, 2, "start", 0) or 0
-        return full[start : argument(node, 3, "end")][:size]
+        start = argument(node, "start") or 0
+        return full[start : argument(node, "end")][:size]
     if isinstance(first, Node) and (order := permuted(node)) is not None:
         return of(first, order[dim])
     if node.target is aten.expand.default and isinstance(first, Node) and len(shape_of(first)) == rank:
         return of(first, dim)
     if node.target is aten.repeat.default and isinstance(first, Node) and len(shape_of(first)) == rank:
-        return _origins(first, dim, sums, above) * argument(node, 1, "repeats")[dim]
+        return _origins(first, dim, sums, above) * argument(node, "repeats")[dim]
     pointwise = elementwise(node.target)
     if pointwise or node.target in _PER_TOKEN:
         found = [

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch.fx import Node
 
-from passes.network.branches import CONV, LINEAR, PRODUCTS, Branch
+from passes.graph.ops import CONV, LINEAR, PRODUCTS
+from passes.network.branches import Branch
 
 _PROJECTIONS = LINEAR | CONV | PRODUCTS
 

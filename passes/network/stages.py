@@ -20,14 +20,13 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.grid_axes import follow_grid, follow_maps
 from passes.axes.grid_layout import Grid, GridAxes, size_of
-from passes.axes.rules.pointwise import elementwise
 from passes.graph.base import source_line
 from passes.graph.layout import expr
-from passes.network.branches import CONV, LINEAR, ancestors, module_path, positions
+from passes.graph.ops import CONV, CONV2D, LINEAR, elementwise
+from passes.network.branches import ancestors, module_path, positions
 
 aten = torch.ops.aten
 WEIGHTED = CONV | LINEAR
-SLIDING = {aten.conv2d.default, aten.conv2d.padding}
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _blocks(gm: GraphModule, above: dict[Node, int], bit: dict[Node, int]) -> li
         if form is None:
             continue
         nodes = paths[term] | paths[shortcut] | {node}
-        slides = form == Grid() or any(n.target in SLIDING and n.args[0] in maps.grids for n in paths[term])
+        slides = form == Grid() or any(n.target in CONV2D and n.args[0] in maps.grids for n in paths[term])
         block = ConvBlock(entry, shortcut, node, _output(node), nodes, form, size_of(node, form, maps.sizes), slides)
         inside = [b for b in found if b.add in paths[term]]
         if any(b.map == block.map or b.size != block.size for b in inside):
@@ -218,7 +217,7 @@ def _on_a_grid(entry: Node, term: Node, nodes: frozenset[Node]) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() != 4:
         return False
     axes = follow_grid(entry, within=nodes)
-    slides = any(n.target in SLIDING for n in axes.follows)
+    slides = any(n.target in CONV2D for n in axes.follows)
     grid = axes.grid(term)
     return slides and (grid is None or grid.dims == (2, 3))
 

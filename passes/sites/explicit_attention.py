@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.graph.base import Pass, PassResult, Refusal
-from passes.graph.contraction import arguments
+from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 from passes.sites.sizes import KEY_SIZES, with_bias
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 MAP = "attention map"  # node.meta key of an op that was written out
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.axes.grid_axes import RESTORE, WAY_OUT, follow_grid
 from passes.axes.grid_layout import Follow, Grid, GridAxes, size_of
 from passes.graph.base import CompileError, Pass, PassResult, Refusal
-from passes.graph.propagate import evaluate
+from passes.graph.fake import evaluate
 from passes.graph.splice import fake, fake_mode, splice
 from passes.network.stages import Stage
 from passes.sites.grid_select import kept_cells, kept_lines, score_map, spread, take

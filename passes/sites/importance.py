@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.axes.gather import tokens_first
-from passes.axes.rules.registry import shape_of
 from passes.graph.base import Refusal
 from passes.graph.layout import Batch, Layout, expr, tokens_in
+from passes.graph.ops import shape_of
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.sites import score

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import stream_layout
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
-from passes.graph.contraction import arguments
 from passes.graph.layout import Layout, expr, sequence_in
+from passes.graph.ops import arguments
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected

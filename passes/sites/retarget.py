@@ -14,12 +14,12 @@ from passes.axes.gather import original_positions, stretch_index, take
 from passes.axes.rules import Extent, Kept, Position, Transfer
 from passes.axes.token_axis import WAY_OUT, follow
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.fake import evaluate
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
-from passes.graph.propagate import evaluate
+from passes.graph.ops import SDPA, SOFTMAX
 from passes.graph.splice import fake, fake_mode, splice
-from passes.network.branches import SOFTMAX
 from passes.sites.site import SITE, Site
-from passes.sites.sizes import KEY_SIZES, MEAN_SIZES, SDPA, check_biasable, stretch_sizes
+from passes.sites.sizes import KEY_SIZES, MEAN_SIZES, check_biasable, stretch_sizes
 
 aten = torch.ops.aten
 Gap = Literal["compact", "decay"]

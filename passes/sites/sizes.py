@@ -20,11 +20,10 @@ from torch.fx import GraphModule, Node
 from passes.attention.attention_kernel import ALIGN
 from passes.axes.gather import along
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
-from passes.graph.contraction import arguments
 from passes.graph.layout import Batch, Layout, Piece, Prunable, Tokens
+from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by, splice
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 KEY_SIZES = "sizes of keys"  # node.meta key: [B, Nk]
 MEAN_SIZES = "sizes in a mean"  # node.meta key: ([B, N], dimension of samples, dimension of tokens)
 HOW = "size bias"  # gm.meta key: "mask", "channel" or "mask and channel"

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from passes.attention.lower_attention import LowerAttention
 from passes.graph.base import PassResult
-from passes.graph.contraction import aten_name
+from passes.graph.ops import aten_name
 
 HEADS, TOKENS, CHANNELS = 4, 10, 8
 INF = math.inf

@@ -9,18 +9,10 @@ from torch.fx import Node
 
 from passes.axes.rules.full_length import paired
 from passes.axes.rules.pointwise import align, broadcast, joined, no_weights
-from passes.axes.rules.registry import (
-    Context,
-    Transfer,
-    Untransferable,
-    argument,
-    need_free,
-    need_whole,
-    rules_for,
-    shape_of,
-)
+from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import carried
 from passes.graph.layout import Batch, Dim, Layout, tokens_in
+from passes.graph.ops import argument, shape_of
 
 aten = torch.ops.aten
 
@@ -122,7 +114,7 @@ def einsum(node: Node, ctx: Context) -> Transfer:
 def attention(node: Node, ctx: Context) -> Transfer:
     """Tokens to tokens: queries keep their sequence, keys and values share theirs, a mask pairs up with both."""
     query, key, value = (n for n in node.args[:3])
-    mask = argument(node, 3, "attn_mask")
+    mask = argument(node, "attn_mask")
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     lq, lk, lv = ctx.sides(query), ctx.sides(key), ctx.sides(value)
     for layout in (lq, lk, lv):
@@ -135,7 +127,7 @@ def attention(node: Node, ctx: Context) -> Transfer:
     if (over is None) != (of_value is None):
         raise Untransferable("keys and values belong to different sequences")
     joined([lk[-2], lv[-2]])
-    causal = bool(argument(node, 5, "is_causal", False))
+    causal = bool(argument(node, "is_causal"))
     if causal and lq[-2] != lk[-2]:
         raise Untransferable("causal attention between different sequences")
     pairs = broadcast(_Cut(ctx), [query, key, value], shape_of(node)[:-2])
@@ -154,7 +146,7 @@ def conv1d(node: Node, ctx: Context) -> Transfer:
     layout = carried(node, ctx)
     weight = node.args[1]
     assert isinstance(weight, Node)
-    plain = argument(node, 3, "stride", [1]) in (1, [1]) and argument(node, 4, "padding", [0]) in (0, [0])
+    plain = argument(node, "stride") in (1, [1]) and argument(node, "padding") in (0, [0])
     if shape_of(weight)[-1] != 1 or not plain:
         raise Untransferable("a convolution over the sequence of tokens")
     need_free(layout, [1], "a convolution")

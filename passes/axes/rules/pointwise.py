@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for, shape_of
+from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for
 from passes.graph.layout import Batch, Dim, Free, Layout, Part, Tokens, dim_size, tokens_in, whole_grids
+from passes.graph.ops import ELEMENTWISE, PASS_ON, SHAPED_LIKE, shape_of
 
 aten = torch.ops.aten
 
@@ -110,33 +111,6 @@ def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> N
             )
 
 
-# act on each entry by itself, and torch does not tag them so
-ELEMENTWISE: tuple[Any, ...] = (
-    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.to,
-    aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy,
-    aten.bernoulli, aten.where, aten.masked_fill, aten.nan_to_num, aten.hardswish, aten.log_sigmoid, aten.subtract,
-    aten.rsub, aten.multiply, aten.divide, aten.true_divide, aten.floor_divide, aten.negative, aten.absolute, aten.fix,
-    aten.square, aten.greater, aten.greater_equal, aten.less, aten.less_equal, aten.not_equal, aten.isclose,
-    aten.__and__, aten.__or__, aten.__xor__, aten.arccos, aten.arccosh, aten.arcsin, aten.arcsinh, aten.arctan,
-    aten.arctan2, aten.arctanh, aten.real, aten.imag, aten.isreal, aten._conj, aten.conj, aten.resolve_conj,
-    aten.resolve_neg, aten.complex, aten.polar, aten.special_digamma, aten.special_erf, aten.special_erfc,
-    aten.special_erfinv, aten.special_exp2, aten.special_expit, aten.special_expm1, aten.special_gammainc,
-    aten.special_gammaincc, aten.special_gammaln, aten.special_i0, aten.special_log1p, aten.special_logit,
-    aten.special_ndtr, aten.special_psi, aten.special_round, aten.special_sinc, aten.special_xlogy,
-)  # fmt: skip
-# give values of their own, in the shape of what they read
-SHAPED_LIKE: tuple[Any, ...] = (
-    aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
-)  # fmt: skip
-
-
-def elementwise(target: Any) -> bool:
-    """Whether an op computes each entry of its result from the same entries of its inputs, and writes into none."""
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return torch.Tag.pointwise in target.tags or target.overloadpacket in ELEMENTWISE
-
-
 @rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE)
 def pointwise(node: Node, ctx: Context) -> Transfer:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
@@ -161,12 +135,6 @@ def _weighted(layout: Layout | None) -> bool:
     return any(t.weights for dim in layout or () if (t := tokens_in(dim)))
 
 
-_SAME = {
-    aten.dropout, aten.native_dropout, aten.feature_dropout, aten.to, aten._to_copy, aten.type_as, aten.clone,
-    aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.neg, aten.nan_to_num,
-}  # fmt: skip
-
-
 def _still_weights(node: Node, weighted: set[Node]) -> bool:
     """Whether attention weights come out as such: scaled, masked or mixed, but not shifted or bent."""
     op, args = getattr(node.target, "overloadpacket", None), node.args
@@ -180,7 +148,7 @@ def _still_weights(node: Node, weighted: set[Node]) -> bool:
         return bool(args[2] == 0)
     if op is aten.where:
         return all(a in weighted or bool(a == 0) for a in args[1:3])
-    return op in _SAME
+    return op in PASS_ON
 
 
 def _like_only(node: Node, other: Node) -> bool:

@@ -7,19 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.axes.rules.registry import (
-    Context,
-    Transfer,
-    Untransferable,
-    argument,
-    need_free,
-    need_whole,
-    rules_for,
-    shape_of,
-    wrap,
-)
+from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import carried, without
 from passes.graph.layout import Dim, Tokens, tokens_in
+from passes.graph.ops import SOFTMAX, argument, shape_of, wrap
 
 aten = torch.ops.aten
 
@@ -28,7 +19,7 @@ aten = torch.ops.aten
 def norm(node: Node, ctx: Context) -> Transfer:
     """Normalises the last dimensions, which must be channels."""
     layout = carried(node, ctx)
-    last = len(argument(node, 1, "normalized_shape"))
+    last = len(argument(node, "normalized_shape"))
     need_free(layout, range(len(layout) - last, len(layout)), "a norm")
     val = node.meta["val"]
     if isinstance(val, torch.Tensor):
@@ -41,30 +32,27 @@ def norm(node: Node, ctx: Context) -> Transfer:
 def batch_norm(node: Node, ctx: Context) -> Transfer:
     """With running statistics it is an affine map of channels (dimension 1)."""
     layout = carried(node, ctx)
-    if argument(node, 5, "training"):
+    if argument(node, "training"):
         raise Untransferable("batch norm in training mode, whose statistics run over tokens")
     need_free(layout, [1], "batch norm")
     return Transfer(layout)
 
 
-_DIM: dict[Any, tuple[int, int]] = {  # where each reduction takes its dimensions, and whether to keep them
-    aten.mean.dim: (1, 2), aten.sum.dim_IntList: (1, 2), aten.amax.default: (1, 2), aten.amin.default: (1, 2),
-    aten.max.dim: (1, 2), aten.min.dim: (1, 2), aten.linalg_vector_norm.default: (2, 3),
-    aten.norm.ScalarOpt_dim: (2, 3), aten.var.correction: (1, 3), aten.var.dim: (1, 3), aten.std.correction: (1, 3),
-    aten.std.dim: (1, 3), aten.var_mean.correction: (1, 3), aten.logsumexp.default: (1, 2),
-    aten.prod.dim_int: (1, 2), aten.any.dim: (1, 2), aten.all.dim: (1, 2), aten.argmax.default: (1, 2),
-    aten.argmin.default: (1, 2),
-}  # fmt: skip
+_REDUCTIONS = (
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim,
+    aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.var.correction, aten.var.dim, aten.std.correction,
+    aten.std.dim, aten.var_mean.correction, aten.logsumexp.default, aten.prod.dim_int, aten.any.dim, aten.all.dim,
+    aten.argmax.default, aten.argmin.default,
+)  # fmt: skip
 _OVER_TOKENS = {aten.mean.dim, aten.amax.default}  # mean the same on a shorter sequence
 
 
-@rules_for(*_DIM)
+@rules_for(*_REDUCTIONS)
 def reduction(node: Node, ctx: Context) -> Transfer:
     """Over channels anything goes; over tokens the mean, the maximum, or a sum of attention weights."""
     layout = carried(node, ctx)
-    at, keep = _DIM[node.target]
-    given: Any = argument(node, at, "dim")
-    keepdim = bool(argument(node, keep, "keepdim", False))
+    given: Any = argument(node, "dim")
+    keepdim = bool(argument(node, "keepdim"))
     dims = range(len(layout)) if given is None or given == [] else [given] if isinstance(given, int) else given
     over = {wrap(d, len(layout)) for d in dims}
     tokens = {d for d in over if tokens_in(layout[d])}
@@ -80,11 +68,11 @@ def reduction(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(out for _ in val) if isinstance(val, (tuple, list)) else out, mixes=mixes)
 
 
-@rules_for(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+@rules_for(*SOFTMAX)
 def softmax(node: Node, ctx: Context) -> Transfer:
     """Over channels it is per token; over keys it makes attention weights, to be summed over later."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 1, "dim"), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     if tokens_in(layout[d]) is None:
         need_free(layout, [d], "a softmax")
         return Transfer(layout)
@@ -99,7 +87,7 @@ def softmax(node: Node, ctx: Context) -> Transfer:
 def along(node: Node, ctx: Context) -> Transfer:
     """Works along one dimension, which must be channels."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 1, "dim", -1), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     need_free(layout, [d], "an op along a dimension that")
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
 
@@ -111,6 +99,6 @@ def pool(node: Node, ctx: Context) -> Transfer:
     if tokens_in(layout[-1]) is None:
         need_free(layout, [-1], "pooling")
         return Transfer((*layout[:-1], ctx.plain(shape_of(node)[-1])))
-    if len(layout[-1]) != 1 or argument(node, 1, "output_size") not in (1, [1]):
+    if len(layout[-1]) != 1 or argument(node, "output_size") not in (1, [1]):
         raise Untransferable("pools tokens into more than one")
     return Transfer((*layout[:-1], ()), mixes=True)

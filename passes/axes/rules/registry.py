@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 
 from passes.graph.base import CompileError
-from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, plain, tokens_in
+from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, plain, tokens_in
+from passes.graph.ops import is_operator, operator_of, shape_of
 
 
 class Untransferable(CompileError):
@@ -96,15 +97,17 @@ def register_token_rule(op: Any, rule: Rule) -> None:
     """Says what an op does to the token axis, for custom ops and for ops that have no rule yet.
 
     Args:
-        op: an `OpOverload` (`torch.ops.mine.scan.default`) or a packet (`torch.ops.mine.scan`).
+        op: one overload (`torch.ops.mine.scan.default`), all of an op (`torch.ops.mine.scan`), or what
+            `torch.library.custom_op` returned.
         rule: takes the fx node and a `Context`, returns a `Transfer`, or raises `Untransferable(reason)`.
 
     Raises:
-        TypeError: `op` is not an op of `torch.ops`.
+        TypeError: `op` is no op.
     """
-    if not isinstance(op, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not callable(op):
-        raise TypeError(f"expected an op such as torch.ops.mine.scan.default, got {op!r}")
-    _RULES[op] = rule
+    target = operator_of(op)
+    if not is_operator(target):
+        raise TypeError(f"{op!r} is no op; pass torch.ops.<namespace>.<name> or what torch.library.custom_op returned")
+    _RULES[target] = rule
 
 
 def rule_for(target: Any) -> Rule | None:
@@ -128,31 +131,6 @@ def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
         return rule
 
     return add
-
-
-def shape_of(node: Any) -> tuple[Any, ...]:
-    """The shape of a tensor node; an op's argument, which fx leaves untyped, may be given."""
-    return tuple(node.meta["val"].shape)
-
-
-def sizes_of(node: Node) -> tuple[Any, ...] | None:
-    """A tensor value's sizes as expressions, to be compared: comparing symbols of torch's would fix the batch.
-
-    None for what is no tensor.
-    """
-    val = node.meta.get("val")
-    return tuple(map(expr, val.shape)) if isinstance(val, torch.Tensor) else None
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An op's argument, however it was passed."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def wrap(dim: int, rank: int) -> int:
-    return dim + rank if dim < 0 else dim
 
 
 def need_whole(dim: Dim, doing: str) -> None:

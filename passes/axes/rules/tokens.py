@@ -9,21 +9,10 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.pointwise import align, broadcast, no_weights, tensors
-from passes.axes.rules.registry import (
-    Context,
-    Position,
-    Transfer,
-    Untransferable,
-    argument,
-    need_free,
-    need_whole,
-    rules_for,
-    shape_of,
-    sizes_of,
-    wrap,
-)
+from passes.axes.rules.registry import Context, Position, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import carried
 from passes.graph.layout import Batch, Dim, Fixed, Free, Layout, Piece, Tokens, merged, tokens_in
+from passes.graph.ops import argument, shape_of, sizes_of, wrap
 
 aten = torch.ops.aten
 
@@ -47,16 +36,16 @@ def _unweighted(over: Tokens) -> None:
 def slice_(node: Node, ctx: Context) -> Transfer:
     """A stretch between borders: `x[:, 1:]`, `x[:, :n_prefix]`."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 1, "dim", 0), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     size = int(shape_of(node)[d]) if tokens_in(layout[d]) else 0
     if tokens_in(layout[d]) is None:
         if any(isinstance(f, Batch) for f in layout[d]) and layout[d] != ctx.plain(shape_of(node)[d]):
             raise Untransferable("picks samples of the batch")
         return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
     over = _alone(layout[d])
-    if argument(node, 4, "step", 1) != 1:
+    if argument(node, "step") != 1:
         raise Untransferable("takes every other token")
-    start = argument(node, 2, "start", 0) or 0
+    start = argument(node, "start") or 0
     start = max(0, min(wrap(start, over.dense), over.dense))
     part = over.cut(start, start + size)
     if part is None:
@@ -72,14 +61,14 @@ def slice_(node: Node, ctx: Context) -> Transfer:
 def select(node: Node, ctx: Context) -> Transfer:
     """One token that always stays: the class token."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 1, "dim"), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     rest = layout[:d] + layout[d + 1 :]
     if tokens_in(layout[d]) is None:
         need_free(layout, [d], "selects an entry, which")
         return Transfer(rest)
     over = _alone(layout[d])
     _unweighted(over)
-    index = wrap(argument(node, 2, "index"), over.dense)
+    index = wrap(argument(node, "index"), over.dense)
     part = over.cut(index, index + 1)
     if part is None or part.prunable:
         raise Untransferable(f"reads token {index} of {over.dense}, which may be pruned")
@@ -97,7 +86,7 @@ def select(node: Node, ctx: Context) -> Transfer:
 def split(node: Node, ctx: Context) -> Transfer:
     """Several stretches at once, cut at borders."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 2, "dim", 0), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     parts = node.meta["val"]
     if tokens_in(layout[d]) is None:
         need_free(layout, [d], "splits a dimension that")
@@ -128,7 +117,7 @@ def cat(node: Node, ctx: Context) -> Transfer:
     """Joins along tokens (a class token, the patches) or along channels."""
     given: Any = node.args[0]
     inputs = [n for n in given if shape_of(n) != (0,)]  # torch joins an empty vector (a cache, at first) to anything
-    d = wrap(argument(node, 1, "dim", 0), len(shape_of(node)))
+    d = wrap(argument(node, "dim"), len(shape_of(node)))
     shapes = [ctx.sides(n) for n in inputs]
     pairs = broadcast(_Without(ctx, d), tensors(inputs), tuple(s for i, s in enumerate(shape_of(node)) if i != d))
     along = [layout[d] for layout in shapes]
@@ -170,7 +159,7 @@ class _Without(Context):
 def stack(node: Node, ctx: Context) -> Transfer:
     """A new dimension; the others pair up."""
     inputs: Any = node.args[0]
-    d = wrap(argument(node, 1, "dim", 0), len(shape_of(node)))
+    d = wrap(argument(node, "dim"), len(shape_of(node)))
     shape = shape_of(node)
     pairs = broadcast(ctx, tensors(inputs), shape[:d] + shape[d + 1 :])
     return Transfer(pairs[:d] + (ctx.plain(shape[d]),) + pairs[d:], align(ctx, tensors(inputs), pairs))
@@ -192,9 +181,9 @@ def index(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.gather.default)
 def gather(node: Node, ctx: Context) -> Transfer:
     """Entries of a dimension that does not run over tokens, picked for each token: a table of relative positions."""
-    source, index = node.args[0], argument(node, 2, "index")
+    source, index = node.args[0], argument(node, "index")
     assert isinstance(source, Node) and isinstance(index, Node)
-    d = wrap(argument(node, 1, "dim"), len(shape_of(node)))
+    d = wrap(argument(node, "dim"), len(shape_of(node)))
     given, picks = ctx.sides(source), ctx.sides(index)
     need_free(given, [d], "picks entries of a dimension that")
     pairs = broadcast(_Without(ctx, d), [source, index], shape_of(node)[:d] + shape_of(node)[d + 1 :])
@@ -212,7 +201,7 @@ def gather(node: Node, ctx: Context) -> Transfer:
 def index_select(node: Node, ctx: Context) -> Transfer:
     """As `index`, in its older spelling."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 1, "dim"), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     need_free(layout, [d], "indexes a dimension that")
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
 
@@ -221,7 +210,7 @@ def index_select(node: Node, ctx: Context) -> Transfer:
 def pad(node: Node, ctx: Context) -> Transfer:
     """Pads dimensions that do not run over tokens."""
     layout = carried(node, ctx)
-    pads = list(argument(node, 1, "pad"))
+    pads = list(argument(node, "pad"))
     out = list(layout)
     for i in range(0, len(pads), 2):
         d = len(layout) - 1 - i // 2

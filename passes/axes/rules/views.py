@@ -7,18 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.axes.rules.registry import (
-    Context,
-    Extent,
-    Transfer,
-    Untransferable,
-    argument,
-    need_free,
-    rules_for,
-    shape_of,
-    wrap,
-)
+from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for
 from passes.graph.layout import Batch, Layout, merged, regroup, show, tokens_in
+from passes.graph.ops import PERMUTING, argument, permuted, shape_of, wrap
 
 aten = torch.ops.aten
 
@@ -55,40 +46,7 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
-_PERMUTING = (
-    aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default,
-    aten.mT.default, aten.adjoint.default, aten.numpy_T.default, aten.movedim.int, aten.movedim.intlist,
-    aten.moveaxis.int, aten.moveaxis.intlist,
-)  # fmt: skip
-
-
-def permuted(node: Node) -> list[int] | None:
-    """For each dimension of the result of a permuting op, the one it was; None for other ops."""
-    if node.target not in _PERMUTING:
-        return None
-    rank = len(shape_of(node))
-    order = list(range(rank))
-    given: Any = node.args
-    name = str(node.target).split(".")[1]
-    if name in ("permute", "movedim", "moveaxis"):
-        dims = argument(node, 1, "dims")
-        if name == "permute":
-            return [wrap(d, rank) for d in dims]
-        source, to = ([a] if isinstance(a, int) else a for a in given[1:3])
-        moved = dict(zip((wrap(d, rank) for d in to), (wrap(d, rank) for d in source), strict=True))
-        rest = iter(d for d in order if d not in moved.values())
-        return [moved[d] if d in moved else next(rest) for d in range(rank)]
-    a, b = given[1:3] if len(given) == 3 else (-2, -1)
-    if name == "numpy_T":
-        return order[::-1]
-    if rank < 2:
-        return order
-    a, b = wrap(a, rank), wrap(b, rank)
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-@rules_for(*_PERMUTING)
+@rules_for(*PERMUTING)
 def permute(node: Node, ctx: Context) -> Transfer:
     """Dimensions change places, and take their factors along."""
     layout = carried(node, ctx)
@@ -109,7 +67,7 @@ def expand(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.repeat.default)
 def repeat(node: Node, ctx: Context) -> Transfer:
     """Repeats along dimensions that do not run over tokens or samples."""
-    layout, repeats = carried(node, ctx), argument(node, 1, "repeats")
+    layout, repeats = carried(node, ctx), argument(node, "repeats")
     layout = ((),) * (len(repeats) - len(layout)) + layout
     out = []
     for dim, times, size in zip(layout, repeats, shape_of(node), strict=True):
@@ -128,7 +86,7 @@ def repeat(node: Node, ctx: Context) -> Transfer:
 def unbind(node: Node, ctx: Context) -> Transfer:
     """Takes a dimension apart that does not run over tokens (q, k, v)."""
     layout = carried(node, ctx)
-    d = wrap(argument(node, 1, "dim", 0), len(layout))
+    d = wrap(argument(node, "dim"), len(layout))
     if tokens_in(layout[d]):
         raise Untransferable("takes the sequence apart token by token")
     need_free(layout, [d], "takes apart a dimension that")
@@ -140,7 +98,7 @@ def unbind(node: Node, ctx: Context) -> Transfer:
 def reorder(node: Node, ctx: Context) -> Transfer:
     """Reverses or shifts along dimensions that do not run over tokens or samples."""
     layout = carried(node, ctx)
-    dims: Any = argument(node, 1, "dims") if node.target is aten.flip.default else argument(node, 2, "dims", [])
+    dims: Any = argument(node, "dims")
     over = [wrap(d, len(layout)) for d in dims] if dims else range(len(layout))
     if any(tokens_in(layout[d]) for d in over):
         raise Untransferable("changes the order of the tokens")
@@ -153,7 +111,7 @@ def reorder(node: Node, ctx: Context) -> Transfer:
 def sym_size(node: Node, ctx: Context) -> Transfer:
     """The number of samples is the same; the number of tokens is not."""
     layout = carried(node, ctx)
-    if tokens_in(layout[wrap(argument(node, 1, "dim"), len(layout))]):
+    if tokens_in(layout[wrap(argument(node, "dim"), len(layout))]):
         raise Untransferable("reads the number of tokens as a value")
     return Transfer(None)
 

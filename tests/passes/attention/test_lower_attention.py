@@ -26,9 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from passes.attention.attention_kernel import SDPA, kernels
+from passes.attention.attention_kernel import kernels
 from passes.attention.lower_attention import LowerAttention
 from passes.graph.base import source_line
+from passes.graph.ops import SDPA
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -10,8 +10,9 @@ from graphs import C, N, graph_of, sample
 from torch import Tensor, nn
 
 import rs_compile
-from passes.cleanup.broadcasts import EXPANSIONS, drop_expansions
+from passes.cleanup.broadcasts import drop_expansions
 from passes.cleanup.canonicalise import Canonicalise
+from passes.graph.ops import EXPANSIONS
 
 Op = Callable[[Tensor, Tensor], Tensor]
 DROPPED: dict[str, Op] = {

@@ -18,9 +18,9 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 
-from passes.attention.attention_kernel import FLASH, SDPA, KernelChoice, kernels
+from passes.attention.attention_kernel import FLASH, KernelChoice, kernels
 from passes.device.name_flash import NameFlash
-from passes.graph.contraction import arguments
+from passes.graph.ops import SDPA, arguments
 from passes.pipeline import Prune, prepare, prune
 
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default

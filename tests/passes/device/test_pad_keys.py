@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 import passes.pipeline
-from passes.attention.attention_kernel import AUTOCAST, SDPA, kernels
+from passes.attention.attention_kernel import AUTOCAST, kernels
 from passes.device.pad_keys import PadKeys
-from passes.graph.contraction import arguments
+from passes.graph.ops import SDPA, arguments
 from passes.pipeline import Prune, prepare, prune
 
 BF16 = (torch.bfloat16,)

@@ -18,13 +18,13 @@ from torch.fx import GraphModule
 
 import rs_compile
 from passes.graph.base import CompileError, Refusal
+from passes.graph.ops import SDPA
 from passes.network.branches import find_blocks
 from passes.network.protected import Protected
 from passes.sites.explicit_attention import write_out
 from passes.sites.importance import Scoring
 from passes.sites.insert_merge import InsertMerge, Merger
 from passes.sites.site import SITE, Site
-from passes.sites.sizes import SDPA
 
 ENTROPY = Scoring(importance="attention-entropy")
 MERGERS: list[tuple[Merger, Scoring]] = [("stream", Scoring()), ("tome", Scoring()), ("vid-tldr", ENTROPY)]

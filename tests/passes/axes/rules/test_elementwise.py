@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from passes.axes.grid_layout import rule_for
 from passes.axes.rules import registry
-from passes.axes.rules.pointwise import ELEMENTWISE, SHAPED_LIKE, elementwise
+from passes.graph.ops import ELEMENTWISE, SHAPED_LIKE, elementwise
 
 ARGS: dict[str, tuple[Any, ...]] = {  # behind the first input, where it needs any
     **dict.fromkeys(["dropout", "native_dropout", "feature_dropout", "alpha_dropout"], (0.5, False)),

@@ -83,8 +83,26 @@ def test_a_rule_may_stand_for_all_overloads(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     register_token_rule(aten.sort, lambda node, ctx: Transfer(None))
     assert registry.rule_for(aten.sort.default) is registry.rule_for(aten.sort.stable)
-    with pytest.raises(TypeError, match=r"^expected an op such as torch\.ops\.mine\.scan\.default, got 'sort'$"):
+    with pytest.raises(TypeError, match=r"^'sort' is no op; pass torch\.ops\.<namespace>\.<name> or what "):
         register_token_rule("sort", keep_layout)
+    with pytest.raises(TypeError, match=r"^<built-in method cumsum .* is no op; pass"):
+        register_token_rule(torch.cumsum, keep_layout)  # a rule that no node would ask for
+
+
+def test_a_rule_for_what_custom_op_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    @torch.library.custom_op("rs_rules::running_sum", mutates_args=())
+    def running_sum(x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1)
+
+    running_sum.register_fake(torch.empty_like)
+    register_token_rule(running_sum, keep_layout)
+    x = sample()
+    gm = graph_of(lambda x: running_sum(x))
+    assert refusals(axis_from_input(gm)) == []
+    (value,), index = on_short_input(gm, x, keep=4)
+    torch.testing.assert_close(value, rows(x, index).cumsum(1))
 
 
 def test_inplace_pointwise_has_no_rule() -> None:

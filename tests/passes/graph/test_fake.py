@@ -11,9 +11,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
 from passes.capture.capture import capture
-from passes.graph.described import Described
+from passes.graph.fake import Described, LiteralBatch, on_literal_batch
 from passes.graph.layout import expr
-from passes.graph.literal_batch import LiteralBatch, on_literal_batch
 from passes.graph.splice import fake_mode, splice
 
 aten = torch.ops.aten
