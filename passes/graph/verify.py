@@ -2,39 +2,90 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from passes.graph.base import CompileError
-from passes.graph.fake import describe
+from passes.graph.fake import LiteralBatch
 from passes.graph.layout import expr
 from passes.graph.splice import fake, fake_mode
 
 
 def no_stale_shapes(gm: GraphModule) -> None:
-    """Recomputes every value on fake tensors and compares shape, dtype and device with what the graph says.
+    """Runs the graph on fake tensors, from its inputs on, and compares each value with what its node says.
+
+    Nothing is remembered and nothing is taken from the nodes but the inputs, so an error in what earlier passes noted
+    cannot hide. Shapes, dtypes and devices are compared.
 
     Raises:
         CompileError: an op does not run, or gives another shape than its node records.
     """
     mode = fake_mode(gm.graph)
+    inputs = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
+    batch = LiteralBatch.of(mode, pytree.tree_leaves(inputs))
+    values: dict[Node, Any] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if node.target._schema.is_mutable or not isinstance(node.meta.get("val"), torch.Tensor):
-            continue
+        said = node.meta.get("val")
+        if node.op == "call_function" and isinstance(node.target, OpOverload):
+            values[node] = _run(mode, node, values, batch)
+            for have, want in zip(_tensors(values[node]), _tensors(said), strict=True):
+                _compare(node, have, want, batch)
+        elif node.op == "call_function" and said is not None and not isinstance(said, torch.Tensor):
+            values[node] = _run(mode, node, values, batch)  # arithmetic of sizes
+        else:
+            values[node] = _literal(said, batch)
+
+
+def _run(mode: FakeTensorMode, node: Node, values: dict[Node, Any], batch: LiteralBatch | None) -> Any:
+    """What a node gives on values with a literal batch, or where the op refuses so many samples, on its own."""
+    assert callable(node.target)
+    args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: values[a] if isinstance(a, Node) else a)
+    try:
+        with mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+    except Exception:
         try:
-            val = describe(mode, node.target, fake(node.args), fake(node.kwargs))
+            with mode, torch.no_grad():
+                return _literal(node.target(*fake(node.args), **fake(node.kwargs)), batch)
         except Exception as error:
             raise CompileError(f"{node.name} ({node.target}) does not run: {error}") from error
-        said = node.meta["val"]
-        same = len(val.shape) == len(said.shape) and all(
-            expr(a) == expr(b) for a, b in zip(val.shape, said.shape, strict=True)
+
+
+def _literal(value: Any, batch: LiteralBatch | None) -> Any:
+    """A value with a number in the place of the batch symbol, where it has one alone."""
+
+    def one(leaf: Any) -> Any:
+        try:
+            return leaf if batch is None else batch.literal(leaf)
+        except ValueError:
+            return leaf
+
+    return pytree.tree_map(one, value)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
+
+
+def _compare(node: Node, have: torch.Tensor, said: torch.Tensor, batch: LiteralBatch | None) -> None:
+    want = [_literal(size, batch) for size in said.shape]
+    if (have.dtype, have.device, [*map(expr, have.shape)]) != (said.dtype, said.device, [*map(expr, want)]):
+        raise CompileError(
+            f"{node.name} ({node.target}) gives {_shown(have, batch)}, its node says {tuple(said.shape)}"
         )
-        if not same or val.dtype != said.dtype or val.device != said.device:
-            raise CompileError(
-                f"{node.name} ({node.target}) gives {tuple(val.shape)}, its node says {tuple(said.shape)}"
-            )
+
+
+def _shown(value: torch.Tensor, batch: LiteralBatch | None) -> tuple[Any, ...]:
+    try:
+        return tuple(value.shape) if batch is None else batch.described(value).shape
+    except ValueError:
+        return tuple(value.shape)
 
 
 def not_put_back(gm: GraphModule, full: Node) -> None:
@@ -48,5 +99,5 @@ def not_put_back(gm: GraphModule, full: Node) -> None:
         CompileError: part of the network still runs on every token.
     """
     if any(node is full for node in gm.graph.nodes):
-        readers = ", ".join(user.name for user in full.users)
-        raise CompileError(f"{full.name} puts pruned tokens back at once, and is still read by {readers}")
+        consumers = ", ".join(user.name for user in full.users)
+        raise CompileError(f"{full.name} puts pruned tokens back at once, and is still read by {consumers}")

@@ -12,7 +12,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from passes.graph.base import Check, CompileError, Pass, PassResult
-from passes.graph.splice import ORIGIN, splice
+from passes.graph.fake import describe, remember
+from passes.graph.splice import ORIGIN, fake, fake_mode, splice
 from passes.graph.verify import no_stale_shapes, not_put_back
 
 
@@ -71,6 +72,29 @@ def test_a_stale_shape_is_caught(what: str, message: str) -> None:
     Broken()(gm)  # the graph as captured is fine
     with pytest.raises(CompileError, match=message):
         Broken(what)(gm)
+
+
+def test_a_wrong_memory_hides_no_wrong_shape() -> None:
+    """What passes remember of an op is not asked: memory and node agree here, and are wrong."""
+    gm = graph_of(network)
+    node, mode = only(gm, aten.mean.dim), fake_mode(gm.graph)
+    stale = node.meta["val"]
+    node.args = (node.args[0], [1], *node.args[2:])
+    remember(mode, node.target, fake(node.args), fake(node.kwargs), stale)
+    assert tuple(describe(mode, aten.mean.dim, fake(node.args), fake(node.kwargs)).shape) == tuple(stale.shape)
+    with pytest.raises(
+        CompileError, match=r"^mean \(aten\.mean\.dim\) gives \(.+, 6, 4\), its node says \(.+, 2, 6\)$"
+    ):
+        no_stale_shapes(gm)
+
+
+def test_the_values_of_an_op_with_several_are_compared() -> None:
+    gm = graph_of(lambda x: x.split(4, dim=2)[1])
+    no_stale_shapes(gm)
+    node = only(gm, aten.split.Tensor)
+    node.meta["val"] = [node.meta["val"][0], node.meta["val"][1][:, 1:]]
+    with pytest.raises(CompileError, match=r"\(aten\.split\.Tensor\) gives \(.+, 6, 4\), its node says \(.+, 5, 4\)"):
+        no_stale_shapes(gm)
 
 
 def test_the_check_keeps_the_batch_symbolic() -> None:
