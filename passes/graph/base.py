@@ -5,13 +5,16 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch.fx import GraphModule, Node
 
 from passes.graph.aliasing import writes
+from passes.graph.facts import Fact
 
+HISTORY = Fact[tuple[str, ...]]("history")  # the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
 
 Check = Callable[[GraphModule], None]
@@ -19,6 +22,21 @@ Check = Callable[[GraphModule], None]
 
 class CompileError(Exception):
     """Anything this compiler refuses to do. The message says what to do instead."""
+
+
+class PassError(CompileError):
+    """A pass broke its contract: a fault of the compiler, not of the model."""
+
+    def __init__(self, said: str, name: str, gm: GraphModule) -> None:
+        super().__init__(f"{said} (before {name} ran: {', '.join(HISTORY.get(gm) or ('none',))})")
+
+
+class Precondition(PassError):
+    """A graph came to a pass that does not hold what the pass requires."""
+
+
+class Postcondition(PassError):
+    """A pass left a graph that does not hold what the pass ensures."""
 
 
 class Refusal(CompileError):
@@ -93,8 +111,14 @@ class Pass(abc.ABC):
 
     def apply(self, gm: GraphModule) -> PassResult:
         """`__call__` without the recompilation of the graph's code."""
-        self._run(self.requires, gm, "before")
+        name, before = self.name, HISTORY.get(gm) or ()
+        for check in self.requires:
+            try:
+                check(gm)
+            except CompileError as error:
+                raise Precondition(f"before pass {name}: {error}", name, gm) from error
         result = self.call(gm)
+        HISTORY.set(result.gm, before)
         try:
             if self.leaves_dead_code:
                 result.gm.graph.lint()
@@ -103,16 +127,21 @@ class Pass(abc.ABC):
                     is_impure_node=lambda n: ALIVE in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
                 )
         except RuntimeError as error:
-            raise CompileError(f"pass {self.name} left a malformed graph: {error}") from error
-        self._run(self.ensures, result.gm, "after")
+            raise Postcondition(f"pass {name} left a malformed graph: {error}", name, result.gm) from error
+        observe = OBSERVER.get()
+        if observe is not None:
+            observe(self, result)
+        for check in self.ensures:
+            try:
+                check(result.gm)
+            except CompileError as error:
+                raise Postcondition(f"after pass {name}: {error}", name, result.gm) from error
+        HISTORY.set(result.gm, (*before, name))
         return result
 
-    def _run(self, checks: tuple[Check, ...], gm: GraphModule, when: str) -> None:
-        for check in checks:
-            try:
-                check(gm)
-            except CompileError as error:
-                raise CompileError(f"{when} pass {self.name}: {error}") from error
+
+Observer: TypeAlias = Callable[[Pass, PassResult], None]
+OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)  # sees the graph after each pass
 
 
 def finish(gm: GraphModule) -> None:

@@ -57,13 +57,15 @@ class Broken(Pass):
     [
         (
             "dimension",
-            r"^after pass Broken: mean \(aten\.mean\.dim\) gives \(.+, 6, 4\), its node says \(.+, 2, 6\)$",
+            r"^after pass Broken: mean \(aten\.mean\.dim\) gives \(.+, 6, 4\), its node says \(.+, 2, 6\) "
+            r"\(before Broken ran: Broken\)$",
         ),
         ("literal", r"^after pass Broken: \w+ \(aten\.\w+\.default\) does not run: "),
         ("dtype", r"^after pass Broken: mean \(aten\.mean\.dim\) gives"),
         (
             "batch",
-            r"^after pass Broken: relu \(aten\.flatten\.using_ints\) gives \(.+, 6, 4\), its node says \(.+, 12, 4\)$",
+            r"^after pass Broken: relu \(aten\.flatten\.using_ints\) gives \(.+, 6, 4\), "
+            r"its node says \(.+, 12, 4\) \(before Broken ran: Broken\)$",
         ),
     ],
 )

@@ -1,0 +1,52 @@
+"""What each pass leaves in the debug folder, and the check behind it."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+
+import pytest
+from graphs import aten, graph_of, only
+from torch.fx import GraphModule
+
+from passes.graph.base import HISTORY, Pass, PassResult, Postcondition
+from passes.graph.debug import watched
+
+
+@dataclass(frozen=True)
+class ReluForMul(Pass):
+    def call(self, gm: GraphModule) -> PassResult:
+        node = only(gm, aten.mul.Tensor)
+        node.target, node.args = aten.relu.default, node.args[:1]
+        return PassResult(gm, rewrites=1)
+
+
+@dataclass(frozen=True)
+class Forgetful(Pass):
+    """Cuts a token off and leaves the shape as it was."""
+
+    def call(self, gm: GraphModule) -> PassResult:
+        node = only(gm, aten.relu.default)
+        node.target, node.args = aten.slice.Tensor, (node.args[0], 1, 1)
+        return PassResult(gm, rewrites=1)
+
+
+def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> None:
+    gm = graph_of(lambda x: x * 2 + 1)
+    with watched(tmp_path / "debug") as home:
+        ReluForMul()(gm)
+        with pytest.raises(Postcondition, match=r"^after pass Forgetful: .* \(before Forgetful ran: ReluForMul\)$"):
+            Forgetful()(gm)
+    first, second = sorted(home.iterdir())
+    assert (first.name, second.name) == ("00-ReluForMul.txt", "01-Forgetful.txt")
+    assert first.read_text().startswith("ReluForMul(): 1 rewrites, 0 skips; ")
+    assert "aten.relu.default" in first.read_text() and "float32[" in first.read_text()
+    changed = [line for line in second.read_text().splitlines() if line.startswith(("-", "+")) and line[1] not in "-+"]
+    assert any(line[0] == "-" and "aten.relu" in line for line in changed)
+    assert any(line[0] == "+" and "aten.slice" in line for line in changed)
+    with watched(tmp_path / "debug") as again:
+        assert again != home
+    before = len(list(home.iterdir()))
+    ReluForMul()(graph_of(lambda x: x * 2))
+    assert len(list(home.iterdir())) == before  # closed
+    assert HISTORY.get(gm) == ("ReluForMul",)
