@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -47,8 +46,7 @@ def explain(
     kwargs = dict(example_kwargs or {})
     check_inputs(model, flatten(args, kwargs)[0])
     constant = constant_leaves(model, args, kwargs, constant_inputs)
-    with torch._C._DisableAutocast():
-        prepared = prepare(model, args, kwargs, lower=True, constant=constant)
+    prepared = prepare(model, args, kwargs, lower=True, constant=constant)
     rows = []
     blocks, branches, choices = block_kernels(prepared.gm)
     for block in blocks:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from passes.attention.attention_kernel import KernelChoice
-from passes.capture.capture import FIXED_BATCH, batched, capture
+from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
 from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Compiled, Progress, cleaned
 from passes.sites.select import MANY
@@ -136,11 +136,10 @@ class OptimizedModel(nn.Module):
         check_inputs(self._model, call.leaves)
         ambient = dict(autocast_state())
         self._say("capturing the model")
-        # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        with torch._C._DisableAutocast():
-            gm = capture(self._model, call.args, call.kwargs, call.constant)
+        gm = capture(self._model, call.args, call.kwargs, call.constant)
+        first = gm.meta.pop(FIRST_RUN)
         gm.meta[MANY] = many_samples(call.leaves, batched(call.leaves, call.constant))
-        why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
+        why = check_faithful(self._model, gm, first, call.leaves, call.key[1]) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
         unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()

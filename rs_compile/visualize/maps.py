@@ -51,8 +51,7 @@ def score_maps(
     Schedule(operation=operation, metric=metric, with_skip=with_skip)  # checks the words
     plan = Schedule.of(schedule) if schedule is not None else Schedule()
     say = progress or (lambda _: None)
-    with torch._C._DisableAutocast():
-        gm = prepare(model, (images,), {}, lower=True, say=say).gm
+    gm = prepare(model, (images,), {}, lower=True, say=say).gm
     size = (int(images.shape[-2]), int(images.shape[-1]))
     blocks, stages = find_blocks(gm), find_stages(gm)
     say("scoring")
