@@ -16,11 +16,13 @@ from passes.network.branches import Block, module_path
 from passes.network.prunable import prunable
 from passes.network.stages import find_stages
 from passes.pipeline import block_kernels, prepare
+from rs_compile.errors import named
 from rs_compile.optimize import kernel_cells
 from rs_compile.report import Explanation, ExplanationRow, StageExplanation
 from rs_compile.signature import check_inputs, constant_leaves, flatten
 
 
+@named("explain")
 def explain(
     model: nn.Module,
     example_inputs: Any,

@@ -18,6 +18,7 @@ from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Compiled, Progress, cleaned
 from passes.sites.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
+from rs_compile.errors import named
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
 from rs_compile.guard import Guard, hindrance
@@ -71,7 +72,7 @@ class OptimizedModel(nn.Module):
         leaves = call.leaves
         plan = self._find(call)
         if plan is None:
-            with _CAPTURING:
+            with _CAPTURING, named("optimize"):
                 # the model's state may have been read while another thread was capturing
                 plan, before = self._find(call), self._state()
                 if plan is None:
@@ -297,7 +298,10 @@ def plan(
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """What `optimize` would make of a model: captured and rewritten, nothing compiled, no forward pass.
+    """What `optimize` would make of a model: captured and rewritten, nothing compiled.
+
+    The model runs once, on two samples, so that what its code caches holds values when it is traced; in train mode
+    and on the meta device it does not.
 
     Model and inputs may be on the meta device, so that a large model's GFLOPs need neither memory nor time.
 
@@ -329,14 +333,16 @@ def plans(
     kwargs = dict(example_kwargs or {})
     prepared: dict[Any, PassResult] = {}
     for handle in handles:
-        call = handle._read(args, kwargs)
-        case = (handle._lowers, call.constant)
-        if case not in prepared:
-            prepared[case] = handle._prepare(call)
-        found = handle._plan(call, partial(copied, prepared[case]))
-        handle._keep(handle._state(), call, found)
-        handle.__dict__["_last"] = found
-        yield handle.report()
+        with named("plan"):
+            call = handle._read(args, kwargs)
+            case = (handle._lowers, call.constant)
+            if case not in prepared:
+                prepared[case] = handle._prepare(call)
+            found = handle._plan(call, partial(copied, prepared[case]))
+            handle._keep(handle._state(), call, found)
+            handle.__dict__["_last"] = found
+            report = handle.report()
+        yield report
 
 
 def kernel_cells(choice: KernelChoice | None) -> tuple[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -14,33 +12,15 @@ from torch.export import Dim, ShapesCollection, export
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from passes.capture.capture_errors import CaptureError, check_call, check_loaded, does_not_run, not_captured
 from passes.capture.constant_inputs import HeldFast, input_names, is_small, written_constant
 from passes.capture.first_run import FirstRun, first_run
 from passes.capture.left_behind import Kept, Untouched
-from passes.graph.base import CompileError, op_name, source_line
+from passes.graph.base import op_name, source_line
 from passes.graph.layout import expr
 
-_TORCH = os.path.dirname(torch.__file__)
 FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
 FIRST_RUN = "first_run"  # gm.meta key: the model's run before its capture
-
-
-_ANY = "make that line independent of the data, or give the part of the model that it is not in"
-_KNOWN_OUTPUTS = (
-    "call it so that it does not return that (a cache is usually left out by use_cache=False), "
-    "or register the class with torch.utils._pytree.register_pytree_node"
-)
-_KNOWN = (  # words of torch's own, what they mean for a model, what to do
-    (
-        "Couldn't swap",
-        "it moves or casts a layer's own weights while it runs, which torch.export cannot record",
-        "cast the model before (model.to(dtype)) and take that line out of its forward",
-    ),
-)
-
-
-class CaptureError(CompileError):
-    """torch.export cannot capture the model; the message is its own, shortened, with the model's line."""
 
 
 def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]:
@@ -77,20 +57,24 @@ def capture(
         CaptureError: the model does not run on these inputs, torch.export gives up, or the model's code keeps
             values from one call for the next.
     """
+    check_call(model, args, kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     runs = batched(leaves, constant)
+    # an empty batch would make the number of samples a constant
+    some = [x.new_zeros(2, *x.shape[1:]) if r and not len(x) else x for x, r in zip(leaves, runs, strict=True)]
     held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
     few = [over and held is None for over in runs]  # what is held fast may say how much there is of everything else
     try:
-        first = first_run(model, args, kwargs, few)
+        first = first_run(model, some, spec, few)
     except Exception as error:
-        raise CaptureError(_shortened(model, error, ())) from error
+        raise does_not_run(model, error, leaves, spec) from error
+    check_loaded(model, leaves, first.why)
     exported = None
     if held is None:
         # export would take a batch of one for a constant
         doubled = [
             torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
-            for leaf, over in zip(leaves, runs, strict=True)
+            for leaf, over in zip(some, runs, strict=True)
         ]
         exported = _traced(model, doubled, runs, spec, first)
     if exported is None or _fixed_batch(exported, runs):
@@ -113,7 +97,7 @@ def _traced(
     untouched = Untouched(model)
     try:
         with torch._C._DisableAutocast():
-            exported = _export(model, leaves, runs, spec, held)
+            exported = _export(model, leaves, runs, spec, first, held)
     finally:
         kept = untouched.put_back()
     _keeps_nothing(model, exported, first, leaves, kept)
@@ -153,6 +137,7 @@ def _export(
     leaves: Sequence[Any],
     runs: Sequence[bool],
     spec: pytree.TreeSpec,
+    first: FirstRun,
     held: HeldFast | None = None,
 ) -> GraphModule:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -165,7 +150,7 @@ def _export(
             program = export(held or model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
             exported: GraphModule = program.module(check_guards=False)
     except Exception as error:
-        raise CaptureError(_shortened(model, error, _readable(model, leaves, args, kwargs, held))) from error
+        raise not_captured(model, error, _readable(model, leaves, args, kwargs, held), not first.why) from error
     _no_vmap(model, exported)
     if held is not None:
         _no_writes(model, held, exported)
@@ -224,31 +209,3 @@ def _flat(exported: GraphModule) -> GraphModule:
     gm.meta["out_spec"] = info.out_spec
     gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, 0)
     return gm
-
-
-def _shortened(model: nn.Module, error: Exception, constants: Sequence[str]) -> str:
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-    tb = error.__traceback__
-    while tb is not None:
-        code = tb.tb_frame.f_code
-        frames.append((code.co_filename, str(tb.tb_lineno), code.co_name))
-        tb = tb.tb_next
-    # neither torch's own frames, nor generated code, nor this file
-    where = next((f for f in reversed(frames) if not f[0].startswith((_TORCH, "<", __file__))), None)
-    said = lines[0] if lines else type(error).__name__
-    reason, way_out = next(((r, w) for words, r, w in _KNOWN if words in said), ("", _ANY))
-    if constants and re.search("data.?dependent", f"{type(error).__name__} {said}", re.IGNORECASE):
-        named = "".join(f'"{name}", ' for name in constants).strip()
-        way_out = (
-            f"pass constant_inputs=({named}): the graph then holds the value of such an input fast, "
-            "and another value is another capture"
-        )
-    if found := re.search(r"<class '([\w.]+)'> in output", said):
-        reason, way_out = f"it returns a {found[1]}, which torch.export does not know", _KNOWN_OUTPUTS
-    return "\n".join(
-        [f"torch.export cannot capture {type(model).__name__}: {reason or said}"]
-        + ([f"  in the model: {where[0]}, line {where[1]}, in {where[2]}"] if where else [])
-        + [f"  way out: {way_out}"]
-    )

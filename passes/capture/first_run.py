@@ -7,7 +7,7 @@ is held against.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -45,18 +45,19 @@ def first_hindrance(model: nn.Module, leaves: Sequence[Any]) -> str:
     return ""
 
 
-def first_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], runs: Sequence[bool]) -> FirstRun:
+def first_run(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, runs: Sequence[bool]) -> FirstRun:
     """Runs the model on the first two samples, or on all where two do not run.
 
     Buffers that every run writes into are put back; those that only the first one filled are kept.
 
     Args:
-        runs: which flat input leaves run over samples, `batched`.
+        leaves: the flat inputs.
+        spec: how they are nested.
+        runs: which of them run over samples, `batched`.
 
     Raises:
         Exception: the model's own, where it does not run on all samples either.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if why := first_hindrance(model, leaves):
         return FirstRun(why=why)
     before = _buffers(model)

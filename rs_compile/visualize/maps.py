@@ -15,12 +15,14 @@ from passes.network.stages import find_stages
 from passes.pipeline import check_blocks, prepare
 from passes.sites.importance import Scoring
 from passes.sites.score import Metric, Operation
+from rs_compile.errors import named
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.blocks import block_layers, block_sites, patches
 from rs_compile.visualize.layers import Say, ScoreMaps
 from rs_compile.visualize.stages import stage_layers, stage_sites
 
 
+@named("score_maps")
 @torch.no_grad()
 def score_maps(
     model: nn.Module,
