@@ -32,7 +32,8 @@ def named(what: str) -> Iterator[None]:
     except (CompileError, *_MACHINE):
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        first, *more = str(error).strip().splitlines() or [""]
+        said = f"{type(error).__name__}: {first}" + (f" {more[0]}" if first.endswith(":") and more else "")
         if type(error).__name__ == _BY_DATA:
             text = f"{what} cannot tell a size that depends on the data: {said}"
             way_out = "keep a fixed number of tokens in the model (argsort and a slice, topk), no boolean mask"

@@ -65,7 +65,7 @@ def first_run(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, ru
     try:
         outputs = outputs_of(model, few, spec)
     except Exception:  # frames or crops of one clip in the batch: not every number of them runs
-        few = leaves
+        few = list(leaves)
         outputs = outputs_of(model, few, spec)
     if filled := _written(before):
         again = _buffers(model)
