@@ -29,7 +29,7 @@ def explain(
     example_kwargs: Mapping[str, Any] | None = None,
     constant_inputs: Collection[str] = (),
 ) -> Explanation:
-    """What the matcher finds in a model, with nothing changed or compiled.
+    """What the matcher finds in a model, with nothing changed or compiled; the model runs once, on two samples.
 
     Args:
         model: any module.

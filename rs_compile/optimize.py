@@ -66,7 +66,8 @@ class OptimizedModel(nn.Module):
 
         Raises:
             InputError: no input is a tensor.
-            CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
+            CaptureError, Refusal: the model does not run or cannot be captured, or a rewrite cannot be proven right.
+            CompileError: whatever else the first call of a signature meets.
         """
         call = self._read(args, kwargs)
         leaves = call.leaves
