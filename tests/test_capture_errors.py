@@ -246,3 +246,22 @@ def test_random_masking() -> None:
     ):
         with pytest.raises(rs_compile.CompileError, match="way out: "):
             run()
+
+
+class MaskedBetween(Masked):
+    """Takes tokens by a mask between two stages, as many as the mask has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](x)[:, torch.rand(x.shape[1]) < 0.5])
+
+
+def test_a_number_of_tokens_that_depends_on_the_data() -> None:
+    model, x = MaskedBetween(by_mask=True).eval(), torch.randn(3, 9, 8)
+    for run in (
+        lambda: rs_compile.optimize(model, {0: 0.5}, backend="eager", verify=False)(x),
+        lambda: rs_compile.plan(model, {0: 0.5}, x),
+    ):
+        with pytest.raises(rs_compile.Refusal, match="how many entries it gives depends on the data") as error:
+            run()
+        assert "aten.index.Tensor" in str(error.value) and "test_capture_errors.py" in str(error.value)
+        assert "way out: let the model take a fixed number of them (topk" in str(error.value)

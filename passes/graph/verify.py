@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.graph.base import CompileError
+from passes.graph.base import CompileError, Refusal
 from passes.graph.fake import describe
 from passes.graph.layout import expr
 from passes.graph.splice import fake, fake_mode
@@ -16,6 +16,7 @@ def no_stale_shapes(gm: GraphModule) -> None:
 
     Raises:
         CompileError: an op does not run, or gives another shape than its node records.
+        Refusal: the shape depends on the data.
     """
     mode = fake_mode(gm.graph)
     for node in gm.graph.nodes:
@@ -31,6 +32,12 @@ def no_stale_shapes(gm: GraphModule) -> None:
         same = len(val.shape) == len(said.shape) and all(
             expr(a) == expr(b) for a, b in zip(val.shape, said.shape, strict=True)
         )
+        if not same and torch.Tag.dynamic_output_shape in node.target.tags:
+            raise Refusal(
+                "how many entries it gives depends on the data (a boolean mask, nonzero)",
+                node,
+                "let the model take a fixed number of them (topk, or a slice of argsort, and gather)",
+            )
         if not same or val.dtype != said.dtype or val.device != said.device:
             raise CompileError(
                 f"{node.name} ({node.target}) gives {tuple(val.shape)}, its node says {tuple(said.shape)}"
