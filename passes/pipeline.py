@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.attention.attention_kernel import AUTOCAST, KernelChoice, kernels
 from passes.attention.lower_attention import LowerAttention
 from passes.axes.token_axis import Needed, sequences_per_sample, stream_layout
-from passes.capture.capture import capture
+from passes.capture.capture import FIRST_RUN, capture
 from passes.cleanup.canonicalise import Canonicalise
 from passes.cleanup.inline_regions import InlineRegions
 from passes.cleanup.relative_shift import WriteRelativeShifts
@@ -149,7 +149,10 @@ def prepare(
         constant: see `capture`.
     """
     say("capturing the model")
-    return cleaned(capture(model, args, kwargs, constant), lower, ambient_autocast, say)
+    gm = capture(model, args, kwargs, constant)
+    del gm.meta[FIRST_RUN]
+    with torch._C._DisableAutocast():
+        return cleaned(gm, lower, ambient_autocast, say)
 
 
 def cleaned(

@@ -52,7 +52,7 @@ __all__ = [
 # where each name lives; imported when it is first asked for, because sympy and torch.export take half a second
 _HOMES = {
     "passes.graph.base": ("CompileError", "Refusal"),
-    "passes.capture.capture": ("CaptureError",),
+    "passes.capture.capture_errors": ("CaptureError",),
     "passes.graph.cost": ("register_cost",),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),

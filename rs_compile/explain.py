@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -17,18 +16,20 @@ from passes.network.branches import Block, module_path
 from passes.network.prunable import prunable
 from passes.network.stages import find_stages
 from passes.pipeline import block_kernels, prepare
+from rs_compile.errors import named
 from rs_compile.optimize import kernel_cells
 from rs_compile.report import Explanation, ExplanationRow, StageExplanation
 from rs_compile.signature import check_inputs, constant_leaves, flatten
 
 
+@named("explain")
 def explain(
     model: nn.Module,
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     constant_inputs: Collection[str] = (),
 ) -> Explanation:
-    """What the matcher finds in a model, with nothing changed or compiled.
+    """What the matcher finds in a model, with nothing changed or compiled; the model runs once, on two samples.
 
     Args:
         model: any module.
@@ -47,8 +48,7 @@ def explain(
     kwargs = dict(example_kwargs or {})
     check_inputs(model, flatten(args, kwargs)[0])
     constant = constant_leaves(model, args, kwargs, constant_inputs)
-    with torch._C._DisableAutocast():
-        prepared = prepare(model, args, kwargs, lower=True, constant=constant)
+    prepared = prepare(model, args, kwargs, lower=True, constant=constant)
     rows = []
     blocks, branches, choices = block_kernels(prepared.gm)
     for block in blocks:

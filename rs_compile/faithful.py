@@ -1,4 +1,4 @@
-"""Whether the captured graph is the model: both run once, on the first samples of the caller's own batch.
+"""Whether the captured graph is the model: both ran once, on the first samples of the caller's own batch.
 
 torch.export records what the model's code does while it is traced. Code that asks whether it is traced, or does what
 tracing does not see, may do something else when it runs, and no property of the graph would tell.
@@ -6,25 +6,22 @@ tracing does not see, may do something else when it runs, and no property of the
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.capture.capture import FIXED_BATCH, batched
+from passes.capture.first_run import PLAIN, SAMPLES, FirstRun, alike, first_hindrance, outputs_of
 from passes.graph.aliasing import written_outside
 from passes.graph.base import Refusal
 from passes.network.branches import module_path
 from rs_compile.signature import autocast_state
 
-_SAMPLES = 2
-_PLAIN: AbstractContextManager[Any] = contextlib.nullcontext()
 _WAY_OUT = (
     "let that code do the same while it is traced (what it asks of torch.compiler.is_exporting, torch.jit.is_tracing "
     "or a global flag is the usual cause); optimize(..., verify=False) takes the graph as it is"
@@ -32,84 +29,62 @@ _WAY_OUT = (
 
 
 def check_faithful(
-    model: nn.Module, gm: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
+    model: nn.Module, gm: GraphModule, first: FirstRun, leaves: Sequence[Any], spec: pytree.TreeSpec
 ) -> str:
-    """Runs the model and its captured graph and holds their outputs against each other.
+    """Runs the captured graph on what the model ran on before its capture, and holds their outputs against each other.
 
     Both draw the same random numbers; the generators' state is put back.
 
     Args:
-        model, args, kwargs: what was captured.
+        model: what was captured.
         gm: the graph as torch.export gave it.
-        leaves: the flat inputs.
+        first: the model's run before that.
+        leaves: the flat inputs of the call.
+        spec: how they are nested.
 
     Returns:
-        Why they were not run, "" where they were and agree.
+        Why they were not compared, "" where they were and agree.
 
     Raises:
         Refusal: they do not agree.
     """
-    if why := hindrance(model, gm, leaves):
+    if why := first.why or hindrance(model, gm, leaves):
         return why
-    spec = pytree.tree_structure((tuple(args), dict(kwargs)))
-    whole, leaves = leaves, first_samples(leaves, gm)
-    try:
-        wanted = outputs_of(model, leaves, spec)
-    except Exception:  # frames or crops of one clip in the batch: not every number of them runs
-        leaves = whole
-        wanted = outputs_of(model, leaves, spec)
-    with _alike(leaves):
+    wanted, few = first.outputs, first.leaves
+    if gm.meta.get(FIXED_BATCH) and not _same_sizes(few, leaves):
+        few = leaves  # the graph is right for all of them only
+        wanted = outputs_of(model, few, spec)
+    with alike(few):
         try:
-            got = gm(*leaves)
+            got = gm(*few)
         except Exception as error:  # a check that holds in the model's own code no more
             what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise Refusal(f"torch.export captured a graph that does not run: {what}", None, _WAY_OUT) from error
-    tolerance = tolerance_of([*model.parameters(), *leaves, *wanted])
+    tolerance = tolerance_of([*model.parameters(), *few, *wanted])
     wrong = wrong_outputs(got, wanted, tolerance)
     if wrong:
-        agrees, differs = where_apart(model, gm, leaves, spec, tolerance)
+        agrees, differs = where_apart(model, gm, few, spec, tolerance)
         since = f"; up to {agrees.name} they agree" if agrees is not None else ""
         raise Refusal(f"torch.export captured something else than the model does: {wrong}{since}", differs, _WAY_OUT)
     return ""
 
 
-def outputs_of(
-    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, mode: AbstractContextManager[Any] = _PLAIN
-) -> list[Any]:
-    """What the model returns, flat, under a mode that watches its functions."""
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    with _alike(leaves), mode:
-        return pytree.tree_leaves(model(*args, **kwargs))
+def _same_sizes(some: Sequence[Any], all_: Sequence[Any]) -> bool:
+    return all(a.shape == b.shape for a, b in zip(some, all_, strict=True) if isinstance(a, Tensor))
 
 
 def first_samples(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
     """Two samples of the batch, where the graph is right for any number: what is the same for two is for all."""
     if gm.meta.get(FIXED_BATCH):
         return list(leaves)
-    return [leaf[:_SAMPLES] if over else leaf for leaf, over in zip(leaves, batched(leaves), strict=True)]
+    return [leaf[:SAMPLES] if over else leaf for leaf, over in zip(leaves, batched(leaves), strict=True)]
 
 
 def hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
     """Why the model must not, or cannot, be run once more; "" where it can."""
-    if any(module.training for module in model.modules()):
-        return "in train mode a run moves batch statistics; compared in eval mode only"
-    if any(isinstance(leaf, FakeTensor) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves):
-        return "the inputs hold no values"
     outside = written_outside(gm.graph)
-    return f"the model writes into {outside.name}, and every run would do so again" if outside is not None else ""
-
-
-@contextlib.contextmanager
-def _alike(leaves: Sequence[Any]) -> Iterator[None]:
-    """No gradients, the same random numbers each time, and none of the kernels that torch takes in eager mode only."""
-    gpus = list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda})
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # rounds otherwise, and gives zeros for padding
-    try:
-        with torch.random.fork_rng(gpus), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    written = f"the model writes into {outside.name}, and every run would do so again" if outside is not None else ""
+    return first_hindrance(model, leaves) or written
 
 
 def tolerance_of(values: Sequence[Any]) -> float:
@@ -153,7 +128,7 @@ def where_apart(
     leaves: Sequence[Any],
     spec: pytree.TreeSpec,
     tolerance: float,
-    mode: AbstractContextManager[Any] = _PLAIN,
+    mode: AbstractContextManager[Any] = PLAIN,
 ) -> tuple[Node | None, Node | None]:
     """The last value in which the two agree, and the first in which they do not, by what modules give back."""
     given: dict[str, list[Any]] = {}
@@ -172,7 +147,7 @@ def where_apart(
         ends |= {".".join(names[: i + 1]): node for i in range(len(names))}
     at = {node: path for path, node in reversed(ends.items()) if len(given.get(path, ())) == 1}
     agrees: Node | None = None
-    with _alike(leaves):
+    with alike(leaves):
         for node, value in _Values(gm).of(leaves):
             outs = pytree.tree_leaves(given[at[node]]) if node in at else []
             wanted = next((out for out in outs if isinstance(out, Tensor)), None)
@@ -186,7 +161,7 @@ def where_apart(
 
 def values_of(gm: GraphModule, leaves: Sequence[Any], nodes: Collection[Node]) -> dict[Node, Any]:
     """What these nodes compute."""
-    with _alike(leaves):
+    with alike(leaves):
         values = [(n, value) for n, value in _Values(gm).of(leaves) if n in nodes]
     return dict(values)
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from passes.axes.grid_axes import RESTORE, WAY_OUT
+from passes.capture.first_run import outputs_of
 from passes.graph.base import Refusal
 from passes.graph.splice import ORIGIN
 from passes.sites.grid_cut import CUTS, MAPS
@@ -28,7 +29,6 @@ from rs_compile.faithful import (
     first_samples,
     gap,
     hindrance,
-    outputs_of,
     tolerance_of,
     values_of,
     where_apart,

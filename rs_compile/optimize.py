@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from passes.attention.attention_kernel import KernelChoice
-from passes.capture.capture import FIXED_BATCH, batched, capture
+from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
 from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Compiled, Progress, cleaned
 from passes.sites.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
+from rs_compile.errors import named
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
 from rs_compile.guard import Guard, hindrance
@@ -65,13 +66,14 @@ class OptimizedModel(nn.Module):
 
         Raises:
             InputError: no input is a tensor.
-            CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
+            CaptureError, Refusal: the model does not run or cannot be captured, or a rewrite cannot be proven right.
+            CompileError: whatever else the first call of a signature meets.
         """
         call = self._read(args, kwargs)
         leaves = call.leaves
         plan = self._find(call)
         if plan is None:
-            with _CAPTURING:
+            with _CAPTURING, named("optimize"):
                 # the model's state may have been read while another thread was capturing
                 plan, before = self._find(call), self._state()
                 if plan is None:
@@ -136,11 +138,10 @@ class OptimizedModel(nn.Module):
         check_inputs(self._model, call.leaves)
         ambient = dict(autocast_state())
         self._say("capturing the model")
-        # traced without autocast: it acts on the graph's ops when they run, as on the model's
-        with torch._C._DisableAutocast():
-            gm = capture(self._model, call.args, call.kwargs, call.constant)
+        gm = capture(self._model, call.args, call.kwargs, call.constant)
+        first = gm.meta.pop(FIRST_RUN)
         gm.meta[MANY] = many_samples(call.leaves, batched(call.leaves, call.constant))
-        why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
+        why = check_faithful(self._model, gm, first, call.leaves, call.key[1]) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
         unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
@@ -298,7 +299,10 @@ def plan(
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """What `optimize` would make of a model: captured and rewritten, nothing compiled, no forward pass.
+    """What `optimize` would make of a model: captured and rewritten, nothing compiled.
+
+    The model runs once, on two samples, so that what its code caches holds values when it is traced; in train mode
+    and on the meta device it does not.
 
     Model and inputs may be on the meta device, so that a large model's GFLOPs need neither memory nor time.
 
@@ -330,14 +334,16 @@ def plans(
     kwargs = dict(example_kwargs or {})
     prepared: dict[Any, PassResult] = {}
     for handle in handles:
-        call = handle._read(args, kwargs)
-        case = (handle._lowers, call.constant)
-        if case not in prepared:
-            prepared[case] = handle._prepare(call)
-        found = handle._plan(call, partial(copied, prepared[case]))
-        handle._keep(handle._state(), call, found)
-        handle.__dict__["_last"] = found
-        yield handle.report()
+        with named("plan"):
+            call = handle._read(args, kwargs)
+            case = (handle._lowers, call.constant)
+            if case not in prepared:
+                prepared[case] = handle._prepare(call)
+            found = handle._plan(call, partial(copied, prepared[case]))
+            handle._keep(handle._state(), call, found)
+            handle.__dict__["_last"] = found
+            report = handle.report()
+        yield report
 
 
 def kernel_cells(choice: KernelChoice | None) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -218,7 +218,7 @@ def _plain(value: Any, depth: int) -> Any:
         return id(value)
     if kind in (list, tuple, set, frozenset):
         return tuple([_plain(v, depth - 1) for v in value])
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | MappingProxyType):  # another mapping may load what it is asked for
         return tuple([(k, _plain(v, depth - 1)) for k, v in list(value.items())])
     held = getattr(value, "__dict__", None)
     return (id(value), _plain(held, depth - 1)) if held else id(value)

@@ -23,11 +23,13 @@ def model() -> nn.Module:
 CLIPS = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_it_is_the_report_of_optimize_without_a_forward_pass(model: nn.Module) -> None:
+def test_it_is_the_report_of_optimize_and_runs_no_more_than_two_samples(model: nn.Module) -> None:
     called: list[Tensor] = []
     hook = model.get_submodule("encoder").register_forward_hook(lambda _m, _i, out: called.append(out))
-    report = plan(model, SCHEDULE, CLIPS)
-    assert called and all(isinstance(out, torch._subclasses.FakeTensor) for out in called)
+    report = plan(model, SCHEDULE, CLIPS.repeat(2, 1, 1, 1, 1))
+    first, *traced = called
+    assert not isinstance(first, FakeTensor) and len(first) == 2
+    assert traced and all(isinstance(out, FakeTensor) for out in traced)
     hook.remove()
     optimized = optimize(model, SCHEDULE, backend="eager")
     optimized(CLIPS)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,30 +12,15 @@ from torch.export import Dim, ShapesCollection, export
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from passes.capture.capture_errors import CaptureError, check_call, check_loaded, does_not_run, not_captured
 from passes.capture.constant_inputs import HeldFast, input_names, is_small, written_constant
-from passes.graph.base import CompileError, op_name, source_line
+from passes.capture.first_run import FirstRun, first_run
+from passes.capture.left_behind import Kept, Untouched
+from passes.graph.base import op_name, source_line
 from passes.graph.layout import expr
 
-_TORCH = os.path.dirname(torch.__file__)
 FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
-
-
-_ANY = "make that line independent of the data, or give the part of the model that it is not in"
-_KNOWN_OUTPUTS = (
-    "call it so that it does not return that (a cache is usually left out by use_cache=False), "
-    "or register the class with torch.utils._pytree.register_pytree_node"
-)
-_KNOWN = (  # words of torch's own, what they mean for a model, what to do
-    (
-        "Couldn't swap",
-        "it moves or casts a layer's own weights while it runs, which torch.export cannot record",
-        "cast the model before (model.to(dtype)) and take that line out of its forward",
-    ),
-)
-
-
-class CaptureError(CompileError):
-    """torch.export cannot capture the model; the message is its own, shortened, with the model's line."""
+FIRST_RUN = "first_run"  # gm.meta key: the model's run before its capture
 
 
 def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]:
@@ -53,36 +37,99 @@ def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]
 def capture(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], constant: Collection[int] = ()
 ) -> GraphModule:
-    """Captures `model` for inputs like these, whatever their batch size.
+    """Captures `model` for inputs like these, whatever their batch size, after it ran once on two samples of them.
 
     The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
     output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
     the number of samples, or inputs are constant, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
+    `gm.meta[FIRST_RUN]` is what the model gave back, for who compares the graph with it, and holds memory.
+
+    The run fills what the model's code caches with values; in train mode, on the meta device and on fake tensors
+    there is none. What the code keeps while it is traced is put back. The model runs under autocast where the
+    caller does, and is traced without: it acts on the graph's ops when they run, as on the model's.
 
     Args:
-        model: any module; it is not changed.
+        model: any module; it is not changed, but for what its own code changes when it is called.
         args, kwargs: example inputs. Tensors whose first size is the batch size run over samples.
         constant: flat input leaves that the graph has the values of; it takes them, and does not read them.
 
     Raises:
-        CaptureError: torch.export gives up.
+        CaptureError: the model does not run on these inputs, torch.export gives up, or the model's code keeps
+            values from one call for the next.
     """
+    check_call(model, args, kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     runs = batched(leaves, constant)
+    # an empty batch would make the number of samples a constant
+    some = [x.new_zeros(2, *x.shape[1:]) if r and not len(x) else x for x, r in zip(leaves, runs, strict=True)]
     held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
+    few = [over and held is None for over in runs]  # what is held fast may say how much there is of everything else
+    try:
+        first = first_run(model, some, spec, few)
+    except Exception as error:
+        raise does_not_run(model, error, leaves, spec) from error
+    check_loaded(model, leaves, first.why)
     exported = None
     if held is None:
         # export would take a batch of one for a constant
         doubled = [
             torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf
-            for leaf, over in zip(leaves, runs, strict=True)
+            for leaf, over in zip(some, runs, strict=True)
         ]
-        exported = _export(model, doubled, runs, spec)
-    # what is held fast may say how much there is of everything else
+        exported = _traced(model, doubled, runs, spec, first)
     if exported is None or _fixed_batch(exported, runs):
-        exported = _export(model, leaves, [False] * len(leaves), spec, held)
+        exported = _traced(model, leaves, [False] * len(leaves), spec, first, held)
         exported.meta[FIXED_BATCH] = next((x.shape[0] for x, over in zip(leaves, runs, strict=True) if over), 0)
-    return _flat(exported).train(model.training)
+    gm = _flat(exported).train(model.training)
+    gm.meta[FIRST_RUN] = first
+    return gm
+
+
+def _traced(
+    model: nn.Module,
+    leaves: Sequence[Any],
+    runs: Sequence[bool],
+    spec: pytree.TreeSpec,
+    first: FirstRun,
+    held: HeldFast | None = None,
+) -> GraphModule:
+    """The graph that torch.export gives, and the model as it was before."""
+    untouched = Untouched(model)
+    try:
+        with torch._C._DisableAutocast():
+            exported = _export(model, leaves, runs, spec, first, held)
+    finally:
+        kept = untouched.put_back()
+    _keeps_nothing(model, exported, first, leaves, kept)
+    return exported
+
+
+def _keeps_nothing(
+    model: nn.Module, exported: GraphModule, first: FirstRun, leaves: Sequence[Any], kept: Sequence[Kept]
+) -> None:
+    """Refuses a model whose next call would read what this one leaves: the graph keeps nothing."""
+    name = f"torch.export cannot capture {type(model).__name__}"
+    read = {
+        value.untyped_storage()._cdata
+        for node in exported.graph.find_nodes(op="get_attr")
+        if node.users and _is_tensor(value := attrgetter(str(node.target))(exported))
+    }
+    for place in kept:
+        if any(t.untyped_storage()._cdata in read for t in pytree.tree_leaves(place.before) if _is_tensor(t)):
+            raise CaptureError(
+                f"{name}: it reads what an earlier call of it left in {place.path}, and writes there again\n"
+                "  way out: pass that as an input and give it back as an output, or leave it out of the model's forward"
+            )
+    unknown = next((place for place in kept if place.new), None)
+    if unknown is not None and first.why and not any(_is_tensor(x) and x.is_meta for x in leaves):
+        raise CaptureError(
+            f"{name}: it keeps a value in {unknown.path}, which was empty, and later calls may read it\n"
+            "  way out: call the model once on inputs of this size before, model(x); then that place holds a value"
+        )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _export(
@@ -90,6 +137,7 @@ def _export(
     leaves: Sequence[Any],
     runs: Sequence[bool],
     spec: pytree.TreeSpec,
+    first: FirstRun,
     held: HeldFast | None = None,
 ) -> GraphModule:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -102,7 +150,7 @@ def _export(
             program = export(held or model, args, kwargs or None, dynamic_shapes=dynamic, strict=False)
             exported: GraphModule = program.module(check_guards=False)
     except Exception as error:
-        raise CaptureError(_shortened(model, error, _readable(model, leaves, args, kwargs, held))) from error
+        raise not_captured(model, error, _readable(model, leaves, args, kwargs, held), not first.why) from error
     _no_vmap(model, exported)
     if held is not None:
         _no_writes(model, held, exported)
@@ -161,31 +209,3 @@ def _flat(exported: GraphModule) -> GraphModule:
     gm.meta["out_spec"] = info.out_spec
     gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, 0)
     return gm
-
-
-def _shortened(model: nn.Module, error: Exception, constants: Sequence[str]) -> str:
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-    tb = error.__traceback__
-    while tb is not None:
-        code = tb.tb_frame.f_code
-        frames.append((code.co_filename, str(tb.tb_lineno), code.co_name))
-        tb = tb.tb_next
-    # neither torch's own frames, nor generated code, nor this file
-    where = next((f for f in reversed(frames) if not f[0].startswith((_TORCH, "<", __file__))), None)
-    said = lines[0] if lines else type(error).__name__
-    reason, way_out = next(((r, w) for words, r, w in _KNOWN if words in said), ("", _ANY))
-    if constants and re.search("data.?dependent", f"{type(error).__name__} {said}", re.IGNORECASE):
-        named = "".join(f'"{name}", ' for name in constants).strip()
-        way_out = (
-            f"pass constant_inputs=({named}): the graph then holds the value of such an input fast, "
-            "and another value is another capture"
-        )
-    if found := re.search(r"<class '([\w.]+)'> in output", said):
-        reason, way_out = f"it returns a {found[1]}, which torch.export does not know", _KNOWN_OUTPUTS
-    return "\n".join(
-        [f"torch.export cannot capture {type(model).__name__}: {reason or said}"]
-        + ([f"  in the model: {where[0]}, line {where[1]}, in {where[2]}"] if where else [])
-        + [f"  way out: {way_out}"]
-    )

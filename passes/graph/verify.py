@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from passes.graph.base import CompileError
+from passes.graph.base import CompileError, Refusal
 from passes.graph.fake import LiteralBatch
 from passes.graph.layout import expr
 from passes.graph.splice import fake, fake_mode
@@ -25,6 +25,7 @@ def no_stale_shapes(gm: GraphModule) -> None:
 
     Raises:
         CompileError: an op does not run, or gives another shape than its node records.
+        Refusal: the shape depends on the data.
     """
     mode = fake_mode(gm.graph)
     inputs = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
@@ -34,7 +35,7 @@ def no_stale_shapes(gm: GraphModule) -> None:
         said = node.meta.get("val")
         if node.op == "call_function" and isinstance(node.target, OpOverload):
             values[node] = _run(mode, node, values, batch)
-            for have, want in zip(_tensors(values[node]), _tensors(said), strict=True):
+            for have, want in zip(_tensors(values[node]), _tensors(said), strict=False):
                 _compare(node, have, want, batch)
         elif node.op == "call_function" and said is not None and not isinstance(said, torch.Tensor):
             values[node] = _run(mode, node, values, batch)  # arithmetic of sizes
@@ -74,8 +75,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _compare(node: Node, have: torch.Tensor, said: torch.Tensor, batch: LiteralBatch | None) -> None:
-    want = [_literal(size, batch) for size in said.shape]
-    if (have.dtype, have.device, [*map(expr, have.shape)]) != (said.dtype, said.device, [*map(expr, want)]):
+    shape, want = [*map(expr, have.shape)], [expr(_literal(size, batch)) for size in said.shape]
+    if shape != want and isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
+        raise Refusal(
+            "how many entries it gives depends on the data (a boolean mask, nonzero)",
+            node,
+            "let the model take a fixed number of them (topk, or a slice of argsort, and gather)",
+        )
+    if (have.dtype, have.device, shape) != (said.dtype, said.device, want):
         raise CompileError(
             f"{node.name} ({node.target}) gives {_shown(have, batch)}, its node says {tuple(said.shape)}"
         )

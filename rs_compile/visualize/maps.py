@@ -15,12 +15,14 @@ from passes.network.stages import find_stages
 from passes.pipeline import check_blocks, prepare
 from passes.sites.importance import Scoring
 from passes.sites.score import Metric, Operation
+from rs_compile.errors import named
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.blocks import block_layers, block_sites, patches
 from rs_compile.visualize.layers import Say, ScoreMaps
 from rs_compile.visualize.stages import stage_layers, stage_sites
 
 
+@named("score_maps")
 @torch.no_grad()
 def score_maps(
     model: nn.Module,
@@ -51,8 +53,7 @@ def score_maps(
     Schedule(operation=operation, metric=metric, with_skip=with_skip)  # checks the words
     plan = Schedule.of(schedule) if schedule is not None else Schedule()
     say = progress or (lambda _: None)
-    with torch._C._DisableAutocast():
-        gm = prepare(model, (images,), {}, lower=True, say=say).gm
+    gm = prepare(model, (images,), {}, lower=True, say=say).gm
     size = (int(images.shape[-2]), int(images.shape[-1]))
     blocks, stages = find_blocks(gm), find_stages(gm)
     say("scoring")
