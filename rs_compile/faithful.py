@@ -21,7 +21,7 @@ from passes.capture.capture import FIXED_BATCH, batched
 from passes.graph.aliasing import written_outside
 from passes.graph.base import Refusal
 from passes.network.branches import module_path
-from rs_compile.signature import autocast_state
+from rs_compile.state import autocast_state
 
 _SAMPLES = 2
 _PLAIN: AbstractContextManager[Any] = contextlib.nullcontext()

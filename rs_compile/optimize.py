@@ -24,16 +24,8 @@ from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Report, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
-from rs_compile.signature import (
-    Call,
-    State,
-    StateReader,
-    autocast_state,
-    batch_sizes,
-    check_inputs,
-    in_words,
-    many_samples,
-)
+from rs_compile.signature import Call, batch_sizes, check_inputs, in_words, many_samples
+from rs_compile.state import State, StateReader, autocast_state
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
 _CAPTURING = threading.RLock()
