@@ -170,15 +170,17 @@ class _Snapshot:
         Args:
             autocast: `autocast_state()`.
         """
-        # Dynamo guards what it sees compared
-        plainly = _dict_version is None or torch.compiler.is_dynamo_compiling()
         return (
             list(map(type, self._modules)) == self._types
             and not any(self._empty)
-            and (self._entries_hold() if plainly else list(map(_dict_version, self._dicts)) == self._versions)
+            and (list(map(_dict_version, self._dicts)) == self._versions if _dict_version else self._entries_hold())
             and all(_holds(value, held) for value, held in self._held)
             and list(map(_CODE, self._functions)) == self._codes
-            and (list(map(_KIND, self._tensors)) == self._kinds if plainly else self._tensors_hold(autocast))
+            and (
+                list(map(_KIND, self._tensors)) == self._kinds
+                if _tensor_guards is None
+                else self._tensors_hold(autocast)
+            )
         )
 
     def _entries_hold(self) -> bool:
