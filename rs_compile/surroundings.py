@@ -9,7 +9,7 @@ from torch.nn.modules import module as _modules
 from passes.graph.base import Refusal
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_GRAPH = "call it once, then give the tool fast.graph_module(), which takes the flat inputs and returns a flat tuple"
+_GRAPH = "call it once, then torch.export.export(fast.graph_module(), inputs): flat inputs, and a flat tuple of outputs"
 
 
 def check_model(model: object) -> None:
@@ -45,7 +45,8 @@ def refuse_watchers() -> None:
     """
     if torch._C._get_tracing_state() is not None:
         raise Refusal("torch.jit.trace cannot follow an optimized model", None, _GRAPH)
-    if torch.compiler.is_exporting():
+    # the flag is the whole process's, and other threads may serve meanwhile; modes are a thread's own
+    if torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack():
         raise Refusal("torch.export cannot follow an optimized model", None, _GRAPH)
     for table in _GLOBAL:
         for hook in list(vars(_modules)[table].values()):

@@ -97,22 +97,20 @@ def test_gradients_are_compiled_for() -> None:
 def test_tracers_are_told_what_to_trace() -> None:
     """And the way out works."""
     _, images, fast, wanted = made()
-    with pytest.raises(Refusal, match=r"torch.export cannot follow an optimized model\n.*give the tool fast.graph_mod"):
+    with pytest.raises(Refusal, match=r"torch.export cannot follow an optimized model\n.*export\(fast.graph_module"):
         torch.export.export(fast, (images,))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         with pytest.raises(Refusal, match=r"torch.jit.trace cannot follow an optimized model\n  way out: call it once"):
             torch.jit.trace(fast, images)
-        fast(images)
-        traced = torch.jit.trace(fast.graph_module(), images)
-    oracle.assert_close(traced(images)[0], wanted, TOLERANCE, "traced")
+    fast(images)
     exported = torch.export.export(fast.graph_module(), (images,)).module()
     oracle.assert_close(exported(images)[0], wanted, TOLERANCE, "exported")
 
 
 def test_models_that_are_no_code_are_refused() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
         traced = torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4))
     for model in (scripted, traced):
@@ -128,7 +126,7 @@ def test_a_model_that_holds_a_handle_is_refused() -> None:
 
 def test_a_hook_on_every_module_is_refused() -> None:
     """It would run on the handle and on the graph as well; torch's own count, and may."""
-    model, images, fast, wanted = made()
+    _, images, fast, wanted = made()
     fast(images)
     hook = nn_module.register_module_forward_hook(lambda module, args, out: None)
     try:
