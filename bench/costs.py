@@ -1,4 +1,4 @@
-"""What the compiler itself costs: matching and merging as shares of a forward pass, capture, passes and calls in time."""
+"""What the compiler itself costs: matching and merging as shares of a forward pass, capture, passes and calls."""
 
 from __future__ import annotations
 
