@@ -1,4 +1,4 @@
-"""What the compiler itself costs: matching and merging as shares of a forward pass, capture and passes in seconds."""
+"""What the compiler itself costs: matching and merging as shares of a forward pass, capture, passes and calls."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS, Network
 from rs_compile import Schedule, optimize, plan
 from rs_compile.arguments import positive
+from rs_compile.state import StateReader
 from rs_compile.timing import Call, Spread, compiled, interleaved
 
 CAPTURED = Schedule({0: 0.8, 3: 0.8, 6: 0.8})
@@ -57,6 +58,27 @@ def capture_seconds(network: Network, setting: Setting) -> Row:
         optimized(inputs)
         seconds.append((first - started) - (time.perf_counter() - first))
     return {"seconds": Spread.of(tuple(seconds[1:])).to_dict(), "first_seconds": seconds[0], "rounds_seconds": seconds}
+
+
+def state_seconds(network: Network, setting: Setting) -> Row:
+    """What a handle asks of its model at every call; and after 128 MB went through the caches."""
+    reader, much, seconds = StateReader(network.make(setting.quick)), torch.zeros(32 << 20), {}
+    for name, calls in {"warm": 100, "cold": 1}.items():
+        one = []
+        for _ in range(setting.rounds):
+            much.add_(1)
+            if name == "warm":
+                reader()
+            started = time.perf_counter()
+            for _ in range(calls):
+                reader()
+            one.append((time.perf_counter() - started) / calls)
+        seconds[name] = one
+    return {
+        "milliseconds": Spread.of(tuple(1e3 * s for s in seconds["warm"])).to_dict(),
+        "cold_milliseconds": Spread.of(tuple(1e3 * s for s in seconds["cold"])).to_dict(),
+        "rounds_seconds": seconds,
+    }
 
 
 def merging_share(network: Network, merge: Mapping[int, int], batch: int, setting: Setting) -> Row:
@@ -99,6 +121,10 @@ def merging_umt(setting: Setting) -> Row:
 ROWS: dict[str, tuple[str, Callable[[Setting], Row]]] = {
     "merge-deit-s": ("matching and merging, DeiT-S, r = 13 a block, batch 16, share of the dense time", merging_deit),
     "merge-umt-b": ("matching and merging, UMT-B, counts of MSRVTT, share of the dense time", merging_umt),
+    "state": (
+        "a handle's look at its model at every call, DeiT-S, ms; cold caches in the last column",
+        lambda setting: state_seconds(NETWORKS["DeiT-S"], setting),
+    ),
     "capture": (
         "capture and all passes, DeiT-S, seconds",
         lambda setting: capture_seconds(NETWORKS["DeiT-S"], setting),
@@ -140,6 +166,8 @@ def run(args: argparse.Namespace) -> int:
 def _cells(row: Row) -> tuple[str, str]:
     if "seconds" in row:
         return _spread(row["seconds"], "{:.2f} s"), ""
+    if "milliseconds" in row:
+        return _spread(row["milliseconds"], "{:.3f} ms"), _spread(row["cold_milliseconds"], "{:.3f} ms cold")
     return _spread({k: 100 * v for k, v in row["share"].items()}, "{:.1f}%"), _spread(row["speed_up"], "{:.2f}x")
 
 

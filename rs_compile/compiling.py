@@ -38,6 +38,7 @@ class Options:
     guard: Guard | None
     verify: bool
     constant_inputs: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from passes.capture.first_run import PLAIN, SAMPLES, FirstRun, alike, first_hind
 from passes.graph.aliasing import written_outside
 from passes.graph.base import Refusal
 from passes.network.branches import module_path
-from rs_compile.signature import autocast_state
+from rs_compile.state import autocast_state
 
 _WAY_OUT = (
     "let that code do the same while it is traced (what it asks of torch.compiler.is_exporting, torch.jit.is_tracing "

@@ -18,6 +18,7 @@ from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Compiled, Progress, cleaned
 from passes.sites.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
+from rs_compile.entry import Entry, check_methods, public_method, watched
 from rs_compile.errors import named
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
@@ -25,16 +26,9 @@ from rs_compile.guard import Guard, hindrance
 from rs_compile.report import BlockRow, Report, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
-from rs_compile.signature import (
-    Call,
-    State,
-    StateReader,
-    autocast_state,
-    batch_sizes,
-    check_inputs,
-    in_words,
-    many_samples,
-)
+from rs_compile.signature import Call, batch_sizes, check_inputs, in_words, many_samples
+from rs_compile.state import State, StateReader, autocast_state
+from rs_compile.surroundings import check_model, refuse_watchers
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
 _CAPTURING = threading.RLock()
@@ -45,10 +39,14 @@ class OptimizedModel(nn.Module):
     """Stands in for a model: same signature, outputs, parameters and `state_dict`, fewer tokens inside.
 
     The first call with a new input signature (shapes but for the batch, dtypes, device, train or eval mode,
-    autocast state) captures, rewrites and compiles; later ones reuse it.
+    autocast state) captures, rewrites and compiles; later ones reuse it. What the signature has of the model, and which
+    changes of it are seen, `StateReader` says.
+
+    Parameters, buffers and submodules are the model's own, shared both ways: `half`, `to`, `train`, `requires_grad_`,
+    `load_state_dict` on either act on both. Attributes that are set on the handle are its own.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options, entry: Entry | None = None) -> None:
         super().__init__()
         # the model's own tables: state_dict, to and parameters see the model, under its own names
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -59,8 +57,14 @@ class OptimizedModel(nn.Module):
         self.__dict__["_graphs"] = {}  # of signatures whose sizes have plans of their own
         self.__dict__["_last"] = None
         self.__dict__["_state"] = StateReader(model)
+        self.__dict__["_entry"] = entry or model  # what is captured
+        self.__dict__["_warned"] = set()
         self.training = model.training
+        for name in options.methods if entry is None else ():
+            self.__dict__[name] = handle = OptimizedModel(model, options, Entry(model, name))
+            handle.__dict__["_front"] = self
 
+    @torch._disable_dynamo(recursive=True)  # what it reads, and a capture, are no part of a graph around it
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, on fewer tokens.
 
@@ -69,6 +73,7 @@ class OptimizedModel(nn.Module):
             CaptureError, Refusal: the model does not run or cannot be captured, or a rewrite cannot be proven right.
             CompileError: whatever else the first call of a signature meets.
         """
+        refuse_watchers()
         call = self._read(args, kwargs)
         leaves = call.leaves
         plan = self._find(call)
@@ -84,6 +89,8 @@ class OptimizedModel(nn.Module):
         else:
             outputs = plan.run(*leaves)
         self.__dict__["_last"] = plan
+        if "_front" in self.__dict__:
+            self._front.__dict__["_last"] = plan
         return nested(plan.graphs, outputs)
 
     def report(self) -> Report:
@@ -112,7 +119,9 @@ class OptimizedModel(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_model" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.__dict__["_model"], name)
+        model: nn.Module = self.__dict__["_model"]
+        value = getattr(model, name)
+        return watched(model, value, self.__dict__["_warned"]) if public_method(model, value) else value
 
     def __reduce__(self) -> Any:
         return OptimizedModel, (self._model, self._options)
@@ -132,16 +141,17 @@ class OptimizedModel(nn.Module):
         return options.schedule.prunes if options.lower_attention is None else options.lower_attention
 
     def _read(self, args: Any, kwargs: Any) -> Call:
-        return Call.of(self._model, args, kwargs, self._options.constant_inputs)
+        return Call.of(self._entry, args, kwargs, self._options.constant_inputs)
 
     def _prepare(self, call: Call, verify: bool = False) -> PassResult:
         check_inputs(self._model, call.leaves)
+        self._entry.training = self._model.training
         ambient = dict(autocast_state())
         self._say("capturing the model")
-        gm = capture(self._model, call.args, call.kwargs, call.constant)
+        gm = capture(self._entry, call.args, call.kwargs, call.constant)
         first = gm.meta.pop(FIRST_RUN)
         gm.meta[MANY] = many_samples(call.leaves, batched(call.leaves, call.constant))
-        why = check_faithful(self._model, gm, first, call.leaves, call.key[1]) if verify else ""
+        why = check_faithful(self._entry, gm, first, call.leaves, call.key[1]) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
         unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
@@ -161,7 +171,7 @@ class OptimizedModel(nn.Module):
             compiled = rewrite(
                 gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
             )
-        why = check_cuts(self._model, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
+        why = check_cuts(self._entry, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
         if why:
             skip = Skip("graph", f"not compared with the model on the smaller map: {why}")
             compiled = replace(compiled, skips=(*compiled.skips, skip))
@@ -230,8 +240,13 @@ def optimize(
     guard: Guard | None = None,
     verify: bool = True,
     constant_inputs: Collection[str] = (),
+    method: str | Collection[str] = (),
 ) -> OptimizedModel:
-    """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
+    """A faster stand-in for `model`, whose code is never changed. Nothing is compiled before the first call.
+
+    Parameters, buffers and submodules are shared, not copied: `fast.half()`, `fast.to(device)`, `fast.train()` and a
+    training step change the model as well, and the model's changes are `fast`'s. To keep a model as it is, optimize
+    `copy.deepcopy(model)`.
 
     Args:
         model: a vision model with residual MLP branches; its parameters are shared, not copied.
@@ -258,6 +273,8 @@ def optimize(
         constant_inputs: names of inputs whose values the model's Python code reads (Qwen2-VL's `grid_thw`), which
             torch.export cannot follow: small tensors of whole numbers. A capture holds their values fast, and
             another value is another capture. On a GPU reading them waits for it at every call.
+        method: names of methods beside forward to prune in as well, `"forward_features"`, `"get_image_features"`:
+            `fast.forward_features(x)`. Any other that runs layers runs as the model has it, unpruned, and warns once.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -266,10 +283,9 @@ def optimize(
         ScheduleError: the schedule cannot mean anything.
         TypeError, ValueError: another argument cannot.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}; pass the model itself")
-    if isinstance(model, OptimizedModel):
-        raise TypeError("the model is optimized already; optimize the original with the whole schedule")
+    check_model(model)
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    check_methods(model, methods)
     if token_outputs not in ("restore", "compact"):
         raise ValueError(f'token_outputs is {token_outputs!r}; write "restore" or "compact"')
     if not (isinstance(backend, str) or callable(backend)):
@@ -288,6 +304,7 @@ def optimize(
         guard,
         verify,
         (constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
+        methods,
     )
     return OptimizedModel(model, options)
 
@@ -309,13 +326,14 @@ def plan(
     Args:
         model, schedule: see `optimize`.
         example_inputs, example_kwargs: see `explain`.
-        options: other arguments of `optimize`, except backend, mode, guard and verify.
+        options: other arguments of `optimize`, except backend, mode, guard and verify; `method` names one to plan.
 
     Raises:
         CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
     """
     handle = optimize(model, schedule, backend="eager", **options)
-    return next(plans([handle], example_inputs, example_kwargs))
+    named = [getattr(handle, name) for name in handle._options.methods]
+    return next(plans(named[:1] or [handle], example_inputs, example_kwargs))
 
 
 def plans(

@@ -1,10 +1,8 @@
-"""What a compiled plan depends on: the inputs, and everything about the model that a captured graph holds fast."""
+"""What a call brings: its inputs, flat, and the part of a plan's key that they are; `state.py` has the other part."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType, ModuleType
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +14,6 @@ from passes.capture.capture import batched
 from passes.capture.constant_inputs import LARGEST, input_names, is_small
 from passes.graph.base import CompileError
 from passes.sites.select import FEW
-
-_AUTOCAST = ("cpu", "cuda")  # device types that have it
-_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
-_TABLES = frozenset(vars(nn.Module())) - {"training"}  # read below, or of no effect on a forward pass
-_READ = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_DEPTH = 3  # of containers in attributes
 
 
 class InputError(CompileError, TypeError):
@@ -75,11 +67,6 @@ def constant_leaves(
     return tuple(found)
 
 
-def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
-    """The device types under autocast, with its dtype."""
-    return tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST if torch.is_autocast_enabled(d))
-
-
 def flatten(args: Any, kwargs: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """The leaves of a call's inputs and how they are nested; a mapping is a container, of whatever class.
 
@@ -108,120 +95,6 @@ def _register(kind: Any, example: Mapping[Any, Any]) -> bool:
             flatten_with_keys_fn=lambda m: ([(pytree.MappingKey(k), v) for k, v in m.items()], list(m)),
         )
     return able
-
-
-class State(NamedTuple):
-    """What a captured graph depends on besides the inputs.
-
-    Args:
-        identities: which parameters and buffers there are.
-        rest: their dtypes, devices and requires_grad, and the modules' other attributes: train or eval, flags that a
-            forward pass may read.
-        autocast: the device types that it is on for, with its dtypes.
-    """
-
-    identities: tuple[int, ...]
-    rest: tuple[Any, ...]
-    autocast: tuple[Any, ...]
-
-
-class StateReader:
-    """Reads the state of a model at every call; in full only where something has changed since the last time."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._last: _Snapshot | None = None
-
-    def __call__(self) -> State:
-        last = self._last
-        if last is None or not last.holds():
-            last = self._last = _Snapshot(self._model)
-        return State(last.identities, last.rest, autocast_state())
-
-
-class _Snapshot:
-    """The modules' dictionaries as they were, compared without a Python loop over their entries."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._dicts: list[dict[str, Any]] = []
-        self._places: tuple[list[Any], list[Any], list[Any]] = ([], [], [])  # a dict, a key, the value there
-        self._containers: list[tuple[Any, Any]] = []  # a value that may change in place, what it held
-        self._tensors: list[torch.Tensor] = []
-        rest: list[Any] = []
-        known: set[int] = set()
-        for module in _modules(model):
-            own = vars(module)
-            rest.append(type(module))
-            tables = [own[name] for name in _READ]
-            self._dicts += [own, *tables]
-            for name, value in list(own.items()):  # a list: another thread may be setting one
-                if name not in _TABLES:
-                    self._note(own, name, value)
-                    if _fixed(value):
-                        rest.append(value)
-                    elif id(value) not in known:  # every layer may hold the same config
-                        known.add(id(value))
-                        self._containers.append((value, _plain(value, _DEPTH)))
-            for table in tables:
-                for name, value in list(table.items()):
-                    self._note(table, name, value)
-                    if isinstance(value, torch.Tensor):
-                        self._tensors.append(value)
-                    elif not isinstance(value, nn.Module):
-                        rest.append(id(value))  # a hook
-        self._lengths = list(map(len, self._dicts))
-        self._kinds = self._read_kinds()
-        self.identities = tuple(map(id, self._tensors))
-        self.rest = (*rest, *self._kinds, *(held for _, held in self._containers))
-
-    def holds(self) -> bool:
-        """Whether the model is still like this."""
-        dicts, names, values = self._places
-        return (
-            all(map(operator.is_, map(dict.get, dicts, names), values))
-            and list(map(len, self._dicts)) == self._lengths
-            and self._read_kinds() == self._kinds
-            and all(_plain(value, _DEPTH) == held for value, held in self._containers)
-        )
-
-    def _note(self, table: dict[str, Any], name: str, value: Any) -> None:
-        for column, entry in zip(self._places, (table, name, value), strict=True):
-            column.append(entry)
-
-    def _read_kinds(self) -> list[Any]:
-        return [(t.dtype, t.device, t.requires_grad) for t in self._tensors]
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """model.modules(), without the names that it builds on the way."""
-    waiting: list[nn.Module] = [model]
-    seen = set()
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            waiting += [m for m in list(module._modules.values()) if m is not None]
-
-
-def _fixed(value: Any) -> bool:
-    """Whether an attribute stays what it is as long as it is the same object."""
-    return type(value) in _ATOMS or (type(value) is tuple and all(map(_fixed, value)))
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """An attribute as something to compare: what containers and plain objects (a config) hold, else which it is."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if not depth or isinstance(value, torch.Tensor | type | ModuleType):
-        return id(value)
-    if kind in (list, tuple, set, frozenset):
-        return tuple([_plain(v, depth - 1) for v in value])
-    if isinstance(value, dict | MappingProxyType):  # another mapping may load what it is asked for
-        return tuple([(k, _plain(v, depth - 1)) for k, v in list(value.items())])
-    held = getattr(value, "__dict__", None)
-    return (id(value), _plain(held, depth - 1)) if held else id(value)
 
 
 def leaf_key(leaves: Sequence[Any], constant: Collection[int] = ()) -> tuple[Any, ...]:

@@ -1,0 +1,60 @@
+"""What a handle refuses before it reads a call: models that are no Python code, and tools that look into calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _modules
+
+from passes.graph.base import Refusal
+
+_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+_GRAPH = "call it once, then torch.export.export(fast.graph_module(), inputs): flat inputs, and a flat tuple of outputs"
+
+
+def check_model(model: object) -> None:
+    """Refuses what is not a model in Python code.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}; pass the model itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "the model was scripted or traced by torch.jit, and torch.export reads Python code; "
+            "pass the module that it was made from"
+        )
+    from rs_compile.optimize import OptimizedModel
+
+    if isinstance(model, OptimizedModel):
+        raise TypeError("the model is optimized already; optimize the original with the whole schedule")
+    inside = next((name for name, inner in model.named_modules() if isinstance(inner, OptimizedModel)), None)
+    if inside is not None:
+        raise TypeError(
+            f"{inside!r} in the model is optimized already, and runs as it is; put the original in its place and "
+            "optimize the whole, with the whole schedule"
+        )
+
+
+def refuse_watchers() -> None:
+    """Refuses a call inside of what would record or change more, or less, than the model's own modules.
+
+    Raises:
+        Refusal: torch.jit.trace or torch.export is following the call, or a global hook is registered.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise Refusal("torch.jit.trace cannot follow an optimized model", None, _GRAPH)
+    # the flag is the whole process's, and other threads may serve meanwhile; modes are a thread's own
+    if torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack():
+        raise Refusal("torch.export cannot follow an optimized model", None, _GRAPH)
+    for table in _GLOBAL:
+        for hook in list(vars(_modules)[table].values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("torch."):  # torch's own count and watch
+                raise Refusal(
+                    f"a hook on all modules of the process, {getattr(hook, '__qualname__', type(hook).__name__)}, "
+                    "would run on those of the compiler as well, and not on the model's",
+                    None,
+                    "remove it, or register it on the model's own modules with module.register_forward_hook, "
+                    "which are captured with their hooks",
+                )
