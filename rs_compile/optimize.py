@@ -102,6 +102,23 @@ class OptimizedModel(nn.Module):
         gm: torch.fx.GraphModule = self._last.made.gm
         return gm
 
+    def remeasure(self) -> None:
+        """Forgets what `guard="measure"` kept: the next call of each size compiles and times both graphs again.
+
+        Raises:
+            CompileError: there is no guard.
+        """
+        if self._options.guard is None:
+            raise CompileError(
+                'nothing is measured without a guard; optimize(model, schedule, guard="measure") times both'
+            )
+        with _CAPTURING:
+            self.__dict__["_plans"] = {
+                key: plan
+                for key, plan in self._plans.items()
+                if plan is _BY_SIZE or plan.verdict is None or plan.verdict.dense_seconds is None
+            }
+
     def train(self, mode: bool = True) -> OptimizedModel:
         self._model.train(mode)
         self.training = mode
@@ -247,8 +264,10 @@ def optimize(
         explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
             that is done only where a baseline's importance reads the attention map.
         guard: "measure" compiles the dense graph as well, times both on the first batch of each size and keeps the
-            faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Each size
-            is then compiled by itself, twice. Nothing is timed in train mode or where the model writes into a buffer.
+            faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Where noise
+            may explain the difference it measures on, up to 30 rounds or 20 seconds, and then keeps the pruned one
+            undecided; the handle's `remeasure()` asks again. Each size is compiled by itself, twice. Nothing is
+            timed in train mode or where the model writes into a buffer.
         verify: the first call with a new input signature runs the model and its captured graph on two samples,
             uncompiled and without gradients, and refuses where they do not agree: code may do something else while
             torch.export traces it. Behind a cut of a CNN's stage the model is compared with the rewritten graph as
