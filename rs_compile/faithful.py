@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.capture.capture import FIXED_BATCH, batched
-from passes.graph.aliasing import written_outside
+from passes.graph.aliasing import moves_statistics, written_outside
 from passes.graph.base import Refusal
 from passes.network.branches import module_path
 from rs_compile.signature import autocast_state
@@ -91,12 +91,22 @@ def first_samples(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
 
 def hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
     """Why the model must not, or cannot, be run once more; "" where it can."""
-    if any(module.training for module in model.modules()):
-        return "in train mode a run moves batch statistics; compared in eval mode only"
+    if training := in_train_mode(model, gm):
+        return f"{training}; compared in eval mode only"
     if any(isinstance(leaf, FakeTensor) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves):
         return "the inputs hold no values"
     outside = written_outside(gm.graph)
     return f"the model writes into {outside.name}, and every run would do so again" if outside is not None else ""
+
+
+def in_train_mode(model: nn.Module, gm: GraphModule) -> str:
+    """What one more run in train mode would change besides its outputs; "" in eval mode."""
+    if not any(module.training for module in model.modules()):
+        return ""
+    norm = next(filter(moves_statistics, gm.graph.nodes), None)
+    if norm is None:
+        return "in train mode a run may change the model (a count, a moving average)"
+    return f"in train mode a run moves the running statistics of {module_path(norm) or norm.name}"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from passes.graph.aliasing import writes
+from rs_compile.faithful import in_train_mode
 from rs_compile.timing import Timing, interleaved
 
 Guard = Literal["measure"]
@@ -125,8 +126,8 @@ def hindrance(model: nn.Module, gm: GraphModule, prunes: bool) -> str:
     """
     if not prunes:
         return "the schedule leaves nothing out"
-    if any(module.training for module in model.modules()):
-        return "in train mode every run draws dropout and moves batch statistics; measured in eval mode only"
+    if training := in_train_mode(model, gm):
+        return f"{training}; measured in eval mode only"
     written = next((n for node in gm.graph.nodes for n in writes(node)), None)
     return f"the model writes into {written.name}, and every run would do so again" if written is not None else ""
 

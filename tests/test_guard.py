@@ -274,12 +274,24 @@ def test_train_mode_is_not_measured_and_eval_mode_still_is(monkeypatch: pytest.M
     verdict = handle.report().guard
     assert verdict is not None and verdict.kept == "pruned" and verdict.dense_seconds is None and timed == []
     assert (
-        "guard: nothing timed, the pruned graph runs: in train mode every run draws dropout and moves batch "
-        "statistics; measured in eval mode only" in str(handle.report())
+        "guard: nothing timed, the pruned graph runs: in train mode a run may change the model (a count, a moving "
+        "average); measured in eval mode only" in str(handle.report())
     )
     handle.eval()
     handle(images(2))
     assert timed == [2] and "dense is kept" in str(handle.report())
+
+
+def test_the_norm_whose_statistics_would_move_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = clocked(monkeypatch, dense_is_faster)
+    cnn = timm.create_model("test_resnet", num_classes=10)
+    handle = guarded(cnn, Schedule(grid={0: GridPrune(4, 4)})).train()
+    cnn.conv1.eval(), cnn.bn1.eval()  # move nothing: the next one is the first that does
+    handle(images(2))
+    reason = "in train mode a run moves the running statistics of layer1.0.bn1"
+    said = str(handle.report())
+    assert f"guard: nothing timed, the pruned graph runs: {reason}; measured in eval mode only" in said
+    assert f"not compared with the model: {reason}; compared in eval mode only" in said and timed == []
 
 
 class Counting(nn.Module):
