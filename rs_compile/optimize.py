@@ -160,8 +160,9 @@ class OptimizedModel(nn.Module):
         why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
-        unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
-        return replace(prepared, skips=unchecked + prepared.skips)
+        notes = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
+        notes += tuple(Skip("hooks", reason) for reason in hooked_inside(self._model))
+        return replace(prepared, skips=notes + prepared.skips)
 
     def _rewrite(self, call: Call, prepared: PassResult, verify: bool) -> Graphs:
         options: Options = self._options
@@ -308,6 +309,18 @@ def optimize(
         (constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
     )
     return OptimizedModel(model, options)
+
+
+def hooked_inside(model: nn.Module) -> list[str]:
+    """What a user must know of forward hooks on modules inside, which run once, while the model is captured."""
+    named = [name for name, m in model.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks)]
+    if not named:
+        return []
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return [
+        f"hooks on modules inside ({named[0]}{more}) do not run at a call: what they compute is in the graph, what "
+        "they collect is not; return those features from the model's forward"
+    ]
 
 
 def plan(
