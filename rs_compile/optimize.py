@@ -160,7 +160,7 @@ class OptimizedModel(nn.Module):
         why = check_faithful(self._model, gm, call.args, call.kwargs, call.leaves) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
-        notes = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
+        notes: tuple[Skip, ...] = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
         notes += tuple(Skip("hooks", reason) for reason in hooked_inside(self._model))
         return replace(prepared, skips=notes + prepared.skips)
 
