@@ -1,74 +1,88 @@
 """The paper's tables and figures: `python -m bench COMMAND`. Results on stdout, progress on stderr.
 
 Exit codes: 0 done, 1 done without some files that could not be read, 2 something that the user can mend (the
-message says how), 130 interrupted.
+message says how), 130 interrupted. A command's module is imported once it is named, so that the list of them all
+waits for nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
-
-from bench import compile_time, costs, finetune, table7
-from bench.coverage import command as coverage
-from bench.tables import fidelity, figure1, figure3, figure5, table1, table2, table3, table4, table5, table6, table8
-from bench.tables.pictures import figure4, figure6, figure7
-from bench.throughput import command as throughput
-from passes.graph.base import CompileError
 
 
 class Command(Protocol):
     """A module that is a command; the first paragraph of its docstring is its help."""
-
-    __doc__: str | None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-COMMANDS: dict[str, Command] = {
-    "table1": table1,
-    "table2": table2,
-    "table3": table3,
-    "table4": table4,
-    "table5": table5,
-    "table6": table6,
-    "table7": table7,
-    "table8": table8,
-    "figure1": figure1,
-    "figure3": figure3,
-    "figure4": figure4,
-    "figure5": figure5,
-    "figure6": figure6,
-    "figure7": figure7,
-    "fidelity": fidelity,
-    "finetune": finetune,
-    "compile-time": compile_time,
-    "throughput": throughput,
-    "costs": costs,
-    "coverage": coverage,
+COMMANDS = {
+    "table1": "bench.tables.table1",
+    "table2": "bench.tables.table2",
+    "table3": "bench.tables.table3",
+    "table4": "bench.tables.table4",
+    "table5": "bench.tables.table5",
+    "table6": "bench.tables.table6",
+    "table7": "bench.table7",
+    "table8": "bench.tables.table8",
+    "figure1": "bench.tables.figure1",
+    "figure3": "bench.tables.figure3",
+    "figure4": "bench.tables.figure4",
+    "figure5": "bench.tables.figure5",
+    "figure6": "bench.tables.figure6",
+    "figure7": "bench.tables.figure7",
+    "fidelity": "bench.tables.fidelity",
+    "finetune": "bench.finetune",
+    "compile-time": "bench.compile_time",
+    "throughput": "bench.throughput.command",
+    "costs": "bench.costs",
+    "coverage": "bench.coverage.command",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="The paper's tables and figures.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        text = (module.__doc__ or "").partition("\n\n")[0]
-        module.add_arguments(subparsers.add_parser(name, help=text, description=text))
+        text = summary(module)
+        # argparse fills % in a help, and not in a description
+        subparser = subparsers.add_parser(name, help=text.replace("%", "%%"), description=text)
+        if name in argv[:1]:  # there is no option before the command
+            _command(name).add_arguments(subparser)
     args = parser.parse_args(argv)
+    from passes.graph.base import CompileError
+
     try:
-        return COMMANDS[args.command].run(args)
+        return _command(args.command).run(args)
     except CompileError as error:
         print(f"bench {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"bench {args.command}: interrupted; rows measured so far are in --json, if given", file=sys.stderr)
         return 130
+
+
+def summary(module: str) -> str:
+    """The first paragraph of a module's docstring, read without running the module."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").partition("\n\n")[0]
+
+
+def _command(name: str) -> Command:
+    command: Command = import_module(COMMANDS[name])
+    return command
 
 
 if __name__ == "__main__":

@@ -202,9 +202,3 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    from bench.__main__ import main
-
-    sys.exit(main(["table7", *sys.argv[1:]]))

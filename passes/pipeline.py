@@ -15,6 +15,7 @@ from passes.attention.lower_attention import LowerAttention
 from passes.axes.token_axis import Needed, sequences_per_sample, stream_layout
 from passes.capture.capture import FIRST_RUN, capture
 from passes.cleanup.canonicalise import Canonicalise
+from passes.cleanup.composites import WriteComposites
 from passes.cleanup.inline_regions import InlineRegions
 from passes.cleanup.relative_shift import WriteRelativeShifts
 from passes.device.name_flash import NameFlash
@@ -167,6 +168,7 @@ def cleaned(
     skips: list[Skip] = []
     passes = [
         InlineRegions(ambient_autocast=bool(ambient_autocast)),
+        WriteComposites(),  # before the others, which know ATen's ops
         WriteRelativeShifts(),  # first: what is written into its result is then no view
         Canonicalise(),  # before the matcher, which should not see dropouts and casts that do nothing
         *([LowerAttention()] if lower else []),
@@ -195,7 +197,7 @@ def prune(
     lengths = {b.index: _tokens(b.entry) for b in blocks}
     guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
     # asked before the first site: behind it every mask, a constant too, is gathered by what the inputs hold
-    padded = {i for i, guard in guarded.items() if masking(gm, blocks[i], guard.prefix, guard.suffix) is not None}
+    padded = {i: _hides(gm, blocks[i], guard) for i, guard in guarded.items()}
     streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     own = {p.block: same_stream(branches, blocks[p.block].output) for p in steps}
     now: dict[Node, Node] = {}
@@ -203,14 +205,22 @@ def prune(
     why: dict[Node, Needed] = {}  # the same sums
     sites: dict[int, Site] = {}  # by block
     selections: dict[int, tuple[Node, ...]] = {}
+    taken: dict[Node, int] = {}  # by the sum after which a block's tokens left
     for p in sorted(steps, key=lambda p: p.block):
         block = _moved(blocks[p.block], now, back)
-        step = _step(gm, p, block, guarded[p.block], p.block in padded)
+        step = _step(gm, p, block, guarded[p.block], padded[p.block])
         if step is None:
             continue
         at = merge_point(blocks[p.block], p.merger, p.scoring) if isinstance(p, Merge) else blocks[p.block].output
         if at in why:
             raise why[at].at_once()
+        if at in taken:
+            raise Refusal(
+                f"blocks {taken[at]} and {p.block} are parallel branches of one sum, after which tokens leave once",
+                at,
+                f"schedule one of them: block {taken[at]} with the product of both keep ratios",
+            )
+        taken[at] = p.block
         # not by the start of the residual sums: a norm behind each sum starts new ones
         last = next((i for i in reversed(sites) if sites[i].carries(block.output)), None)
         earlier = () if last is None else selections[last]
@@ -290,8 +300,16 @@ def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int,
     return blocks, branches, {i: choice[op] for i, op in ops.items() if op in choice}
 
 
+def _hides(gm: GraphModule, block: Block, guard: Protected) -> bool | Refusal:
+    """Whether a mask of the inputs hides tokens as padding; why that cannot be told, which matters where some leave."""
+    try:
+        return masking(gm, block, guard.prefix, guard.suffix) is not None
+    except Refusal as refusal:
+        return refusal
+
+
 def _step(
-    gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected, padded: bool
+    gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected, padded: bool | Refusal
 ) -> InsertSelection | InsertMerge | None:
     """The pass that does a step, or None where there is nothing to do."""
     length = _tokens(block.output)
@@ -305,17 +323,19 @@ def _step(
                 f"after block {p.block} {keep} of {length} tokens would be left, "
                 f"fewer than the {guard.count} protected ones; keep a larger share"
             )
-        return (
-            None
-            if keep == length and not p.force
-            else InsertSelection(block, keep, guard, p.scoring, p.lowest, padded=padded)
-        )
+        if keep == length and not p.force:
+            return None
+        if isinstance(padded, Refusal):
+            raise padded
+        return InsertSelection(block, keep, guard, p.scoring, p.lowest, padded=padded)
     gone, able = p.gone(length), most(length, guard.prefix, guard.suffix, len(guard.extra))
     if gone > able:
         raise CompileError(
             f"block {p.block} is to merge {gone} of {length} tokens away, and at most {able} can: "
             "one of two, protected ones never; merge fewer there and the rest in later blocks"
         )
+    if gone and isinstance(padded, Refusal):
+        raise padded
     if gone and padded:
         raise Refusal(
             "a mask of the inputs may hide tokens as padding, and padding must not merge into a real token",

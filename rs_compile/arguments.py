@@ -1,8 +1,13 @@
-"""Numbers that commands take, for argparse."""
+"""What commands take, for argparse. Torch is not imported: a help text must not wait for it."""
 
 from __future__ import annotations
 
 import argparse
+
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULE = "0:0.8,3:0.8,6:0.8"
+LAYERS = "1,5,9"  # of score maps
+OPERATIONS, METRICS = ("mlp", "attention", "block"), ("l2", "l1", "cosine")  # `passes.sites.score`'s
 
 
 def positive(text: str) -> int:
@@ -19,3 +24,35 @@ def _at_least(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
     return int(text)
+
+
+def add_model_options(sub: argparse.ArgumentParser) -> None:
+    """Size of the images and number of classes of a timm model."""
+    sub.add_argument("--img-size", type=positive, help="side of the images in pixels, the model's own if not given")
+    sub.add_argument(
+        "--num-classes", type=count, help="of the classifier, 0 for features; the model's own if not given"
+    )
+
+
+def add_schedule(sub: argparse.ArgumentParser) -> None:
+    """What is pruned."""
+    sub.add_argument(
+        "--schedule",
+        default=SCHEDULE,
+        help=f"block:keep-ratio pairs, or a Schedule's JSON for other scores (default {SCHEDULE})",
+    )
+
+
+def add_backend(sub: argparse.ArgumentParser, default: str) -> None:
+    """What compiles the rewritten graph."""
+    sub.add_argument(
+        "--backend",
+        choices=("inductor", "eager"),
+        default=default,
+        help=f"eager runs the rewritten graph uncompiled (default {default})",
+    )
+
+
+def add_json(sub: argparse.ArgumentParser) -> None:
+    """Where the result goes as JSON."""
+    sub.add_argument("--json", metavar="FILE", help="write the result as JSON too; - for stdout instead of the table")

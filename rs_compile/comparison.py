@@ -39,7 +39,7 @@ class Comparison:
     def kept(self) -> Side:
         """Which side `guard="measure"` keeps on these times; its dense side is the captured graph, which differs
         from torch.compile(model) where the model writes attention by hand."""
-        return faster(self.timing, self.baseline, PRUNED)
+        return faster(self.timing, self.baseline, PRUNED) or "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-ready values, with the seconds of every round."""

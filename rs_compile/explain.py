@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -77,7 +78,11 @@ def explain(
     for stage in find_stages(prepared.gm):
         able, reason = cuttable(stage)
         stages.append(StageExplanation(stage.index, stage.where, len(stage.blocks), stage.grid, able, reason))
-    notes = []
+    notes = [
+        f"blocks {a.index} and {b.index} are parallel branches of one sum: tokens leave after one of them"
+        for a, b in pairwise(blocks)
+        if a.output is b.output
+    ]
     if not blocks and not stages:
         found = sorted({f"{b.kind} ({b.reason})" if b.reason else b.kind for b in branches})
         notes.append("no residual MLP branch found" + (f"; branches found: {', '.join(found[:4])}" if found else ""))

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture.capture import FIXED_BATCH, batched
 from passes.capture.first_run import PLAIN, SAMPLES, FirstRun, alike, first_hindrance, outputs_of
-from passes.graph.aliasing import written_outside
+from passes.graph.aliasing import moves_statistics, written_outside
 from passes.graph.base import Refusal
 from passes.network.branches import module_path
 from rs_compile.state import autocast_state
@@ -48,7 +48,7 @@ def check_faithful(
     Raises:
         Refusal: they do not agree.
     """
-    if why := first.why or hindrance(model, gm, leaves):
+    if why := hindrance(model, gm, leaves) or first.why:
         return why
     wanted, few = first.outputs, first.leaves
     if gm.meta.get(FIXED_BATCH) and not _same_sizes(few, leaves):
@@ -82,9 +82,21 @@ def first_samples(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
 
 def hindrance(model: nn.Module, gm: GraphModule, leaves: Sequence[Any]) -> str:
     """Why the model must not, or cannot, be run once more; "" where it can."""
+    if training := in_train_mode(model, gm):
+        return f"{training}; compared in eval mode only"
     outside = written_outside(gm.graph)
     written = f"the model writes into {outside.name}, and every run would do so again" if outside is not None else ""
     return first_hindrance(model, leaves) or written
+
+
+def in_train_mode(model: nn.Module, gm: GraphModule) -> str:
+    """What one more run in train mode would change besides its outputs; "" in eval mode."""
+    if not any(module.training for module in model.modules()):
+        return ""
+    norm = next(filter(moves_statistics, gm.graph.nodes), None)
+    if norm is None:
+        return "in train mode a run may change the model (a count, a moving average)"
+    return f"in train mode a run moves the running statistics of {module_path(norm) or norm.name}"
 
 
 def tolerance_of(values: Sequence[Any]) -> float:

@@ -3,10 +3,14 @@
 The dense side is the captured graph as it was before anything left it, compiled like the pruned one. Not
 `torch.compile(model)`: that leaves its code on the model's classes, where a loser could not be dropped and each
 size counts against Dynamo's recompile limit, and attention written by hand would lose for that alone.
+
+On a busy machine a difference may be chance: rounds go on until it is none, for a while. Where it still may be, that is
+no verdict, the pruned graph runs, and the report says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,13 +20,16 @@ from torch import nn
 from torch.fx import GraphModule
 
 from passes.graph.aliasing import writes
+from rs_compile.faithful import in_train_mode
 from rs_compile.timing import Timing, interleaved
 
 Guard = Literal["measure"]
 Side = Literal["dense", "pruned"]
 Run = Callable[..., Any]
 
-ROUNDS = 5
+ROUNDS, MOST_ROUNDS = 5, 30
+CHANCE = 1 / 16  # that five rounds of equal sides all go to the same one
+_PATIENCE = 20.0  # seconds after which no more rounds are begun
 _TURN = 0.01  # seconds; a shorter call is repeated within its turn
 
 
@@ -35,6 +42,8 @@ class Verdict:
         sizes: the inputs' shapes that this holds for; none where nothing was timed.
         dense_seconds, pruned_seconds: medians of a call; None where nothing was timed.
         reason: why nothing was timed, "" where it was.
+        rounds: how often both were timed.
+        decided: whether the two differ by more than chance explains; where not, the pruned graph is kept.
     """
 
     kept: Side
@@ -42,22 +51,41 @@ class Verdict:
     dense_seconds: float | None = None
     pruned_seconds: float | None = None
     reason: str = ""
+    rounds: int = 0
+    decided: bool = False
 
     def __str__(self) -> str:
         if self.dense_seconds is None or self.pruned_seconds is None:
             return f"guard: nothing timed, the {self.kept} graph runs: {self.reason}"
         shapes = ", ".join(str(list(size)) for size in self.sizes)
         both = f"dense {1e3 * self.dense_seconds:.2f} ms, pruned {1e3 * self.pruned_seconds:.2f} ms"
-        return f"guard: {both} at {shapes}, medians of {ROUNDS} interleaved rounds; {self.kept} is kept"
+        text = f"guard: {both} at {shapes}, medians of {self.rounds} interleaved rounds; "
+        if self.decided:
+            return f"{text}{self.kept} is kept"
+        return (
+            f"{text}the difference may be noise, so {self.kept} is kept undecided; on a quiet machine remeasure() "
+            "has the next call time both again"
+        )
 
 
-def faster(timing: Timing, dense: str = "dense", pruned: str = "pruned") -> Side:
-    """The side with the lower median, given the names of both; pruned where they are equal."""
-    return "dense" if timing.of(dense).median < timing.of(pruned).median else "pruned"
+def faster(timing: Timing, dense: str = "dense", pruned: str = "pruned") -> Side | None:
+    """The side that is faster by more than chance explains, given the names of both; None where neither is.
+
+    It has the lower median, and by a sign test won more of the rounds, in which both ran side by side, than equal
+    sides would in one of sixteen cases.
+    """
+    medians = timing.of(dense).median, timing.of(pruned).median
+    if medians[0] == medians[1]:
+        return None
+    first: Side = "dense" if medians[0] < medians[1] else "pruned"
+    pairs = list(zip(timing.seconds[dense], timing.seconds[pruned], strict=True))
+    won = sum(d < p if first == "dense" else p < d for d, p in pairs)
+    as_many = sum(math.comb(len(pairs), k) for k in range(won, len(pairs) + 1))
+    return first if 2 * as_many / 2 ** len(pairs) <= CHANCE else None
 
 
 def measure(dense: Run, pruned: Run, leaves: Sequence[Any]) -> Verdict:
-    """Times both on one batch, in turns, in the caller's own grad mode and autocast.
+    """Times both on one batch, in turns, in the caller's own grad mode and autocast, until they differ or time is up.
 
     The state of the random number generators is put back, and nothing of the results is kept.
 
@@ -67,10 +95,21 @@ def measure(dense: Run, pruned: Run, leaves: Sequence[Any]) -> Verdict:
     """
     calls = {"dense": lambda: dense(*leaves), "pruned": lambda: pruned(*leaves)}
     gpus = _gpus(leaves)
+
+    def enough(timing: Timing) -> bool:
+        spent = sum(max(_TURN, once) for side in timing.seconds.values() for once in side)
+        return faster(timing) is not None or _rounds(timing) + ROUNDS > MOST_ROUNDS or spent > _PATIENCE
+
     with torch.random.fork_rng(gpus):
-        timing = interleaved(calls, ROUNDS, least_seconds=_TURN, device=gpus[0] if gpus else "cpu")
+        timing = interleaved(calls, ROUNDS, least_seconds=_TURN, device=gpus[0] if gpus else "cpu", enough=enough)
     sizes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return Verdict(faster(timing), sizes, timing.of("dense").median, timing.of("pruned").median)
+    seconds = timing.of("dense").median, timing.of("pruned").median
+    found = faster(timing)
+    return Verdict(found or "pruned", sizes, *seconds, rounds=_rounds(timing), decided=found is not None)
+
+
+def _rounds(timing: Timing) -> int:
+    return len(timing.seconds["dense"])
 
 
 def _gpus(leaves: Sequence[Any]) -> list[torch.device]:
@@ -87,8 +126,8 @@ def hindrance(model: nn.Module, gm: GraphModule, prunes: bool) -> str:
     """
     if not prunes:
         return "the schedule leaves nothing out"
-    if any(module.training for module in model.modules()):
-        return "in train mode every run draws dropout and moves batch statistics; measured in eval mode only"
+    if training := in_train_mode(model, gm):
+        return f"{training}; measured in eval mode only"
     written = next((n for node in gm.graph.nodes for n in writes(node)), None)
     return f"the model writes into {written.name}, and every run would do so again" if written is not None else ""
 

@@ -111,6 +111,23 @@ class OptimizedModel(nn.Module):
         gm: torch.fx.GraphModule = self._last.made.gm
         return gm
 
+    def remeasure(self) -> None:
+        """Forgets what `guard="measure"` kept: the next call of each size compiles and times both graphs again.
+
+        Raises:
+            CompileError: there is no guard.
+        """
+        if self._options.guard is None:
+            raise CompileError(
+                'nothing is measured without a guard; optimize(model, schedule, guard="measure") times both'
+            )
+        with _CAPTURING:
+            self.__dict__["_plans"] = {
+                key: plan
+                for key, plan in self._plans.items()
+                if plan is _BY_SIZE or plan.verdict is None or plan.verdict.dense_seconds is None
+            }
+
     def train(self, mode: bool = True) -> OptimizedModel:
         self._model.train(mode)
         self.training = mode
@@ -154,8 +171,9 @@ class OptimizedModel(nn.Module):
         why = check_faithful(self._entry, gm, first, call.leaves, call.key[1]) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
-        unchecked = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
-        return replace(prepared, skips=unchecked + prepared.skips)
+        notes: tuple[Skip, ...] = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
+        notes += tuple(Skip("hooks", reason) for reason in hooked_inside(self._model))
+        return replace(prepared, skips=notes + prepared.skips)
 
     def _rewrite(self, call: Call, prepared: PassResult, verify: bool) -> Graphs:
         options: Options = self._options
@@ -263,8 +281,10 @@ def optimize(
         explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
             that is done only where a baseline's importance reads the attention map.
         guard: "measure" compiles the dense graph as well, times both on the first batch of each size and keeps the
-            faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Each size
-            is then compiled by itself, twice. Nothing is timed in train mode or where the model writes into a buffer.
+            faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Where noise
+            may explain the difference it measures on, up to 30 rounds or 20 seconds, and then keeps the pruned one
+            undecided; the handle's `remeasure()` asks again. Each size is compiled by itself, twice. Nothing is
+            timed in train mode or where the model writes into a buffer.
         verify: the first call with a new input signature runs the model and its captured graph on two samples,
             uncompiled and without gradients, and refuses where they do not agree: code may do something else while
             torch.export traces it. Behind a cut of a CNN's stage the model is compared with the rewritten graph as
@@ -307,6 +327,18 @@ def optimize(
         methods,
     )
     return OptimizedModel(model, options)
+
+
+def hooked_inside(model: nn.Module) -> list[str]:
+    """What a user must know of forward hooks on modules inside, which run once, while the model is captured."""
+    named = [name for name, m in model.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks)]
+    if not named:
+        return []
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return [
+        f"hooks on modules inside ({named[0]}{more}) do not run at a call: what they compute is in the graph, what "
+        "they collect is not; return those features from the model's forward"
+    ]
 
 
 def plan(

@@ -66,6 +66,7 @@ def interleaved(
     least_seconds: float = 0.02,
     device: torch.device | str = "cpu",
     say: Say = quiet,
+    enough: Callable[[Timing], bool] = lambda _: True,
 ) -> Timing:
     """Times each call once a round, in the order given, after warm-up calls that do not count.
 
@@ -75,6 +76,7 @@ def interleaved(
         least_seconds: a shorter call is repeated within its turn until the turn takes this long.
         device: a CUDA device is waited for before the clock is read.
         say: told which call is warmed up and which round runs.
+        enough: asked after as many rounds, and after as many again, whether these will do.
 
     Raises:
         ValueError: no calls, or no rounds.
@@ -89,11 +91,14 @@ def interleaved(
         once = min(_seconds(call, 1, wait) for _ in range(2))
         repeats[name] = max(1, math.ceil(least_seconds / max(once, 1e-6)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds):
-        say(f"round {i + 1} of {rounds}")
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, repeats[name], wait))
-    return Timing({name: tuple(values) for name, values in seconds.items()})
+    while True:
+        for i in range(rounds):
+            say(f"round {i + 1} of {rounds}")
+            for name, call in calls.items():
+                seconds[name].append(_seconds(call, repeats[name], wait))
+        timing = Timing({name: tuple(values) for name, values in seconds.items()})
+        if enough(timing):
+            return timing
 
 
 def _seconds(call: Call, repeats: int, wait: Callable[[], None]) -> float:

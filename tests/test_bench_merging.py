@@ -68,9 +68,10 @@ def test_fidelity(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[
     assert main(["fidelity", *options]) == 0
     first, rows = capsys.readouterr(), rows_of(file)
     assert [row["method"] for row in rows] == ["prune: MLP shift", "ToMe", "stream, size bias"]
-    assert all(row["pictures"] == 3 and -1 <= row["cosine"] < 1 for row in rows)
+    assert all((row["pictures"], row["crops"]) == (1, 3) and -1 <= row["cosine"] < 1 for row in rows)
     assert len({row["cosine"] for row in rows}) == 3
     assert all(row["gmacs"] < row["gmacs_dense"] for row in rows)
+    assert "to the dense model's, 1 pictures, 3 crops of each" in first.out and "3 pictures" not in first.out
     assert "weights: none" in first.out and plot.stat().st_size > 10_000
     assert main(["fidelity", *options]) == 0
     again = capsys.readouterr()

@@ -123,6 +123,8 @@ def test_in_train_mode_nothing_is_compared_and_the_report_says_so() -> None:
     model.train()
     handle(tokens())
     assert "not compared with the model: in train mode" in str(handle.report())
+    assert "a run may change the model (a count, a moving average)" in str(handle.report())  # it has no batch norm
+    assert "statistics" not in str(handle.report())
 
 
 def test_a_plan_runs_nothing() -> None:

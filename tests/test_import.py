@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import rs_compile
 
@@ -44,3 +48,24 @@ def test_every_public_name_is_found_where_it_says() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(rs_compile, "optimise")
+
+
+@pytest.mark.parametrize("package", ["bench", "passes", "rs_compile"])
+def test_no_module_imports_itself_in_a_circle(package: str) -> None:
+    """Counted wherever an import stands, in functions too."""
+    root = Path(__file__).parent.parent
+    files = {".".join(file.relative_to(root).with_suffix("").parts): file for file in root.glob(f"{package}/**/*.py")}
+    names = {name.removesuffix(".__init__") for name in files}
+    reads: dict[str, set[str]] = {}
+    for name, file in files.items():
+        own = reads[name.removesuffix(".__init__")] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                own |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & names - {package}
+            elif isinstance(node, ast.Import):
+                own |= {alias.name for alias in node.names} & names - {package}
+    reads = {name: own - {name} for name, own in reads.items()}  # a package and what stands in it
+    assert sum(map(len, reads.values())) > 20  # it has found them
+    while ready := {name for name, own in reads.items() if not own}:
+        reads = {name: own - ready for name, own in reads.items() if name not in ready}
+    assert not reads

@@ -28,7 +28,7 @@ from bench.evaluate.retrieval import RetrievalScores, evaluate_retrieval
 from bench.evaluate.sweep import skipped_text
 from bench.models import umt
 from passes.graph.base import CompileError
-from rs_compile import cli, models, optimize
+from rs_compile import arguments, commands, models, optimize
 from rs_compile.arguments import count, positive
 
 DENSE, PRUNED = "dense", "pruned"
@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
-        cli._check_json(args.json)
+        commands.check_json(args.json)
         scores, text, about = args.command(args)
         skipped = scores[DENSE].skipped
         if Ranks.join().first:
             rows = [{"method": name, **asdict(score)} for name, score in scores.items()]
-            cli._give(text, lambda: json.dumps({**about, "rows": rows}, indent=2), args.json)
+            commands.give(text, lambda: json.dumps({**about, "rows": rows}, indent=2), args.json)
             if skipped:
                 print(skipped_text(skipped), file=sys.stderr)
         return 1 if skipped else 0
@@ -61,7 +61,7 @@ Result = tuple[Mapping[str, ImageScores] | Mapping[str, RetrievalScores], str, d
 
 
 def _images(args: argparse.Namespace) -> Result:
-    device, dtype = Ranks.join().device(cli._device(args.device)), cli.DTYPES[args.dtype]
+    device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
     torch.manual_seed(0)  # --random-weights: the same in every process, and when it is resumed
     model = models.build(
         args.model,
@@ -75,7 +75,7 @@ def _images(args: argparse.Namespace) -> Result:
         raise EvaluationError(f"{args.model} has no classifier; leave --num-classes out, or pass that of the weights")
     size = models.input_size(model, args.img_size)
     transform: Any = create_transform(**resolve_model_data_config(model, args={"input_size": size}))
-    schedule = cli._schedule(args.schedule)
+    schedule = commands.schedule_of(args.schedule)
     scores = evaluate_images(
         {DENSE: model, PRUNED: optimize(model, schedule, backend=args.backend)},
         DENSE,
@@ -102,10 +102,10 @@ def _images(args: argparse.Namespace) -> Result:
 
 
 def _retrieval(args: argparse.Namespace) -> Result:
-    device, dtype = Ranks.join().device(cli._device(args.device)), cli.DTYPES[args.dtype]
+    device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
     encoder, transform = _encoder(args)
     encoder = encoder.to(device, dtype)
-    schedule = cli._schedule(args.schedule)
+    schedule = commands.schedule_of(args.schedule)
     pruned = with_vision(encoder, lambda tower: optimize(tower, schedule, backend=args.backend))
     scores = evaluate_retrieval(
         {DENSE: encoder, PRUNED: pruned},
@@ -156,7 +156,7 @@ def _settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 
 
 def _identity(args: argparse.Namespace) -> dict[str, Any]:
-    return {"schedule": json.loads(cli._schedule(args.schedule).to_json()), "backend": args.backend}
+    return {"schedule": json.loads(commands.schedule_of(args.schedule).to_json()), "backend": args.backend}
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder of class folders, or of unlabelled pictures",
     )
     _add_weights(sub, "weights from timm's hub, or its cache", required=True)
-    cli._add_model_options(sub)
+    arguments.add_model_options(sub)
     _add_common(sub, batch_size=64)
 
     sub = add(
@@ -231,16 +231,16 @@ def _add_weights(sub: argparse.ArgumentParser, pretrained: str, required: bool) 
 
 
 def _add_common(sub: argparse.ArgumentParser, batch_size: int) -> None:
-    cli._add_schedule(sub)
-    cli._add_backend(sub, "eager")
+    arguments.add_schedule(sub)
+    arguments.add_backend(sub, "eager")
     sub.add_argument("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     workers = min(4, os.cpu_count() or 1)
     sub.add_argument("--workers", type=count, default=workers, help=f"processes that read files (default {workers})")
-    sub.add_argument("--dtype", choices=cli.DTYPES, default="float32")
+    sub.add_argument("--dtype", choices=commands.DTYPES, default="float32")
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0; under torchrun cuda is each process's own")
     sub.add_argument("--limit", type=positive, help="so many files at most, evenly spaced")
     sub.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done there, and go on from it")
-    cli._add_json(sub)
+    arguments.add_json(sub)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tabulate import tabulate
 
@@ -66,7 +67,19 @@ def compare(
         methods = methods_for(subject, names, setting.eager_everywhere)
         fill(results, subject, methods, columns, setting, args)
         shown += [(subject, results.row(identity(subject, method))) for method in methods]
+    if setting.quick:
+        shown = [(as_quick(subject), untimed(row)) for subject, row in shown]
     return give(text(shown, unit), notes([row for _, row in shown], setting, note), results.rows)
+
+
+def as_quick(subject: Subject) -> Subject:
+    """The subject of a row of --quick: a stand-in's row does not stand under the model's name."""
+    return subject if subject.data == "digits" else replace(subject, name=f"stand-in for {subject.name}")
+
+
+def untimed(row: Row) -> Row:
+    """The row without times, which of a stand-in mean nothing; they are in --json."""
+    return {k: v for k, v in row.items() if k not in ("throughput", "speedup", "speedup_quartiles")}
 
 
 def text(shown: Sequence[tuple[Subject, Row]], unit: str) -> str:

@@ -99,17 +99,19 @@ def run(args: argparse.Namespace) -> int:
     tokens, depth = _shape(model, images[:1])
     columns = (args.counts or _fitting(tokens, depth))[: 1 if args.quick else None]
     settings = {k: str(getattr(args, k)) for k in ("model", "weights", "pretrained", "img_size", "images", "dtype")}
-    results = Results(args.json, environment("fidelity", settings | {"pictures": len(images)}))
+    results = Results(args.json, environment("fidelity", settings | {"crops": len(images)}))
     batch = args.batch_size or 9
+    say(f"{args.model}: the dense model on {len(images) // CROPS} pictures, {CROPS} crops of each")
     dense = _forward(model, images, batch)
     for counts in columns:
         _fill(results, model, images, dense, counts, args.ways, batch, tokens)
     rows = [row for counts in columns for way in args.ways if (row := results.row(_identity(way, counts)))]
     print(_table(rows, columns))
-    where = args.images or f"scikit-image's photographs, {CROPS} crops of each"
+    where = args.images or "scikit-image's photographs"
     weights = args.weights or ("timm's hub" if args.pretrained else "none: random, so that the numbers mean nothing")
     print(
-        f"mean cosine of the output to the dense model's, {len(images)} pictures ({where}); weights: {weights}.\n"
+        f"mean cosine of the output to the dense model's, {len(images) // CROPS} pictures, {CROPS} crops of each "
+        f"({where}); weights: {weights}.\n"
         f"In brackets: multiply-accumulates, G a picture; dense {rows[0]['gmacs_dense']:.3f}. Random: one draw."
     )
     if args.out is not None:
@@ -129,6 +131,8 @@ def _fill(
 ) -> None:
     """The rows of one column, all from one capture."""
     lacking = [way for way in ways if not results.row(_identity(way, counts))]
+    if len(lacking) < len(ways):
+        say(f"{_name(counts)}: {len(ways) - len(lacking)} rows are in --json already")
     if not lacking:
         return
     keep = _keep(counts, tokens)
@@ -144,10 +148,11 @@ def _fill(
             "gmacs_dense": report.macs_dense / 1e9,
             "cosine": float(cosine.mean()),
             "cosine_lowest": float(cosine.min()),
-            "pictures": len(images),
+            "pictures": len(images) // CROPS,
+            "crops": len(images),
         }
         results.fill(_identity(way, counts), values)
-        say(f"{_name(counts)}: {way} {values['cosine']:.4f}")
+        say(f"{_name(counts)}: {way} {values['cosine']:.4f} [{values['gmacs']:.2f}]")
 
 
 @torch.no_grad()

@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     code = give(f"{_table(everything)}\n\n{_paper()}\n", notes(everything, setting), everything)
     if args.out is not None and first_process():
         save(plot(drawn), args.out)
+    elif first_process():
+        print("nothing is drawn without --out FILE.png")
     return code
 
 

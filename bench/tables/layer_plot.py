@@ -19,7 +19,12 @@ Panels = Mapping[str, Sequence[str]]  # title -> methods
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
     """The option of a plot."""
-    parser.add_argument("--out", type=Path, metavar="PNG", help="the plot; a .svg or .pdf will do too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PNG",
+        help="draw it into this file; a .svg or .pdf will do too. Without it there is the table alone",
+    )
 
 
 def run_figure(
@@ -46,6 +51,8 @@ def run_figure(
         done.append(measured)
     if args.out is not None and first_process():
         save(plot(done, panels), args.out)
+    elif first_process():
+        print("nothing is drawn without --out FILE.png")
     return code
 
 

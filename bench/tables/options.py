@@ -12,7 +12,7 @@ import torch
 from bench.tables.results import UsageError
 from bench.tables.subjects import Subject
 from rs_compile.arguments import count, positive
-from rs_compile.cli import DTYPES
+from rs_compile.commands import DTYPES
 
 COLUMNS = ("gflops", "throughput", "accuracy")
 QUICK_ROUNDS = 2

@@ -1,4 +1,4 @@
-"""Figures 4, 6 and 7: score maps over pictures, by `rs-compile visualize` with the paper's models and layers."""
+"""Score maps over pictures, for figures 4, 6 and 7: by `rs-compile visualize` with the paper's models and layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.tables.fidelity import photograph
 from bench.tables.measure import say
 from bench.tables.options import usable
 from rs_compile import Schedule
-from rs_compile.cli import DTYPES
+from rs_compile.commands import DTYPES
 from rs_compile.models import build
 from rs_compile.visualize.command import check_output, parse_layers, visualize
 
@@ -22,19 +22,14 @@ class Pictures:
     """A figure of score maps, as a command.
 
     Args:
-        text: its help.
         model: the paper's, by timm's name.
         layers: blocks or stages, counted from 0.
         schedule: whose operation is shown.
     """
 
-    text: str
     model: str
     layers: str
     schedule: Schedule
-
-    def __post_init__(self) -> None:
-        self.__doc__ = self.text
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="scikit-image's if not given")
@@ -64,18 +59,3 @@ class Pictures:
         if args.json is not None:
             args.json.write_text(result.to_json() + "\n")
         return 0
-
-
-figure4 = Pictures(
-    "Figure 4: representation shift of the attention layer over pictures.",
-    "deit_base_patch16_224",
-    "1,5,9",
-    Schedule(operation="attention"),
-)
-figure6 = Pictures(
-    "Figure 6: class attention beside representation shift of the MLP in DeiT-B.",
-    "deit_base_patch16_224",
-    "1,5,9",
-    Schedule(),
-)
-figure7 = Pictures("Figure 7: representation shift of ResNet-50's stages.", "resnet50", "0,1,2,3", Schedule())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from bench.tables.comparison import as_quick, untimed
 from bench.tables.measure import fill, identity, measurable, results_of
 from bench.tables.methods import BASE, COMPILED, METHODS, SDPA, STREAM, TOME, VID_TLDR, VID_TLDR_SHIFT, dense, merging
 from bench.tables.notes import give, notes
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
             wanted = columns if of_digits or dataset in args.timed else columns - {"throughput"}
             fill(results, subject, methods, wanted, setting, args)
             shown += [(subject, dataset, results.row(identity(subject, method))) for method in methods]
+    if args.quick:
+        shown = [(as_quick(subject), dataset, untimed(row)) for subject, dataset, row in shown]
     table = _table(shown, quick=args.quick)
     extra = [
         "vid-TLDR runs as published, with every attention written out and uncompiled; the other merging methods with",

@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from bench.tables.comparison import add_choices
+from bench.tables.comparison import add_choices, as_quick, untimed
 from bench.tables.measure import fill_accuracy, fill_gflops, identity, measurable, results_of, say
 from bench.tables.methods import BASE, Method
 from bench.tables.notes import give, notes
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             fill_accuracy(results, subject, methods, setting, args)
         fill_gflops(results, subject, methods)
         rows += [(subject, results.row(identity(subject, method))) for method in methods]
+    if setting.quick:
+        rows = [(as_quick(subject), untimed(row)) for subject, row in rows]
     return give(text(rows), notes([row for _, row in rows], setting, FINE_TUNED), results.rows)
 
 

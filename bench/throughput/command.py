@@ -24,7 +24,7 @@ from bench.throughput.networks import NETWORKS
 from bench.throughput.picture import plot
 from bench.throughput.sweep import NAMES, Cell, measure, methods_of
 from rs_compile.arguments import positive
-from rs_compile.cli import DTYPES
+from rs_compile.commands import DTYPES
 
 KEEPS = (0.8, 0.9, 0.7)
 BATCHES, QUICK_BATCH = (16,), 2

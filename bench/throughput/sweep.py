@@ -27,7 +27,7 @@ from bench.tables.methods import (
 from bench.tables.results import Results
 from bench.throughput.networks import Network
 from rs_compile import OptimizedModel, plan
-from rs_compile.cli import DTYPES
+from rs_compile.commands import DTYPES
 from rs_compile.timing import Call, interleaved
 
 NAMES = (*DENSE, COMPILED_WRITTEN, ATTENTION, OURS, STREAM)

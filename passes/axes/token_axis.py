@@ -39,6 +39,10 @@ from passes.graph.layout import (
 )
 
 WAY_OUT = "prune after a later block, or register a rule with rs_compile.register_token_rule"
+OUTPUT = "an output of the model"
+OF_OUTPUT = (
+    "call the model without that output (output_attentions=False, say), or prune after the last block that makes it"
+)
 
 
 @dataclass
@@ -81,7 +85,9 @@ class Needed(Refusal):
     def __init__(self, axis: TokenAxis, consumer: Node, more: str = "") -> None:
         # a sequence without a dimension for samples may hold several
         one = "call the model with one image, " if over_samples(axis.layouts[axis.start]) is None else ""
-        super().__init__(f"{axis.dense[consumer]}, and later layers depend on it{more}", consumer, one + WAY_OUT)
+        reason = axis.dense[consumer]
+        way_out = OF_OUTPUT if OUTPUT in reason else one + WAY_OUT
+        super().__init__(f"{reason}, and later layers depend on it{more}", consumer, way_out)
         self.axis, self.consumer = axis, consumer
 
     def at_once(self) -> Needed:
@@ -182,7 +188,7 @@ def analyse(
                 axis.whole |= writers[node] if node in axis.whole else set()
             left = None if left is None else left - 1
         elif node.op == "output" and any(n in axis.layouts for n in node.all_input_nodes):
-            axis.dense[node] = "an output of the model"
+            axis.dense[node] = OUTPUT
         node = node.next
     _refuse_writes(axis, writers)
     return axis

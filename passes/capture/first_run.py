@@ -39,7 +39,7 @@ class FirstRun:
 def first_hindrance(model: nn.Module, leaves: Sequence[Any]) -> str:
     """Why the model must not, or cannot, be run once more than the caller does; "" where it can."""
     if any(module.training for module in model.modules()):
-        return "in train mode a run moves batch statistics; compared in eval mode only"
+        return "in train mode a run may change the model; compared in eval mode only"
     if any(isinstance(leaf, FakeTensor) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves):
         return "the inputs hold no values"
     return ""

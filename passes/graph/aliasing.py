@@ -86,6 +86,11 @@ def writes(node: Node) -> list[Node]:
     return written
 
 
+def moves_statistics(node: Node) -> bool:
+    """Whether this is a norm that updates its running statistics."""
+    return node.target in _UNDECLARED_WRITES and bool(writes(node))
+
+
 def _shared_with(node: Node) -> list[Node]:
     """The inputs whose memory the result may share."""
     if node.op != "call_function" or ("val" in node.meta and not tensors(node.meta["val"])):

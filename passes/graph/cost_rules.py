@@ -150,7 +150,7 @@ def _writes(per_element: int) -> CostFn:
 
 _BY_RULE: dict[CostFn, str] = {
     _linear: "linear",
-    _product: "mm bmm mv dot vdot",
+    _product: "mm _int_mm bmm mv dot vdot",
     _add_product: "addmm baddbmm addbmm addmv",
     _matmul: "matmul linalg_matmul",
     _tensordot: "tensordot",

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default}
-LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default}
+LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten._int_mm.default, aten.conv1d.default}
 CONV = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,

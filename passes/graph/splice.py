@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from functorch import make_fx
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
@@ -33,7 +35,10 @@ def fake(arg: Any) -> Any:
     return map_aggregate(arg, lambda a: a.meta["val"] if isinstance(a, Node) else a)
 
 
-def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any:
+Table = Mapping[OpOverload, Callable[..., Any]]
+
+
+def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any, table: Table = MappingProxyType({})) -> Any:
     """Traces `fn` on the fake values of `args` and copies its ops in at the graph's insertion point.
 
     Args:
@@ -41,6 +46,7 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any
         origin: what this arithmetic is ("score", "select", ...), kept in each new node's meta.
         fn: a PyTorch function of tensors, which may close over plain numbers.
         args: nodes or constants, in the order of fn's arguments.
+        table: ops that are traced as what these functions do.
 
     Returns:
         What fn returns, with nodes in place of tensors.
@@ -53,7 +59,7 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Any
 
     mode = fake_mode(graph)
     values = _distinct(mode, [n.meta["val"] for n in nodes])
-    traced = _on_literals(mode, on_nodes, values) or _Traced(_trace(mode, on_nodes, values))
+    traced = _on_literals(mode, on_nodes, values, table) or _Traced(_trace(mode, on_nodes, values, table))
     env: dict[Node, Any] = {}
     samples: dict[int, Node] = {}  # multiples of the batch
 
@@ -90,18 +96,18 @@ class _Traced:
     values: Mapping[Node, Any] = field(default_factory=dict)
 
 
-def _trace(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any]) -> GraphModule:
+def _trace(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any], table: Table) -> GraphModule:
     with mode, torch.enable_grad():
-        return make_fx(fn, pre_dispatch=True)(*values)
+        return make_fx(fn, decomposition_table=dict(table), pre_dispatch=True)(*values)
 
 
-def _on_literals(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any]) -> _Traced | None:
+def _on_literals(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any], table: Table) -> _Traced | None:
     """The function traced on a literal batch, or None where its values cannot be read back."""
     batch = LiteralBatch.of(mode, values)
     if batch is None:
         return None
     try:
-        gm = _trace(mode, fn, [batch.literal(v) for v in values])
+        gm = _trace(mode, fn, [batch.literal(v) for v in values], table)
         found = {n: batch.symbolic(n.meta["val"]) for n in gm.graph.nodes if _made(n)}
     except ValueError:
         return None

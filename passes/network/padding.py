@@ -102,7 +102,7 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
         given = arguments(op)
         mask, keys = given["attn_mask"], axis.layouts.get(given["key"])
         if outside(mask) and keys is None:
-            _refuse_unknown(axis)
+            _refuse_unknown(axis, f"call the model without its mask, or {_RULE}")
         return (mask, hidden_by_mask) if outside(mask) and over_stream(keys, -2) else None
     weights = (n for n in gm.graph.nodes if n in block.attention.nodes and n.target in SOFTMAX)
     for node in weights:
@@ -111,17 +111,20 @@ def masking(gm: GraphModule, block: Block, prefix: int, suffix: int) -> Masking 
             # the weights themselves say less: a query that is padding may attend to everything
             return _written_out(node, outside, axis) or (node, hidden_by_weights)
     if any(outside(value) for node in block.attention.nodes for value in node.all_input_nodes):
-        _refuse_unknown(axis)
+        _refuse_unknown(axis, f"{_RULE}; where one of its inputs is a mask, call the model without it")
     return None
 
 
-def _refuse_unknown(axis: TokenAxis) -> None:
+_RULE = "register a rule with rs_compile.register_token_rule"
+
+
+def _refuse_unknown(axis: TokenAxis, way_out: str) -> None:
     """Where the tokens were lost on the way to the keys, who is hidden as a key cannot be told."""
     for node, reason in axis.dense.items():
         raise Refusal(
             f"{reason}, so which tokens the attention behind it hides as padding cannot be told",
             node,
-            "call the model without its mask, or register a rule with rs_compile.register_token_rule",
+            way_out,
         )
 
 

@@ -22,7 +22,6 @@ from rs_compile.visualize.maps import score_maps
 from rs_compile.visualize.page import save_page
 from rs_compile.visualize.picture import Picture, save_picture
 
-LAYERS = "1,5,9"
 _FORMATS = (".png", ".html")
 
 

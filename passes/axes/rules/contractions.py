@@ -64,7 +64,7 @@ def _product(node: Node, ctx: Context, a: Node, b: Node, *more: Node) -> Transfe
     return paired(node, ctx, out, sides, summed, mixes=summed or crossed)
 
 
-@rules_for(aten.matmul.default, aten.bmm.default, aten.mm.default)
+@rules_for(aten.matmul.default, aten.bmm.default, aten.mm.default, aten._int_mm.default)
 def matmul(node: Node, ctx: Context) -> Transfer:
     """[..., i, k] times [..., k, j]."""
     a, b = node.args[:2]

@@ -171,6 +171,7 @@ def test_keys_that_cannot_be_followed_may_hide_padding():
     with pytest.raises(Refusal, match=words) as refusal:
         prune(gm, [Prune(0, lambda n: 4)])
     assert refusal.value.way_out.startswith("call the model without its mask")
+    assert prune(gm, [Prune(0, lambda n: n)]).blocks[0].tokens_out == N  # where nothing leaves, nothing need be told
 
 
 def test_without_a_mask_what_the_attention_does_with_keys_is_its_own():

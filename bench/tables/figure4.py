@@ -1,0 +1,9 @@
+"""Figure 4: representation shift of the attention layer over pictures."""
+
+from __future__ import annotations
+
+from bench.tables.pictures import Pictures
+from rs_compile import Schedule
+
+_figure = Pictures("deit_base_patch16_224", "1,5,9", Schedule(operation="attention"))
+add_arguments, run = _figure.add_arguments, _figure.run

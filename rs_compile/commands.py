@@ -1,0 +1,203 @@
+"""What the subcommands of `rs-compile` do. Results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from passes.graph.base import CompileError
+from rs_compile import arguments, comparison, demo, models, timing
+from rs_compile.explain import explain
+from rs_compile.optimize import optimize
+from rs_compile.predict import predict
+from rs_compile.schedule import Schedule
+from rs_compile.visualize import command as visualize
+
+DTYPES = {name: getattr(torch, name) for name in arguments.DTYPES}
+
+
+class UsageError(CompileError):
+    """An option that cannot be followed on this machine."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand that was parsed; returns the exit code."""
+    try:
+        check_json(args.json)
+        _COMMANDS[args.command](args)
+    except CompileError as error:
+        print(f"rs-compile: {error}", file=sys.stderr)
+        return 2
+    except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(
+            f"rs-compile: torch.compile's backend failed: {first}\n  way out: Inductor needs a C++ compiler "
+            "(and Triton on a GPU); install one, or pass --backend eager",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> None:
+    try:
+        with _progress() as say:
+            result = demo.run(args.backend, args.quick, say)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    give(str(result), result.to_json, args.json)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args)
+        inputs = torch.zeros(2, *models.input_size(model, args.img_size))
+        say(f"capturing {args.model}")
+        result = explain(model, inputs)
+    give(str(result), result.to_json, args.json)
+
+
+def _say_of(say: timing.Say, batch: int, text: str) -> None:
+    say(f"batch {batch}: {text}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    schedule, device = schedule_of(args.schedule), device_of(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args).to(device, DTYPES[args.dtype])
+        size = models.input_size(model, args.img_size)
+        results = []
+        for batch in args.batch_size:
+            inputs = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+            results.append(
+                comparison.compare(
+                    model,
+                    schedule,
+                    inputs.to(device, DTYPES[args.dtype]),
+                    rounds=args.rounds,
+                    backend=args.backend,
+                    say=partial(_say_of, say, batch),
+                )
+            )
+    sweep = comparison.Sweep(tuple(results))
+
+    def as_json() -> str:
+        head = {"model": args.model, "schedule": json.loads(schedule.to_json())}
+        return json.dumps(head | sweep.to_dict(), indent=2)
+
+    give(str(sweep), as_json, args.json)
+
+
+def _run(args: argparse.Namespace) -> None:
+    schedule = schedule_of(args.schedule)
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args)
+        images = models.load_images(args.images, model, args.img_size)
+        optimized = optimize(model, schedule, backend=args.backend, progress=say)
+        result = predict(model, optimized, [str(path) for path in args.images], images)
+    give(str(result), result.to_json, args.json)
+
+
+def _visualize(args: argparse.Namespace) -> None:
+    visualize.check_output(args.output)
+    layers = visualize.parse_layers(args.layers)
+    schedule = schedule_of(args.schedule) if args.schedule else Schedule()
+    chosen = {k: v for k in ("operation", "metric", "with_skip") if (v := getattr(args, k)) is not None}
+    schedule = replace(schedule, **chosen)
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args)
+        result = visualize.visualize(model, args.model, args.images, args.output, layers, schedule, args.img_size, say)
+    give(str(result), result.to_json, args.json)
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    return models.build(
+        args.model,
+        img_size=args.img_size,
+        num_classes=args.num_classes,
+        pretrained=getattr(args, "pretrained", False),
+        checkpoint=getattr(args, "checkpoint", None),
+    )
+
+
+def schedule_of(text: str) -> Schedule:
+    """Reads pairs or a Schedule's JSON."""
+    return Schedule.from_json(text) if text.lstrip().startswith("{") else Schedule.parse(text)
+
+
+def device_of(name: str) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        UsageError: it has none of that name.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} is no device; write cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; write cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: write cpu, cuda or cuda:0")
+    return device
+
+
+def check_json(target: str | None) -> None:
+    """Before minutes of work, not after them."""
+    if target in (None, "-"):
+        return
+    path = Path(str(target))
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--json {target}: no file can be written there; give one in a directory that exists")
+
+
+def give(text: str, as_json: Callable[[], str], target: str | None) -> None:
+    """Prints a result, as JSON where `target` is "-", and writes that to `target` where it is a file."""
+    if target == "-":
+        print(as_json())
+        return
+    print(text)
+    if target is not None:
+        try:
+            Path(target).write_text(as_json() + "\n")
+        except OSError as error:
+            raise UsageError(f"--json {target}: {error.strerror}; the table above is all there is") from error
+
+
+@contextmanager
+def _progress() -> Iterator[timing.Say]:
+    """A spinner with the stage and its seconds on a terminal; elsewhere a line a stage. Always on stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: print(text, file=sys.stderr, flush=True)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda text: progress.reset(task, description=text)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "demo": _demo,
+    "explain": _explain,
+    "bench": _bench,
+    "run": _run,
+    "visualize": _visualize,
+}
