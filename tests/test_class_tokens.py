@@ -91,28 +91,30 @@ JOINED: dict[str, tuple[Join, tuple[int, ...]]] = {
     "joint": (lambda p, c, r: front(p, c).reshape(-1, T * (N + 1), C), (0, N + 1, 2 * N + 2)),
     "joint, by flatten": (lambda p, c, r: front(p, c).flatten(1, 2), (0, N + 1, 2 * N + 2)),
     "joint, tokens before frames": (lambda p, c, r: front(p, c).transpose(1, 2).flatten(1, 2), (0, 1, 2)),
-    "last": (lambda p, c, r: torch.cat([p, c.expand(len(p), T, 1, C)], 2).flatten(0, 1), (N,)),
+    "last": (lambda p, c, r: torch.cat([p, c.expand(p.shape[0], T, 1, C)], 2).flatten(0, 1), (N,)),
     "joint and last": (
-        lambda p, c, r: torch.cat([p, c.expand(len(p), T, 1, C)], 2).flatten(1, 2),
+        lambda p, c, r: torch.cat([p, c.expand(p.shape[0], T, 1, C)], 2).flatten(1, 2),
         (N, 2 * N + 1, 3 * N + 2),
     ),
     "registers a frame": (
-        lambda p, c, r: torch.cat([front(p, c), r.expand(len(p), T, 2, C)], 2).flatten(0, 1),
+        lambda p, c, r: torch.cat([front(p, c), r.expand(p.shape[0], T, 2, C)], 2).flatten(0, 1),
         (0, N + 1, N + 2),
     ),
-    "repeat": (lambda p, c, r: torch.cat([c.repeat(len(p), T, 1, 1), p], 2).view(-1, N + 1, C), (0,)),
+    "repeat": (lambda p, c, r: torch.cat([c.repeat(p.shape[0], T, 1, 1), p], 2).view(-1, N + 1, C), (0,)),
     "stack": (
-        lambda p, c, r: torch.stack([c.expand(len(p), T, C), *p.unbind(2)], 2).flatten(0, 1),
+        lambda p, c, r: torch.stack([c.expand(p.shape[0], T, C), *p.unbind(2)], 2).flatten(0, 1),
         (0,),
     ),
     "stacked frames": (
-        lambda p, c, r: torch.stack([torch.cat([c.expand(len(p), 1, C), f], 1) for f in p.unbind(1)], 1).flatten(1, 2),
+        lambda p, c, r: torch.stack([torch.cat([c.expand(p.shape[0], 1, C), f], 1) for f in p.unbind(1)], 1).flatten(
+            1, 2
+        ),
         (0, N + 1, 2 * N + 2),
     ),
     "channels first": (lambda p, c, r: moved(p, c), (0,)),
     "temporal tokens": (lambda p, c, r: patch_first(p, c), (0,)),
     "joint under a global token": (
-        lambda p, c, r: torch.cat([r[:1].expand(len(p), 1, C), front(p, c).flatten(1, 2)], 1),
+        lambda p, c, r: torch.cat([r[:1].expand(p.shape[0], 1, C), front(p, c).flatten(1, 2)], 1),
         (0, 1, N + 2, 2 * N + 3),
     ),
     "norm, linear and positions between": (
@@ -127,7 +129,9 @@ JOINED: dict[str, tuple[Join, tuple[int, ...]]] = {
     ),
     "rolled": (lambda p, c, r: front(p, c).roll(3, 2).flatten(0, 1), (3,)),
     "one frame only": (
-        lambda p, c, r: torch.cat([torch.cat([r.expand(len(p), 1, 2, C), p[:, :1, 2:]], 2), p[:, 1:]], 1).flatten(0, 1),
+        lambda p, c, r: torch.cat([torch.cat([r.expand(p.shape[0], 1, 2, C), p[:, :1, 2:]], 2), p[:, 1:]], 1).flatten(
+            0, 1
+        ),
         (0, 1),
     ),
     "attention without a sum around it": (

@@ -171,6 +171,12 @@ def on_grid(node: Node, ctx: Context) -> Transfer:
     raise _on_grid(node)
 
 
+@rules_for(aten.im2col.default, aten.col2im.default, aten.unfold.default)
+def windows(node: Node, ctx: Context) -> Transfer:
+    """Soft split: windows that overlap become tokens."""
+    raise Untransferable("cuts the tokens' grid into windows, or joins them, and needs every token")
+
+
 def _on_grid(node: Node) -> Untransferable:
     if node.target is aten.conv1d.default:
         return Untransferable("a convolution over the sequence of tokens")
