@@ -114,7 +114,7 @@ class MaskedAlike(Masked):
 
 
 class Divided(nn.Module):
-    """TimeSformer's layer: over time for each place, then over space for each frame, whose class tokens are averaged."""
+    """TimeSformer's layer: over time for each place, then over space for each frame."""
 
     def __init__(self) -> None:
         super().__init__()

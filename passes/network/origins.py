@@ -187,7 +187,9 @@ class _Trails:
         """The trail of an op's result; None where the image made all of it."""
         if node.target is operator.getitem:
             source: Any = node.args[0]
-            return None if source in self._image else self._trails[source][node.args[1]]
+            if source in self._image:
+                return None
+            return self._trails[source][node.args[1]] if source in self._trails else self._lose(node)
         if not isinstance(node.target, OpOverload):
             return None if all(self._whole(n) for n in node.all_input_nodes if self._data(n)) else self._lose(node)
         name, inputs = aten_name(node), tensors((node.args, node.kwargs))
@@ -199,7 +201,7 @@ class _Trails:
         if joins or name in _MOVES or is_alias(node):
             untouched = not joins and {*inputs} <= self._image
             return None if untouched else self._moved(node)
-        if elementwise(node.target):
+        if elementwise(node.target) and isinstance(node.meta["val"], Tensor):
             return self._together(node, name, inputs)
         if all(self._whole(n) for n in inputs if self._data(n)):
             return None
@@ -273,7 +275,7 @@ class _Trails:
         if name in ("conv1d", "conv2d", "conv3d"):
             kernel = shape_of(node.args[1])[2:]
             return _any(numbers, (1,)) if {*kernel} == {1} and shape_of(node)[2:] == shape_of(first)[2:] else None
-        if node.target in LINEAR or name in ("matmul", "glu"):
+        if node.target in LINEAR or name == "glu" or (name == "matmul" and len(shape_of(node.args[1])) > 1):
             over = argument(node, 1, "dim", -1) if name == "glu" else -1
             return _any(numbers, (-1,)) if over in (-1, rank - 1) else None
         if name in ("softmax", "log_softmax"):
