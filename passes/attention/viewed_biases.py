@@ -13,8 +13,8 @@ from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
 from passes.attention.attention_pattern import CASTS, RESHAPES, SAME
-from passes.axes.rules.registry import sizes_of
-from passes.graph.contraction import Contraction, arguments, aten_name
+from passes.graph.contraction import Contraction
+from passes.graph.ops import arguments, aten_name, sizes_of
 from passes.graph.splice import splice
 
 

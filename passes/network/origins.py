@@ -19,15 +19,14 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from passes.attention.attention_pattern import RESHAPES
 from passes.attention.constants import Constants
-from passes.axes.rules.pointwise import elementwise, tensors
-from passes.axes.rules.registry import argument, shape_of, wrap
+from passes.axes.rules.pointwise import tensors
 from passes.graph.aliasing import Memory, writes
 from passes.graph.base import Refusal, op_name
-from passes.graph.contraction import arguments, aten_name, is_alias
+from passes.graph.contraction import is_alias
 from passes.graph.layout import expr
-from passes.network.branches import ATTENTION, LINEAR, NORMS, ancestors, positions, stream_of
+from passes.graph.ops import LINEAR, NORMS, RESHAPES, SDPA, argument, arguments, aten_name, elementwise, shape_of, wrap
+from passes.network.branches import ancestors, positions, stream_of
 
 aten = torch.ops.aten
 _PADDING = 0.5  # the number of what padding fills: a hole in the image, and no token if nothing else is in it
@@ -193,7 +192,7 @@ class _Trails:
         if not isinstance(node.target, OpOverload):
             return None if all(self._whole(n) for n in node.all_input_nodes if self._data(n)) else self._lose(node)
         name, inputs = aten_name(node), tensors((node.args, node.kwargs))
-        if is_alias(node) and name in RESHAPES and node not in self._written and all(map(self._whole, inputs)):
+        if node.target in RESHAPES and node not in self._written and all(map(self._whole, inputs)):
             return None  # a grid, flattened
         joins = name in _JOINS | _PICKS
         if joins and name in ("where", "masked_fill") and not all(map(self._known, inputs)):
@@ -263,7 +262,7 @@ class _Trails:
     def _mixed(self, node: Node, name: str, data: Sequence[Node]) -> Tensor | None:
         """Ops that mix channels, or keep the place of each token; None for others."""
         first: Any = node.args[0]
-        if node.target in ATTENTION:  # its result stands where the queries stand
+        if node.target is SDPA:  # its result stands where the queries stand
             return _any(self._numbers(first), (-1,))
         if name == "embedding":
             return self._numbers(data[0]).unsqueeze(-1) if data == [node.args[1]] else None
@@ -271,15 +270,15 @@ class _Trails:
             return None
         numbers, rank = self._numbers(first), len(shape_of(first))
         if node.target in NORMS:
-            return _any(numbers, tuple(range(-len(argument(node, 1, "normalized_shape")), 0)))
+            return _any(numbers, tuple(range(-len(argument(node, "normalized_shape")), 0)))
         if name in ("conv1d", "conv2d", "conv3d"):
             kernel = shape_of(node.args[1])[2:]
             return _any(numbers, (1,)) if {*kernel} == {1} and shape_of(node)[2:] == shape_of(first)[2:] else None
         if node.target in LINEAR or name == "glu" or (name == "matmul" and len(shape_of(node.args[1])) > 1):
-            over = argument(node, 1, "dim", -1) if name == "glu" else -1
+            over = argument(node, "dim") if name == "glu" else -1
             return _any(numbers, (-1,)) if over in (-1, rank - 1) else None
         if name in ("softmax", "log_softmax"):
-            return _any(numbers, (argument(node, 1, "dim"),))
+            return _any(numbers, (argument(node, "dim"),))
         if name == "batch_norm":
             return numbers
         if name in _REDUCTIONS:
