@@ -56,8 +56,9 @@ class Schedule:
     Args:
         keep: block index (0-based, in order of the MLP branches) -> keep ratio in (0, 1].
         operation: the layer F of the representation shift s = D(F(x), x) (paper, section 3): "mlp" and
-            "attention" compare that branch's output with the stream it is added to, "block" the
-            block's output with its input, skips included.
+            "attention" compare that branch's output with the stream that it is computed from and added to, "block"
+            the block's output with its input, skips included. Where a sum weighs its stream, alpha * x + f(x),
+            the stream is x, not scaled, unless f reads alpha * x.
         metric: D, the distance over the channels: "l2" unsquared, "l1", or "cosine", 1 - cos.
         with_skip: compare x + F(x), not F(x), with x; a block's shift has its skips in any case.
         protected: indices of the tokens that never leave; None lets the compiler find the class,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from passes.attention.constants import Constants
 from passes.graph.base import op_name
@@ -42,6 +42,8 @@ class Attention:
     """One match, built from a softmax node; raises `Miss`."""
 
     def __init__(self, softmax: Node, constants: Constants) -> None:
+        if free_unbacked_symbols(softmax.meta["val"].shape):
+            raise Miss("how many queries and keys there are depends on the data")
         self.constants = constants
         self.chain = [softmax]
         self.dropout_p = 0.0

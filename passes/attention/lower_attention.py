@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.attention.attention_pattern import CASTS, RESHAPES, SAME, TURNS, Attention, Miss, Step, fed_by_product
 from passes.attention.constants import Constants
+from passes.attention.viewed_biases import view_biases
 from passes.graph.base import Pass, PassResult, Skip
 from passes.graph.contraction import MATMULS, align, arrange, is_alias
 from passes.graph.ops import arguments, aten_name
@@ -48,8 +49,8 @@ class LowerAttention(Pass):
     """
 
     def call(self, gm: GraphModule) -> PassResult:
+        rewrites, skips = view_biases(gm), []
         constants = Constants(gm)
-        rewrites, skips = 0, []
         for node in list(gm.graph.nodes):
             if aten_name(node) not in ("softmax", "_softmax") or node.meta["val"].dim() < 3:
                 continue

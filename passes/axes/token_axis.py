@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from passes.axes.normalised import Normalised, normalised
 from passes.axes.rules import Context, Transfer, Untransferable, rule_for
@@ -112,6 +113,12 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
     over = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
     if not over and samples and shape[:1] == (samples,):
         over = [0]  # no rule lets entries of the first dimension meet, so they are samples, or as good as samples
+    if free_unbacked_symbols(shape):
+        raise Refusal(
+            f"the residual stream is {[str(s) for s in shape]}: how many tokens there are depends on the data",
+            stream,
+            'where a mask among the inputs picks them and is always the same, optimize(..., constant_inputs=["mask"])',
+        )
     grid = len(shape) == 4 and over == [0]
     if not (grid or len(shape) == 3) or len(over) != 1 or over[0] == 2 or not _counts(shape[over[0]]):
         fixed = f", and the model's code fixes its {samples} samples" if samples else ""

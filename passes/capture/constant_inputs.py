@@ -112,8 +112,23 @@ class _Known(TorchFunctionMode):
                 return func(*args, **kwargs)
             self._known |= {id(t): t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)}
             return out
+        if func is Tensor.__getitem__:
+            args = (args[0], self._counted(args[1]))
         args, kwargs = pytree.tree_map_only(Tensor, self._as_constant, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _counted(self, index: Any) -> Any:
+        """An index with the places in a known mask for the mask, so that the graph knows how many entries it picks."""
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if not any(self._is_mask(part) for part in parts):
+            return index
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            places = {id(part): part.nonzero(as_tuple=True) for part in parts if self._is_mask(part)}
+        self._known |= {id(place): place for found in places.values() for place in found}
+        return tuple(place for part in parts for place in places.get(id(part), (part,)))
+
+    def _is_mask(self, part: Any) -> bool:
+        return isinstance(part, Tensor) and id(part) in self._known and part.dtype == torch.bool and part.dim() > 0
 
     def _as_constant(self, tensor: Tensor) -> Tensor:
         """What the graph reads of a known tensor: a copy, for the model's code may go on writing into it."""

@@ -19,7 +19,7 @@ from passes.graph.base import Refusal, op_name
 from passes.graph.layout import expr
 from passes.graph.ops import CONV2D, POOL2D, RESHAPES, argument, elementwise, permuted, shape_of, wrap
 from passes.network.branches import ancestors
-from passes.network.protected import origins
+from passes.network.origins import origins
 
 aten = torch.ops.aten
 _SAME_PLACE = {  # a position of the result comes from the same position of the first input
@@ -83,26 +83,28 @@ def find_grid(gm: GraphModule, stream: Node, dim: int) -> PatchGrid:
     Raises:
         Refusal: the tokens are no single map over an image's rows and columns, or it cannot be traced to them.
     """
-    found, above = origins(gm, stream, dim), ancestors(gm)
-    sources = {(o.node, o.dim) for o in found if o is not None}
-    if len(shape_of(stream)) == 4:
-        columns = {(o.node, o.dim) for o in origins(gm, stream, dim + 1) if o is not None}
-        if len(sources | columns) == 2 and len({node for node, _ in sources | columns}) == 1:
-            ((node, down),), ((_, across),) = sources, columns
-            extents = _extents(node, down, across, above)
-            return PatchGrid(*extents, tuple(range(extents[0].cells * extents[1].cells)))
+    dims = (dim, dim + 1) if len(shape_of(stream)) == 4 else (dim,)
+    found, above = origins(gm, stream, *dims), ancestors(gm)
+    sources = {o.node for o in found if o is not None}
     if len(sources) != 1:
         raise Refusal(f"the tokens come from {len(sources)} places, not from one map over the image", stream)
-    source, dims = _flattened(*sources.pop(), above)
-    if len(dims) != 2:
-        sizes = " x ".join(str(shape_of(source)[d]) for d in dims)
+    source = sources.pop()
+    at = [o.at if o is not None else None for o in found]
+    over = [d for d, places in enumerate(zip(*filter(None, at), strict=True)) if len({*places}) > 1]
+    cells = [None if a is None else [a[d] for d in over] for a in at]
+    if len(over) == 1:
+        source, over = _flattened(source, over[0], above)
+    if len(over) != 2:
+        sizes = " x ".join(str(shape_of(source)[d]) for d in over)
         raise Refusal(
-            f"the tokens run over {len(dims)} dimensions ({sizes}), not over the rows and columns of one image",
+            f"the tokens run over {len(over)} dimensions ({sizes}), not over the rows and columns of one image",
             source,
             "maps are drawn for still images only; rs_compile.optimize prunes models of videos all the same",
         )
+    columns = int(shape_of(source)[over[1]])
     return PatchGrid(
-        *_extents(source, dims[0], dims[1], above), tuple(o.position if o is not None else None for o in found)
+        *_extents(source, over[0], over[1], above),
+        tuple(None if c is None else c[0] * columns + c[1] if len(c) == 2 else c[0] for c in cells),
     )
 
 

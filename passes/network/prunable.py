@@ -19,10 +19,15 @@ from passes.network.same_stream import same_stream
 def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
     """The tokens that must stay: those found, and those given."""
     layout, _ = stream_layout(block.output)
-    dim = next(d for d, ts in enumerate(layout) if tokens_in(ts)) if any(map(tokens_in, layout)) else 1
-    found = Protected(0, 0)  # learned tokens lie in no grid
-    if len(layout) < 4:
-        found = with_picked(gm, block.output, find_protected(gm, block.output, dim))
+    dims = [d for d, ts in enumerate(layout) if tokens_in(ts)] or [1]
+    try:
+        found = find_protected(gm, block.output, *dims)
+    except Refusal:
+        if given is None:
+            raise
+        found = Protected(0, 0)
+    if len(dims) == 1:
+        found = with_picked(gm, block.output, found)
     if not given:
         return found
     tokens = sequence_in(layout)

@@ -39,6 +39,15 @@ def _contracted(a: Dim, b: Dim) -> Dim:
     return joined([d for d in (a, b) if tokens_in(d)]) or ()
 
 
+def _mixes_heads(over: Dim, ctx: Context, *factors: Node) -> bool:
+    """Whether a product sums over heads, not tokens, by what has no tokens: attention weights may be summed over still.
+
+    Args:
+        over: what it sums over.
+    """
+    return tokens_in(over) is None and sum(ctx.layout(n) is not None for n in factors) == 1
+
+
 class _Cut(Context):
     """The context with the last two dimensions left out: what products broadcast over."""
 
@@ -57,7 +66,9 @@ def _product(node: Node, ctx: Context, a: Node, b: Node, *more: Node) -> Transfe
         raise Untransferable("a product with a vector")
     over = _contracted(la[-1], lb[-2])
     pairs = broadcast(_Cut(ctx), [a, b], shape_of(node)[:-2])
-    out = pairs + (no_weights(la[-2]), no_weights(lb[-1]))
+    out = pairs + (la[-2], lb[-1])
+    if not _mixes_heads(over, ctx, a, b):
+        out = tuple(no_weights(dim) for dim in out)
     sides = [(a, pairs + (la[-2], over)), (b, pairs + (over, lb[-1])), *((n, out) for n in more)]
     summed = tokens_in(over) is not None
     crossed = tokens_in(la[-2]) is not None and tokens_in(lb[-1]) is not None
@@ -102,7 +113,8 @@ def einsum(node: Node, ctx: Context) -> Transfer:
         over = tokens_in(whole[letter])
         if over and not over.weights:
             raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
-    dims = {letter: no_weights(dim) for letter, dim in whole.items()}
+    heads = _mixes_heads(tuple(f for letter in sums for f in whole[letter]), ctx, *operands)
+    dims = {letter: dim if heads else no_weights(dim) for letter, dim in whole.items()}
     sides = [(n, tuple(dims[letter] for letter in term)) for term, n in zip(terms, operands, strict=True)]
     over_tokens = {letter for letter in dims if tokens_in(dims[letter])}
     summed = bool(sums & over_tokens)
@@ -140,20 +152,32 @@ def attention(node: Node, ctx: Context) -> Transfer:
     return Transfer(pairs + (lq[-2], lv[-1]), aligned, mixes=over is not None, ordered=causal)
 
 
-@rules_for(aten.conv1d.default)
-def conv1d(node: Node, ctx: Context) -> Transfer:
-    """[B, C, N] with a kernel of one entry is a linear layer a token."""
+@rules_for(aten.conv1d.default, aten.conv2d.default)
+def conv(node: Node, ctx: Context) -> Transfer:
+    """[B, C, N], or attention maps [B, H, N, N], with a kernel of one entry: a linear layer of channels or heads."""
     layout = carried(node, ctx)
     weight = node.args[1]
     assert isinstance(weight, Node)
-    plain = argument(node, "stride") in (1, [1]) and argument(node, "padding") in (0, [0])
-    if shape_of(weight)[-1] != 1 or not plain:
-        raise Untransferable("a convolution over the sequence of tokens")
+    steps, pads = argument(node, "stride"), argument(node, "padding")
+    if any(size != 1 for size in shape_of(weight)[2:]) or any(step != 1 for step in steps) or any(pads):
+        raise _on_grid(node)
     need_free(layout, [1], "a convolution")
-    return Transfer((layout[0], ctx.plain(shape_of(node)[1]), layout[2]))
+    return Transfer((layout[0], ctx.plain(shape_of(node)[1]), *layout[2:]))
 
 
-@rules_for(aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
-def conv(node: Node, ctx: Context) -> Transfer:
+@rules_for(aten.conv3d.default, aten.convolution.default)
+def on_grid(node: Node, ctx: Context) -> Transfer:
     """A convolution needs a grid, and a pruned sequence has none."""
-    raise Untransferable("a convolution, which needs the tokens on their full grid")
+    raise _on_grid(node)
+
+
+@rules_for(aten.im2col.default, aten.col2im.default, aten.unfold.default)
+def windows(node: Node, ctx: Context) -> Transfer:
+    """Soft split: windows that overlap become tokens."""
+    raise Untransferable("cuts the tokens' grid into windows, or joins them, and needs every token")
+
+
+def _on_grid(node: Node) -> Untransferable:
+    if node.target is aten.conv1d.default:
+        return Untransferable("a convolution over the sequence of tokens")
+    return Untransferable("a convolution, which needs the tokens on their full grid")

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Protected]] = 
     "token first, by permute": (lambda x, c: put(x, c).permute(1, 0, 2) + 1, (CLASS,), Protected(1, 0)),
     "joined twice": (lambda x, c, r: put(put(x, c) + 1, r), (CLASS, TWO), Protected(3, 0)),
     "a slice of it": (lambda x, c, r: put(x, c, r)[:, 1:] * 2, (CLASS, TWO), Protected(2, 0)),
-    "channels joined": (lambda x, c: torch.cat([put(x, c), put(x, c)], -1)[..., :8], (CLASS,), Protected(0, 0)),
+    "channels joined": (lambda x, c: torch.cat([put(x, c), put(x, c)], -1)[..., :8], (CLASS,), Protected(1, 0)),
     "a mean of the image in front": (lambda x: torch.cat([x.mean(1, keepdim=True), x], 1), (), Protected(0, 0)),
     "class token with something of the image": (
         lambda x, c: put(x, c) + x.mean((1, 2))[:, None, None],
