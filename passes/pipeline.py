@@ -39,7 +39,7 @@ from passes.sites.insert_merge import InsertMerge, Merger, merge_point
 from passes.sites.matching import most
 from passes.sites.restore import AppendKept, RestoreTokens
 from passes.sites.retarget import Gap, RetargetTokens
-from passes.sites.site import SITE, Site
+from passes.sites.site import SITE, Restore, Site
 from passes.sites.sizes import HOW, ApplySizes
 
 SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
@@ -73,6 +73,7 @@ class Merge:
         gone: from the number of tokens, protected ones included, how many merge away.
         merger, scoring: see `InsertMerge`.
         protected: positions that neither merge nor are merged into, besides those found.
+        restore: what merged tokens get back, see `Site`.
     """
 
     block: int
@@ -80,6 +81,7 @@ class Merge:
     merger: Merger = "stream"
     scoring: Scoring = Scoring()
     protected: tuple[int, ...] | None = None
+    restore: Restore = "change"
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ def _step(
             block.attention_op() or block.output,
             "prune: Schedule(keep=...) lets padding leave first; or call the model without its mask",
         )
-    return InsertMerge(block, gone, guard, p.merger, p.scoring) if gone else None
+    return InsertMerge(block, gone, guard, p.merger, p.scoring, p.restore) if gone else None
 
 
 def _kernel(gm: GraphModule, op: Node, choice: Mapping[Node, KernelChoice]) -> KernelChoice | None:

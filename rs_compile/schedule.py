@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from passes.sites.retarget import Gap
 from passes.sites.score import Importance, Metric, Operation
+from passes.sites.site import Restore
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
 
@@ -73,6 +74,9 @@ class Schedule:
             residual stream after the complete block.
         size_bias: attention behind a merge adds the log of how many tokens a key stands for.
         weighted_mean: a mean over tokens behind a merge weighs them by size.
+        restore: what a merged token gets back where every token is needed (dense outputs, a decoder): "change", its own
+            value where it merged plus what its destination changed by since; "copy", its destination's value, as
+            published mergers do.
         grid: stage index (0-based) -> `GridPrune`, for CNNs; goes with neither keep nor merge.
         gap: what a scan (a state-space model) does where tokens were pruned. "compact" scans the kept tokens as one
             sequence. "decay": where k tokens are gone between a kept token and the kept one that the scan comes
@@ -99,6 +103,7 @@ class Schedule:
     merger: Merger = "stream"
     size_bias: bool = True
     weighted_mean: bool = False
+    restore: Restore = "change"
     grid: Mapping[int, GridPrune] = PerBlock()
     gap: Gap = "compact"
     rounding: Rounding = "removed"
@@ -123,6 +128,7 @@ class Schedule:
         _choice("metric", self.metric, get_args(Metric))
         _choice("importance", self.importance, get_args(Importance))
         _choice("merger", self.merger, get_args(Merger))
+        _choice("restore", self.restore, get_args(Restore))
         _choice("gap", self.gap, get_args(Gap))
         _choice("rounding", self.rounding, get_args(Rounding))
         for flag in ("with_skip", "lowest", "size_bias", "weighted_mean"):

@@ -21,6 +21,12 @@ from torch.fx import Interpreter, Node
 from zoo import ZOO
 
 import rs_compile
+from passes.network.branches import find_blocks
+from passes.network.prunable import protected_tokens
+from passes.pipeline import prepare
+from passes.sites.insert_merge import InsertMerge
+from passes.sites.matching import most
+from passes.sites.site import SITE
 
 TOLERANCE = 2e-4  # outputs are of order 1 to 10 and every block multiplies rounding errors
 APART = 0.02  # what merging must change at least: 100 times the tolerance
@@ -53,6 +59,7 @@ def optimized(model: nn.Module, how: Merging, **options: Any) -> nn.Module:
         merger=how.merger,
         size_bias=how.size_bias,
         weighted_mean=how.weighted_mean,
+        restore=how.restore,
     )
     return rs_compile.optimize(model, schedule, **{"backend": "eager", **options})
 
@@ -173,6 +180,7 @@ def mergings(draw: st.DrawFn, config: Config, prune: bool = True) -> Merging:
         importance=importance,
         size_bias=draw(st.booleans()),
         weighted_mean=draw(st.booleans()),
+        restore=draw(st.sampled_from(("change", "copy"))),
         prefix=config.prefix,
     )
 
@@ -217,6 +225,24 @@ def test_nothing_merged_is_bit_equal(config: Config, merger: merge_oracle.Merger
     assert torch.equal(optimized(model, how)(images), model(images)), f"{config}"
 
 
+@hypothesis.given(config=unfolded(), merger=st.sampled_from(("stream", "tome", "vid-tldr")), data=st.data())
+@hypothesis.settings(max_examples=6)
+@torch.no_grad()
+def test_a_merge_alone_is_bit_equal(config: Config, merger: merge_oracle.Merger, data: st.DataObject) -> None:
+    """The graph with matching and merging in it, before the rest of the network runs on what is left."""
+    hypothesis.assume(config.parallel == "none" or merger == "stream")
+    model = GeneratedViT(config)
+    images = model.images(2)
+    gm = prepare(model, (images,), {}, lower=True).gm
+    wanted = gm(images)[0]
+    block = data.draw(st.sampled_from(find_blocks(gm)))
+    guard = protected_tokens(gm, block, None)
+    r = data.draw(st.integers(1, most(config.tokens, guard.prefix, guard.suffix, len(guard.extra))))
+    gm = InsertMerge(block, r, guard, merger).apply(gm).gm
+    assert torch.equal(gm(images)[0], wanted), f"{config}"
+    assert (gm.meta[SITE].short.meta["val"].shape[1]) == config.tokens - r
+
+
 @hypothesis.given(data=st.data(), config=unfolded())
 @hypothesis.settings(max_examples=2)
 @torch.no_grad()
@@ -234,10 +260,12 @@ def test_a_sample_does_not_depend_on_its_batch_and_two_runs_are_bit_equal(data: 
 
 
 @torch.no_grad()
-def test_tokens_merged_in_the_last_block_leave_with_their_destinations_value() -> None:
+@pytest.mark.parametrize("restore", ["change", "copy"])
+def test_tokens_merged_in_the_last_block_come_back(restore: Any) -> None:
+    """As they were, or with their destination's value."""
     model = GeneratedViT(PLAIN)
     images = model.images(2)
-    for how in (Merging({2: 6}, prefix=1), Merging({1: 6, 2: 4}, prefix=1)):
+    for how in (Merging({2: 6}, prefix=1, restore=restore), Merging({1: 6, 2: 4}, prefix=1, restore=restore)):
         wanted = by_hand(model, images, how)
         oracle.assert_close(optimized(model, how)(images), wanted.outputs, TOLERANCE, f"{how}")
 

@@ -20,7 +20,7 @@ from passes.network.protected import Protected
 from passes.sites import matching
 from passes.sites.importance import Scoring, by_sample
 from passes.sites.select import protected_mask
-from passes.sites.site import SITE, Site, put_back
+from passes.sites.site import SITE, Restore, Site, put_merged_back
 
 Merger = Literal["stream", "tome", "vid-tldr"]
 
@@ -44,7 +44,7 @@ def merge_point(block: Block, merger: Merger, scoring: Scoring) -> Node:
 
 @dataclass(frozen=True)
 class InsertMerge(Pass):
-    """Puts matching and merging into a block; by itself every token then has its destination's value.
+    """Puts matching and merging into a block. By itself it changes no result, unless `restore` is "copy".
 
     Args:
         block: in which; its nodes must be in the graph.
@@ -53,6 +53,7 @@ class InsertMerge(Pass):
         merger: "stream" compares the residual stream after the block, "vid-tldr" the stream where it merges, weighing
             sources by `scoring`, "tome" the keys of the block's attention.
         scoring: vid-TLDR's importance.
+        restore: see `Site`.
         earlier: index nodes of the sites that this sequence already went through.
         sizes: how many of the model's tokens each stands for, [B, N], once some merged.
         size_bias, weighted_mean: see `Site`.
@@ -63,6 +64,7 @@ class InsertMerge(Pass):
     protected: Protected
     merger: Merger = "stream"
     scoring: Scoring = Scoring()
+    restore: Restore = "change"
     earlier: tuple[Node, ...] = ()
     sizes: Node | None = None
     size_bias: bool = True
@@ -99,7 +101,7 @@ class InsertMerge(Pass):
             scores = self.scoring.insert(gm, self.block, stream, layout, p.prefix) if weighs else None
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
-            full = put_back(graph, layout, stream, short, index, place)
+            full = put_merged_back(graph, layout, stream, short, short, place, self.restore)
         sizes.meta[ALIVE] = True
         for user in users:
             user.replace_input_with(stream, full)
@@ -113,6 +115,7 @@ class InsertMerge(Pass):
             batch,
             left,
             place,
+            self.restore,
             sizes,
             self.size_bias,
             self.weighted_mean,
