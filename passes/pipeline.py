@@ -24,7 +24,7 @@ from passes.graph.cost import Cost, count
 from passes.graph.layout import sequence_in
 from passes.graph.splice import REPLACED, stand_ins
 from passes.graph.verify import no_stale_shapes, not_put_back
-from passes.network.branches import Block, Branch, blocks_of, find_branches
+from passes.network.branches import Block, Branch, block_before, blocks_of, find_branches
 from passes.network.no_block import no_block
 from passes.network.padding import masking
 from passes.network.protected import Protected
@@ -36,6 +36,7 @@ from passes.sites.full_length import WriteFullLength
 from passes.sites.importance import Scoring
 from passes.sites.insert import InsertSelection
 from passes.sites.insert_merge import InsertMerge, Merger, merge_point
+from passes.sites.insert_ward import InsertWard
 from passes.sites.matching import most
 from passes.sites.restore import AppendKept, RestoreTokens
 from passes.sites.retarget import Gap, RetargetTokens
@@ -197,21 +198,28 @@ def prune(
     padded = {i for i, guard in guarded.items() if masking(gm, blocks[i], guard.prefix, guard.suffix) is not None}
     streams, layers = [b.add for b in branches], [b.add for b in branches if b.whole]
     own = {p.block: same_stream(branches, blocks[p.block].output) for p in steps}
+    lead = {p.block: block_before(blocks, blocks[p.block]) for p in steps}
+    places = {p.block: _place(p, blocks[p.block]) for p in steps}
     now: dict[Node, Node] = {}
     back: dict[Node, Node] = {}  # residual sums at which tokens came back, with all of them
     why: dict[Node, Needed] = {}  # the same sums
     sites: dict[int, Site] = {}  # by block
+    entries: dict[Node, Node] = {}  # of blocks that tokens merge in front of the attention of, before they do
     selections: dict[int, tuple[Node, ...]] = {}
     for p in sorted(steps, key=lambda p: p.block):
-        block = _moved(blocks[p.block], now, back)
+        block, at = _moved(blocks[p.block], now, back), places[p.block]
         step = _step(gm, p, block, guarded[p.block], p.block in padded)
         if step is None:
             continue
-        at = merge_point(blocks[p.block], p.merger, p.scoring) if isinstance(p, Merge) else blocks[p.block].output
         if at in why:
             raise why[at].at_once()
         # not by the start of the residual sums: a norm behind each sum starts new ones
-        last = next((i for i in reversed(sites) if sites[i].carries(block.output)), None)
+        last = next((i for i in reversed(sites) if sites[i].carries(_place(p, block))), None)
+        if isinstance(step, InsertWard):
+            entries[blocks[p.block].entry] = block.entry
+            if (b := lead[p.block]) is not None:
+                since = sites.get(b.index) if places.get(b.index) is b.output else None
+                step = replace(step, before=_moved(b, now, back), since=since)
         earlier = () if last is None else selections[last]
         result = replace(
             step,
@@ -249,7 +257,7 @@ def prune(
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
     choice = dict(kernels(gm))
-    rows = []
+    rows, whole = [], back | entries
     for b in blocks:
         nodes = {m for n in spans[b.index] for m in stand_ins(gm, now.get(n, n))}
         op = b.attention_op()
@@ -257,8 +265,7 @@ def prune(
             BlockReport(
                 b,
                 b.where,
-                lengths[b.index] and _tokens(back.get(b.entry) or now.get(b.entry, b.entry)),
-                lengths[b.index] and _tokens(back.get(b.output) or now.get(b.output, b.output)),
+                *(lengths[b.index] and _tokens(whole.get(n) or now.get(n, n)) for n in (b.entry, b.output)),
                 before[b.index],
                 cost.between(nodes).macs,
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,
@@ -291,9 +298,9 @@ def block_kernels(gm: GraphModule) -> tuple[list[Block], list[Branch], dict[int,
 
 def _step(
     gm: GraphModule, p: Prune | Merge, block: Block, guard: Protected, padded: bool
-) -> InsertSelection | InsertMerge | None:
+) -> InsertSelection | InsertMerge | InsertWard | None:
     """The pass that does a step, or None where there is nothing to do."""
-    length = _tokens(block.output)
+    length = _tokens(_place(p, block))
     if length is None:
         stream_layout(block.output)
         raise Refusal("the residual stream has no token dimension", block.output)
@@ -321,7 +328,16 @@ def _step(
             block.attention_op() or block.output,
             "prune: Schedule(keep=...) lets padding leave first; or call the model without its mask",
         )
-    return InsertMerge(block, gone, guard, p.merger, p.scoring, p.restore) if gone else None
+    if not gone:
+        return None
+    if p.merger == "ward":
+        return InsertWard(block, gone, guard, restore=p.restore)
+    return InsertMerge(block, gone, guard, p.merger, p.scoring, p.restore)
+
+
+def _place(p: Prune | Merge, block: Block) -> Node:
+    """The stream value that tokens leave."""
+    return merge_point(block, p.merger, p.scoring) if isinstance(p, Merge) else block.output
 
 
 def _kernel(gm: GraphModule, op: Node, choice: Mapping[Node, KernelChoice]) -> KernelChoice | None:

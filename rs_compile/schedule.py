@@ -16,7 +16,7 @@ from passes.sites.site import Restore
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
 
-Merger = Literal["stream", "tome", "vid-tldr"]
+Merger = Literal["stream", "tome", "vid-tldr", "ward"]
 Rounding = Literal["removed", "kept"]
 
 _BLOCK_TEXT = re.compile(r"0|[1-9][0-9]*")
@@ -71,7 +71,9 @@ class Schedule:
         merge: block index -> how many tokens merge away there: a count r, or a share of the tokens below 1.
         merger: which tokens merge, where: "tome" by their keys, between attention and MLP; "vid-tldr" by the
             stream, weighted by importance, there too (after the MLP with the MLP's shift); "stream" by the
-            residual stream after the complete block.
+            residual stream after the complete block; "ward" at the inputs of attention, queries, keys, values and the
+            stream around it together, where that adds least to the variance of keys and values (Ward, 1963), times
+            the root of the shift (MLP, L2) that the block before gave them.
         size_bias: attention behind a merge adds the log of how many tokens a key stands for.
         weighted_mean: a mean over tokens behind a merge weighs them by size.
         restore: what a merged token gets back where every token is needed (dense outputs, a decoder): "change", its own

@@ -194,6 +194,11 @@ def blocks_of(branches: Sequence[Branch]) -> list[Block]:
     return blocks
 
 
+def block_before(blocks: Sequence[Block], block: Block) -> Block | None:
+    """The block whose output is this one's entry, norms and added constants between them aside."""
+    return next((b for b in reversed(blocks[: block.index]) if _reaches(b.output, block.entry)), None)
+
+
 def positions(gm: GraphModule) -> dict[Node, int]:
     """The bit of each node in the sets of `ancestors`."""
     return {node: i + 1 for i, node in enumerate(gm.graph.nodes)}

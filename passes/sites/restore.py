@@ -48,7 +48,7 @@ class RestoreTokens(Pass):
         assert site.axis is not None
         if site.stream_is_full:
             site.restored[site.full] = site.stream
-        site.restored |= {source: source for source in site.axis.sources}  # gathered from what has every token
+        site.restored |= {n: n for n in (*site.axis.sources, *site.beside)}  # these have every token
         count = 0
         for consumer in site.axis.dense:
             if consumer.op == "output" and self.compact_outputs:

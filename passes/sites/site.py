@@ -27,6 +27,8 @@ class Site:
         index: their positions in `stream`, [B, K]; a merged token has the place of its destination.
         layout: of `stream`.
         left: tokens left of the prunable stretch.
+        beside: values that lose the same tokens, as the rest of the network reads them, with their layouts and with what is
+            left of each: the inputs of an attention that merging happens at.
         place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
         restore: what a merged token gets back: "change", its own value in `stream` plus its destination's change since,
             or "copy", its destination's value.
@@ -45,6 +47,7 @@ class Site:
     layout: Layout
     batch: Batch
     left: int
+    beside: dict[Node, tuple[Layout, Node]] = field(default_factory=dict)
     place: Node | None = None
     restore: Restore = "change"
     sizes: Node | None = None

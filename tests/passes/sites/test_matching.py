@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from passes.sites import matching
-from passes.sites.matching import Matched, Order, match, merge, most, saliency
+from passes.sites.matching import Matched, Order, cosine, most, saliency
 
 FREE = torch.zeros(1, dtype=torch.bool)
+
+
+def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int, order: Order) -> Matched:
+    return matching.match(cosine(features), protected, r, prefix, suffix, order)
+
+
+def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    (short,), sizes = matching.merge([x], sizes, matched, weights)
+    return short, sizes
 
 
 def guard(count: int, *protected: int) -> Tensor:
