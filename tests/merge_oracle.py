@@ -1,4 +1,4 @@
-"""The oracle of merging: ToMe, vid-TLDR, Ward, and matching on the stream by hand, in eager PyTorch, on a model's modules.
+"""The oracle of merging: ToMe, vid-TLDR, Ward, and matching on the stream by hand, in eager PyTorch on its modules.
 
 Written from the papers' rules, token by token in Python loops; it shares no code with the compiler. Matching is in
 double precision, and `Stream.margin` says how far the nearest decision was from going the other way: where that is
@@ -241,7 +241,7 @@ class Stream:
         self._shift_of(kept)
 
     def restored(self) -> Tensor:
-        """[B, N, C]: every merged token as it was, plus what its destination changed by; every pruned one as it left."""
+        """[B, N, C]: every merged token as it was plus its destination's change, every pruned one as it left."""
         return torch.stack(
             [
                 torch.stack(

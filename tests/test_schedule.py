@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passes.graph.base import CompileError
-from rs_compile.errors import ScheduleError
 from passes.sites.site import Restore
+from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import Against, GridPrune, Mode, Order
 from rs_compile.schedule import Importance, Merger, Metric, Operation, Rounding, Schedule, removed
 

@@ -1,4 +1,4 @@
-"""Ward's merging, at the inputs of a block's attention: by what it adds to the variance of keys and values (Ward, 1963)."""
+"""Ward's merging, at the inputs of a block's attention: what adds least to the variance of keys and values."""
 
 from __future__ import annotations
 

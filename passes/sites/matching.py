@@ -59,7 +59,7 @@ def cosine(features: Tensor) -> Tensor:
 
 
 def ward(features: Tensor, sizes: Tensor, weights: Tensor | None) -> Tensor:
-    """The same by Ward's cost, negative: what merging two tokens adds to the squared distances from their means.
+    """The same by Ward's cost (Ward, 1963), negative: what a merge adds to the squared distances from the means.
 
     (n_a n_b / (n_a + n_b)) |f_a - f_b|^2 sqrt(max(w_a, w_b)). Features are compared in float32: in half precision
     squares would overflow, and differences of near tokens vanish.
