@@ -70,7 +70,7 @@ class InsertWard(Pass):
             sizes = torch.ones(values[0].shape[:2], device=x.device) if sizes is None else sizes
             at = original_positions(*earlier) if earlier else None
             guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, at, x.device)
-            near = matching.ward(torch.cat(values[2:], -1), sizes, shift)
+            near = matching.ward(values[2:], sizes, shift)
             matched = matching.match(near, guard, self.r, p.prefix, p.suffix, "sequence")
             short, sizes = matching.merge(values, sizes, matched)
             heads = [s.unflatten(2, t.shape[1::2]).transpose(1, 2) for s, t in zip(short[1:], (q, k, v), strict=True)]

@@ -58,21 +58,20 @@ def cosine(features: Tensor) -> Tensor:
     return (features[:, ::2] @ features[:, 1::2].transpose(1, 2)).float()
 
 
-def ward(features: Tensor, sizes: Tensor, weights: Tensor | None) -> Tensor:
+def ward(features: Sequence[Tensor], sizes: Tensor, weights: Tensor | None) -> Tensor:
     """The same by Ward's cost (Ward, 1963), negative: what a merge adds to the squared distances from the means.
 
     (n_a n_b / (n_a + n_b)) |f_a - f_b|^2 sqrt(max(w_a, w_b)). Features are compared in float32: in half precision
     squares would overflow, and differences of near tokens vanish.
 
     Args:
-        features: f, [B, N, D].
+        features: f, in parts [B, N, D]: no copy joins them.
         sizes: n, [B, N] float32.
         weights: w, [B, N] float32, at least 0, on any scale of a sample's own; None for 1.
     """
-    features = features.detach().to(_wide(features))
-    features = features - features.mean(1, keepdim=True)  # distances stay, and squares are smaller
-    square = features.square().sum(-1)
-    product = features[:, ::2] @ features[:, 1::2].transpose(1, 2)
+    parts = [part.detach().to(_wide(part)) for part in features]
+    square = torch.stack([part.square().sum(-1) for part in parts]).sum(0)
+    product = torch.stack([part[:, ::2] @ part[:, 1::2].transpose(1, 2) for part in parts]).sum(0)
     apart = (square[:, ::2, None] + square[:, None, 1::2] - 2 * product).clamp_min(0).float()
     from_, to = sizes[:, ::2, None], sizes[:, None, 1::2]
     cost = apart * (from_ * to / (from_ + to))
@@ -179,17 +178,22 @@ def merge(
         share = share * weights.gather(1, sources)
     grown, sizes = _grown(sizes, share, weights, matched)
 
-    def rows(index: Tensor) -> Tensor:
-        return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    def rows(index: Tensor, like: Tensor) -> Tensor:
+        return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
 
-    x = values[0] if len(values) == 1 else torch.cat([v.to(_wide(v)) for v in values], -1)
-    wide = _wide(x)
-    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(destinations)).to(wide)
-    share = (share / grown.gather(1, destinations)).to(wide).unsqueeze(-1)
-    # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
-    merged = x.to(wide).scatter_add(1, rows(destinations), apart * share)
-    merged = merged.gather(1, rows(matched.left))
-    parts = merged.split([v.shape[-1] for v in values], -1) if len(values) > 1 else [merged]
+    def taken(index: Tensor) -> Tensor:
+        return torch.cat([v.gather(1, rows(index, v)).to(_wide(v)) for v in values], -1)
+
+    apart = taken(sources) - taken(destinations)
+    added = apart * (share / grown.gather(1, destinations)).to(apart.dtype).unsqueeze(-1)
+    if len(values) == 1:
+        # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
+        (x,) = values
+        merged = x.to(added.dtype).scatter_add(1, rows(destinations, added), added)
+        merged = merged.gather(1, rows(matched.left, merged))
+    else:  # what reads them gathers nothing
+        merged = taken(matched.left).scatter_add(1, rows(matched.new.gather(1, destinations), added), added)
+    parts = merged.split([v.shape[-1] for v in values], -1)
     return [part.to(v.dtype) for part, v in zip(parts, values, strict=True)], sizes
 
 

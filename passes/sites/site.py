@@ -27,7 +27,7 @@ class Site:
         index: their positions in `stream`, [B, K]; a merged token has the place of its destination.
         layout: of `stream`.
         left: tokens left of the prunable stretch.
-        beside: the inputs of an attention that tokens merge at, as it reads them, each with its layout and what is left.
+        beside: the inputs of an attention that tokens merge at, as it reads them, with their layouts and what is left.
         place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
         restore: what a merged token gets back: "change", its own value in `stream` plus its destination's change since,
             or "copy", its destination's value.
