@@ -7,6 +7,7 @@ source has an edge to its nearest destination, and the r strongest edges merge. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,8 +71,8 @@ def ward(features: Sequence[Tensor], sizes: Tensor, weights: Tensor | None) -> T
         weights: w, [B, N] float32, at least 0, on any scale of a sample's own; None for 1.
     """
     parts = [part.detach().to(_wide(part)) for part in features]
-    square = torch.stack([part.square().sum(-1) for part in parts]).sum(0)
-    product = torch.stack([part[:, ::2] @ part[:, 1::2].transpose(1, 2) for part in parts]).sum(0)
+    square = reduce(torch.add, [part.square().sum(-1) for part in parts])
+    product = reduce(torch.add, [part[:, ::2] @ part[:, 1::2].transpose(1, 2) for part in parts])
     apart = (square[:, ::2, None] + square[:, None, 1::2] - 2 * product).clamp_min(0).float()
     from_, to = sizes[:, ::2, None], sizes[:, None, 1::2]
     cost = apart * (from_ * to / (from_ + to))
