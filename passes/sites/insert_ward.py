@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes.attention.attention_kernel import AUTOCAST
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import analyse, stream_layout
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
@@ -61,6 +62,7 @@ class InsertWard(Pass):
         op = self._attention(stream, layout)
         inputs: list[Node] = [arguments(op)[name] for name in ("query", "key", "value")]
         layouts = self._layouts(gm, stream, inputs, layout, batch)
+        autocast = bool(gm.meta.get(AUTOCAST))
         users = [n for n in stream.users if op < n and n not in self.block.attention.nodes]
 
         def merged(
@@ -70,7 +72,7 @@ class InsertWard(Pass):
             sizes = torch.ones(values[0].shape[:2], device=x.device) if sizes is None else sizes
             at = original_positions(*earlier) if earlier else None
             guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, at, x.device)
-            near = matching.ward(values[2:], sizes, shift)
+            near = matching.ward(values[2:], sizes, shift, autocast)
             matched = matching.match(near, guard, self.r, p.prefix, p.suffix, "sequence")
             short, sizes = matching.merge(values, sizes, matched)
             heads = [s.unflatten(2, t.shape[1::2]).transpose(1, 2) for s, t in zip(short[1:], (q, k, v), strict=True)]

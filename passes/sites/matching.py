@@ -59,7 +59,7 @@ def cosine(features: Tensor) -> Tensor:
     return (features[:, ::2] @ features[:, 1::2].transpose(1, 2)).float()
 
 
-def ward(features: Sequence[Tensor], sizes: Tensor, weights: Tensor | None) -> Tensor:
+def ward(features: Sequence[Tensor], sizes: Tensor, weights: Tensor | None, autocast: bool = False) -> Tensor:
     """The same by Ward's cost (Ward, 1963), negative: what a merge adds to the squared distances from the means.
 
     (n_a n_b / (n_a + n_b)) |f_a - f_b|^2 sqrt(max(w_a, w_b)). Features are compared in float32: in half precision
@@ -69,13 +69,16 @@ def ward(features: Sequence[Tensor], sizes: Tensor, weights: Tensor | None) -> T
         features: f, in parts [B, N, D]: no copy joins them.
         sizes: n, [B, N] float32.
         weights: w, [B, N] float32, at least 0, on any scale of a sample's own; None for 1.
+        autocast: products may run in half precision all the same, so that they must be small.
     """
+    count = sum(part.shape[-1] for part in features) if autocast else 1
     parts = [part.detach().to(_wide(part)) for part in features]
+    parts = [part * count**-0.5 for part in parts] if autocast else parts
     square = reduce(torch.add, [part.square().sum(-1) for part in parts])
     product = reduce(torch.add, [part[:, ::2] @ part[:, 1::2].transpose(1, 2) for part in parts])
     apart = (square[:, ::2, None] + square[:, None, 1::2] - 2 * product).clamp_min(0).float()
     from_, to = sizes[:, ::2, None], sizes[:, None, 1::2]
-    cost = apart * (from_ * to / (from_ + to))
+    cost = apart * (count * from_ * to / (from_ + to))
     if weights is not None:
         weights = weights.detach().sqrt()
         cost = cost * torch.maximum(weights[:, ::2, None], weights[:, None, 1::2])

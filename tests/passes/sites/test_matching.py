@@ -284,6 +284,16 @@ def test_wards_cost_in_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(cost, wanted.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wards_cost_under_autocast(dtype: torch.dtype) -> None:
+    """Which rounds what goes into products, whatever their dtype."""
+    features = 50 * torch.randn(1, 8, 512)
+    wanted = matching.ward([features], torch.ones(1, 8), None)
+    with torch.autocast("cpu", dtype):
+        got = matching.ward([features], torch.ones(1, 8), None, autocast=True)
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("compares", [False, True])
 def test_several_values_merge_as_each_alone(compares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "_compares", lambda _: compares)
