@@ -19,6 +19,7 @@ from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS, Network
 from rs_compile import Schedule, optimize, plan
 from rs_compile.arguments import positive
+from rs_compile.schedule import Merger
 from rs_compile.state import StateReader
 from rs_compile.timing import Call, Spread, compiled, interleaved
 
@@ -81,7 +82,9 @@ def state_seconds(network: Network, setting: Setting) -> Row:
     }
 
 
-def merging_share(network: Network, merge: Mapping[int, int], batch: int, setting: Setting) -> Row:
+def merging_share(
+    network: Network, merge: Mapping[int, int], batch: int, setting: Setting, merger: Merger = "stream"
+) -> Row:
     """What matching and merging cost, as a share of the dense model's time: merged, less the same counts cut at random.
 
     Random selection scores and sorts as well, which is left in: it is small.
@@ -91,7 +94,7 @@ def merging_share(network: Network, merge: Mapping[int, int], batch: int, settin
     for block, r in merge.items():
         keep[block] = round((tokens - r - 0.5) / tokens, 9)  # int() takes the half token off again
         tokens -= r
-    schedules = {"merged": Schedule(merge=merge), "cut": Schedule(keep, importance="random")}
+    schedules = {"merged": Schedule(merge=merge, merger=merger), "cut": Schedule(keep, importance="random")}
     forwards: dict[str, Callable[..., Any]] = {
         "dense": compiled(model, setting.backend),
         **{name: optimize(model, s, backend=setting.backend, progress=say) for name, s in schedules.items()},
@@ -106,10 +109,10 @@ def merging_share(network: Network, merge: Mapping[int, int], batch: int, settin
     }
 
 
-def merging_deit(setting: Setting) -> Row:
+def merging_deit(setting: Setting, merger: Merger = "stream") -> Row:
     """ToMe's r = 13 in every block; the stand-in has 7 blocks and 17 tokens."""
     merge = dict.fromkeys(range(7), 1) if setting.quick else dict.fromkeys(range(12), 13)
-    return merging_share(NETWORKS["DeiT-S"], merge, 2 if setting.quick else 16, setting)
+    return merging_share(NETWORKS["DeiT-S"], merge, 2 if setting.quick else 16, setting, merger)
 
 
 def merging_umt(setting: Setting) -> Row:
@@ -120,6 +123,10 @@ def merging_umt(setting: Setting) -> Row:
 
 ROWS: dict[str, tuple[str, Callable[[Setting], Row]]] = {
     "merge-deit-s": ("matching and merging, DeiT-S, r = 13 a block, batch 16, share of the dense time", merging_deit),
+    "ward-deit-s": (
+        "the same by Ward's cost, at the inputs of attention",
+        lambda setting: merging_deit(setting, "ward"),
+    ),
     "merge-umt-b": ("matching and merging, UMT-B, counts of MSRVTT, share of the dense time", merging_umt),
     "state": (
         "a handle's look at its model at every call, DeiT-S, ms; cold caches in the last column",

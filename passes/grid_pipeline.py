@@ -12,8 +12,8 @@ from passes.graph.base import CompileError, Refusal, finish
 from passes.graph.cost import count
 from passes.graph.verify import no_stale_shapes
 from passes.network.stages import Stage, StageReport, find_stages
-from passes.pipeline import Compiled
 from passes.sites.grid_cut import Against, CutGrid, Mode
+from passes.sites.outcome import Compiled
 from passes.sites.score import Metric
 
 

@@ -16,7 +16,8 @@ from passes.grid_pipeline import cuttable
 from passes.network.branches import Block, module_path
 from passes.network.prunable import prunable
 from passes.network.stages import find_stages
-from passes.pipeline import block_kernels, prepare
+from passes.pipeline import prepare
+from passes.sites.outcome import block_kernels
 from rs_compile.errors import named
 from rs_compile.optimize import kernel_cells
 from rs_compile.report import Explanation, ExplanationRow, StageExplanation

@@ -15,7 +15,8 @@ from torch import nn
 from passes.attention.attention_kernel import KernelChoice
 from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
 from passes.graph.base import CompileError, PassResult, Skip
-from passes.pipeline import Compiled, Progress, cleaned
+from passes.pipeline import Progress, cleaned
+from passes.sites.outcome import Compiled
 from passes.sites.select import MANY
 from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
 from rs_compile.entry import Entry, check_methods, public_method, watched

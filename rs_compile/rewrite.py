@@ -7,8 +7,10 @@ from functools import partial
 from torch.fx import GraphModule
 
 from passes.grid_pipeline import GridCut, cut_stages
-from passes.pipeline import Behind, Compiled, Merge, Prune, prune
+from passes.pipeline import prune
 from passes.sites.importance import Scoring
+from passes.sites.outcome import Compiled
+from passes.sites.steps import Behind, Merge, Prune
 from rs_compile.errors import ScheduleError
 from rs_compile.schedule import Schedule
 
@@ -46,7 +48,8 @@ def merging_text(schedule: Schedule, size_bias: str) -> str:
         return ""
     bias = f"size bias in attention as a {size_bias}" if size_bias else "no size bias in attention"
     mean = "weighted by size" if schedule.weighted_mean else "unweighted"
-    return f"merging: {schedule.merger}, {bias}, means over tokens {mean}"
+    copied = ", restored as copies of their destinations" if schedule.restore == "copy" else ""
+    return f"merging: {schedule.merger}, {bias}, means over tokens {mean}{copied}"
 
 
 def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
@@ -54,7 +57,7 @@ def _steps(schedule: Schedule, force: bool) -> list[Prune | Merge]:
     # in a block merges come first: they can lie between attention and MLP
     return [
         *(
-            Merge(block, partial(schedule.merged, r=r), schedule.merger, scoring, schedule.protected)
+            Merge(block, partial(schedule.merged, r=r), schedule.merger, scoring, schedule.protected, schedule.restore)
             for block, r in schedule.merge.items()
         ),
         *(

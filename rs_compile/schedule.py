@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 
 from passes.sites.retarget import Gap
 from passes.sites.score import Importance, Metric, Operation
+from passes.sites.site import Restore
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import GridPrune
 
-Merger = Literal["stream", "tome", "vid-tldr"]
+Merger = Literal["stream", "tome", "vid-tldr", "ward"]
 Rounding = Literal["removed", "kept"]
 
 _BLOCK_TEXT = re.compile(r"0|[1-9][0-9]*")
@@ -71,9 +72,14 @@ class Schedule:
         merge: block index -> how many tokens merge away there: a count r, or a share of the tokens below 1.
         merger: which tokens merge, where: "tome" by their keys, between attention and MLP; "vid-tldr" by the
             stream, weighted by importance, there too (after the MLP with the MLP's shift); "stream" by the
-            residual stream after the complete block.
+            residual stream after the complete block; "ward" at the inputs of attention, queries, keys, values and the
+            stream around it together, where that adds least to the variance of keys and values (Ward, 1963), times
+            the root of the shift (MLP, L2) that the block before gave them.
         size_bias: attention behind a merge adds the log of how many tokens a key stands for.
         weighted_mean: a mean over tokens behind a merge weighs them by size.
+        restore: what a merged token gets back where every token is needed (dense outputs, a decoder): "change", its own
+            value where it merged plus what its destination changed by since; "copy", its destination's value, as
+            published mergers do.
         grid: stage index (0-based) -> `GridPrune`, for CNNs; goes with neither keep nor merge.
         gap: what a scan (a state-space model) does where tokens were pruned. "compact" scans the kept tokens as one
             sequence. "decay": where k tokens are gone between a kept token and the kept one that the scan comes
@@ -100,6 +106,7 @@ class Schedule:
     merger: Merger = "stream"
     size_bias: bool = True
     weighted_mean: bool = False
+    restore: Restore = "change"
     grid: Mapping[int, GridPrune] = PerBlock()
     gap: Gap = "compact"
     rounding: Rounding = "removed"
@@ -124,6 +131,7 @@ class Schedule:
         _choice("metric", self.metric, get_args(Metric))
         _choice("importance", self.importance, get_args(Importance))
         _choice("merger", self.merger, get_args(Merger))
+        _choice("restore", self.restore, get_args(Restore))
         _choice("gap", self.gap, get_args(Gap))
         _choice("rounding", self.rounding, get_args(Rounding))
         for flag in ("with_skip", "lowest", "size_bias", "weighted_mean"):

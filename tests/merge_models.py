@@ -35,7 +35,7 @@ def timm_vit(model: Any) -> Parts:
             return {"output": model.head(model.fc_norm((y + pool.mlp(pool.norm(y)))[:, 0]))}
         if model.global_pool == "avg":
             return {"output": model.head(model.fc_norm(stream.mean(x, how, model.num_prefix_tokens)))}
-        return {"output": model.forward_head(model.norm(stream.restored()) if model.global_pool == "" else x)}
+        return {"output": model.forward_head(model.norm(stream.whole) if model.global_pool == "" else x)}
 
     return Parts(
         lambda images: model.norm_pre(model._pos_embed(model.patch_embed(images))),
@@ -62,7 +62,7 @@ def hf_vit(model: Any) -> Parts:
         lambda layer, y: layer.attention.o_proj(y),
         lambda layer, x: layer.mlp(layer.layernorm_after(x)),
         lambda stream, how: {
-            "last_hidden_state": model.layernorm(stream.restored()),
+            "last_hidden_state": model.layernorm(stream.whole),
             "pooler_output": model.pooler(model.layernorm(stream.tokens)),
         },
     )
@@ -110,7 +110,7 @@ def generated(model: GeneratedViT) -> Parts:
 
     def outputs(stream: Stream, how: Merging) -> dict[str, Tensor]:
         if config.output == "tokens":
-            return {"output": model.head(model.norm(stream.restored()))}
+            return {"output": model.head(model.norm(stream.whole))}
         x = model.norm(stream.tokens)
         if config.output == "class":
             return {"output": model.head(x[:, 0])}

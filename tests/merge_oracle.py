@@ -1,4 +1,4 @@
-"""The oracle of merging: ToMe, vid-TLDR and matching on the stream by hand, in eager PyTorch, on a model's modules.
+"""The oracle of merging: ToMe, vid-TLDR, Ward, and matching on the stream by hand, in eager PyTorch on its modules.
 
 Written from the papers' rules, token by token in Python loops; it shares no code with the compiler. Matching is in
 double precision, and `Stream.margin` says how far the nearest decision was from going the other way: where that is
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import oracle
 import torch
 from torch import Tensor
 
-Merger = Literal["stream", "tome", "vid-tldr"]
+Merger = Literal["stream", "tome", "vid-tldr", "ward"]
 Importance = Literal["shift", "attention-entropy", "class-attention", "mean-attention"]
 QKV = tuple[Tensor, Tensor, Tensor, Tensor | None]  # [B, H, n, d] each, and what is added to the logits
 
@@ -41,12 +41,18 @@ class Merging:
     importance: Importance = "shift"
     size_bias: bool = True
     weighted_mean: bool = False
+    restore: Literal["change", "copy"] = "change"
     prefix: int = 0
     extra: tuple[int, ...] = ()
 
     @property
+    def between(self) -> bool:
+        """Whether tokens merge between attention and MLP."""
+        return self.merger != "ward" and not self.after_block
+
+    @property
     def after_block(self) -> bool:
-        """Whether tokens merge after the MLP; else between attention and MLP."""
+        """Whether tokens merge after the MLP."""
         shift_known_late = self.importance == "shift" and self.operation != "attention"
         return self.merger == "stream" or (self.merger == "vid-tldr" and shift_known_late)
 
@@ -64,7 +70,28 @@ def match(features: Tensor, guarded: set[int], r: int, merger: Merger, prefix: i
     """Bipartite matching of one sample's features [n, D]: even positions against odd ones, by cosine."""
     unit = features.detach().double()
     unit = unit / unit.norm(dim=-1, keepdim=True)
-    cosine = (unit @ unit.T).tolist()
+    return match_by(unit @ unit.T, guarded, r, merger, prefix)
+
+
+def match_ward(features: Tensor, sizes: Tensor, shift: Tensor | None, guarded: set[int], r: int) -> Pairs:
+    """The r cheapest edges of one sample, features [n, D], sizes and shift [n], by Ward's cost times sqrt(shift).
+
+    The margin is in shares of the dearest edge that merges.
+    """
+    f, s = features.detach().double(), sizes.double()
+    free = [t for t in range(len(f)) if t not in guarded]
+    w = torch.ones_like(s) if shift is None else shift.detach().double() / shift.detach().double()[free].mean()
+    cost = torch.zeros(len(f), len(f), dtype=torch.double)
+    for a in free:
+        apart = (f - f[a]).square().sum(-1)
+        cost[a] = s[a] * s / (s[a] + s) * apart * torch.maximum(w[a], w).sqrt()
+    scale = cost[free][:, free].mean()
+    return match_by(-cost / scale, guarded, r, "ward", 0)
+
+
+def match_by(near: Tensor, guarded: set[int], r: int, merger: Merger, prefix: int) -> Pairs:
+    """Bipartite matching by how near each token is to each, [n, n]."""
+    cosine = near.tolist()
     n = len(cosine)
     margin = math.inf
     edges: list[tuple[float, int, int, float]] = []  # strength, source, destination, lead over the second best
@@ -81,7 +108,7 @@ def match(features: Tensor, guarded: set[int], r: int, merger: Merger, prefix: i
         margin = min(margin, edges[r - 1][0] - edges[r][0])
     pairs = [(a, b) for _, a, b, _ in edges[:r]]
     sources = {a for a, _ in pairs}
-    if merger == "stream":
+    if merger in ("stream", "ward"):
         return Pairs(pairs, [t for t in range(n) if t not in sources], margin)
     if merger == "tome" and prefix == 0:  # not sorted without a class token: the strongest of the unmerged first
         evens = [a for _, a, _, _ in edges[r:]]
@@ -123,38 +150,71 @@ class Stream:
         self.margin = math.inf
         # for each original token the position of the token that stands for it, or the value with which that left
         self.stands: list[list[int | Tensor]] = [list(range(n)) for _ in range(batch)]
+        # and what each was apart from it when it merged
+        self.apart: list[list[Tensor | float]] = [[0.0] * n for _ in range(batch)]
+        self.whole = tokens  # at the end: all tokens, restored
+        self.shift: Tensor | None = None  # the last block's, of its MLP, [B, n]
 
     def guarded(self, sample: int, how: Merging) -> set[int]:
         at = self.index[sample].tolist()
         return {t for t, original in enumerate(at) if original < how.prefix or original in how.extra}
 
-    def merge(self, how: Merging, r: int, features: Tensor, scores: Tensor | None) -> None:
-        """features [B, n, D]; scores [B, n] where sources are weighted (vid-TLDR)."""
-        rows, sizes, index = [], [], []
+    def merge(
+        self,
+        how: Merging,
+        r: int,
+        features: Tensor,
+        scores: Tensor | None,
+        beside: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """features [B, n, D]; scores [B, n] where sources are weighted (vid-TLDR).
+
+        Args:
+            beside: values [B, n, ...] that merge as the tokens do; returned, merged.
+        """
+        rows, sizes, index, others, shifts = [], [], [], [], []
         for b in range(len(self.tokens)):
             guarded = self.guarded(b, how)
-            found = match(features[b], guarded, r, how.merger, how.prefix)
+            if how.merger == "ward":
+                shift = None if self.shift is None else self.shift[b]
+                found = match_ward(features[b], self.sizes[b], shift, guarded, r)
+            else:
+                found = match(features[b], guarded, r, how.merger, how.prefix)
             self.margin = min(self.margin, found.margin)
             weight = [1.0] * len(features[b]) if scores is None else saliency(scores[b].tolist(), guarded)
             now, size = [], []
             for t in found.left:
                 total = self.sizes[b, t]
-                value = self.tokens[b, t]
+                values = [x[b, t] for x in (self.tokens, *beside)]
                 sources = [a for a, to in found.merged if to == t]
                 if sources:
                     share = [weight[a] * self.sizes[b, a] for a in sources]
                     total = total + sum(share)
-                    parts = [s * self.tokens[b, a] for s, a in zip(share, sources, strict=True)]
-                    value = (self.sizes[b, t] * value + sum(parts)) / total
-                now.append(value)
+                    for i, x in enumerate((self.tokens, *beside)):
+                        parts = [s * x[b, a] for s, a in zip(share, sources, strict=True)]
+                        values[i] = (self.sizes[b, t] * x[b, t] + sum(parts)) / total
+                now.append(values)
                 size.append(total)
             place = {t: i for i, t in enumerate(found.left)}
             place |= {a: place[to] for a, to in found.merged}
-            self.stands[b] = [place[s] if isinstance(s, int) else s for s in self.stands[b]]
-            rows.append(torch.stack(now))
+            for t, s in enumerate(self.stands[b]):
+                if isinstance(s, int):
+                    self.stands[b][t] = place[s]
+                    if how.restore == "change":
+                        self.apart[b][t] = self.apart[b][t] + self.tokens[b, s] - now[place[s]][0]
+            rows.append(torch.stack([values[0] for values in now]))
+            others.append([torch.stack([values[i + 1] for values in now]) for i in range(len(beside))])
             sizes.append(torch.stack(size))
             index.append(self.index[b, found.left])
+            shifts.append(found.left)
         self.tokens, self.sizes, self.index = torch.stack(rows), torch.stack(sizes), torch.stack(index)
+        self._shift_of(shifts)
+        return [torch.stack(parts) for parts in zip(*others, strict=True)]
+
+    def _shift_of(self, left: list[list[int]]) -> None:
+        """The shift of the tokens left: of merged ones the destination's."""
+        if self.shift is not None:
+            self.shift = torch.stack([shift[at] for shift, at in zip(self.shift, left, strict=True)])
 
     def prune(self, how: Merging, score: Tensor, keep: float) -> None:
         n = self.tokens.shape[1]
@@ -178,12 +238,18 @@ class Stream:
         self.tokens = torch.stack([self.tokens[b, kept[b]] for b in rows])
         self.sizes = torch.stack([self.sizes[b, kept[b]] for b in rows])
         self.index = torch.stack([self.index[b, kept[b]] for b in rows])
+        self._shift_of(kept)
 
     def restored(self) -> Tensor:
-        """[B, N, C]: every source with its destination's value, every pruned token as it left."""
+        """[B, N, C]: every merged token as it was plus its destination's change, every pruned one as it left."""
         return torch.stack(
             [
-                torch.stack([self.tokens[b, s] if isinstance(s, int) else s for s in stands])
+                torch.stack(
+                    [
+                        (self.tokens[b, s] if isinstance(s, int) else s) + apart
+                        for s, apart in zip(stands, self.apart[b], strict=True)
+                    ]
+                )
                 for b, stands in enumerate(self.stands)
             ]
         )
@@ -240,10 +306,18 @@ def run(parts: Parts, images: Tensor, how: Merging) -> Result:
         start = stream.tokens if last is None else parts.end_norm(last, stream.tokens)
         last = layer
         q, k, v, added = parts.qkv(layer, start, stream.index)
+        r = how.merge.get(i, 0)
+        if r and how.merger == "ward":
+            assert not parts.parallel
+            stream.tokens = start
+            rows = [x.transpose(1, 2) for x in (q, k, v)]
+            features = torch.cat([x.flatten(2) for x in rows[1:]], -1)
+            merged = stream.merge(how, r, features, None, rows)
+            start, (q, k, v) = stream.tokens, (x.transpose(1, 2) for x in merged)
+            added = parts.qkv(layer, start, stream.index)[3]
         mixed, map_ = attend(q, k, v, added, stream.sizes if how.size_bias else None)
         attention = parts.out(layer, mixed)
         stream.tokens = start + attention
-        r = how.merge.get(i, 0)
 
         def scores(start=start, attention=attention, map_=map_, middle=None, mlp=None, end=None) -> Tensor:
             if how.importance == "attention-entropy":
@@ -255,7 +329,7 @@ def run(parts: Parts, images: Tensor, how: Merging) -> Result:
             pruning = oracle.Pruning({}, how.operation, how.metric, how.with_skip)
             return oracle.score_of(pruning, start, attention, middle, mlp, end)
 
-        if r and not how.after_block:
+        if r and how.between:
             assert not parts.parallel
             features = stream.tokens if how.merger == "vid-tldr" else k.mean(1)
             stream.merge(how, r, features, scores().detach() if how.merger == "vid-tldr" else None)
@@ -263,6 +337,7 @@ def run(parts: Parts, images: Tensor, how: Merging) -> Result:
         mlp = parts.mlp(layer, middle)
         stream.tokens = start + attention + mlp if parts.parallel else middle + mlp
         late = {"middle": middle, "mlp": mlp, "end": stream.tokens}
+        stream.shift = oracle.distance(mlp, middle, "l2")
         if r and how.after_block:
             weights = scores(**late).detach() if how.merger == "vid-tldr" else None
             stream.merge(how, r, stream.tokens, weights)
@@ -270,5 +345,5 @@ def run(parts: Parts, images: Tensor, how: Merging) -> Result:
             stream.prune(how, scores(**late), how.keep[i])
     end = copy.copy(stream)
     end.tokens = parts.end_norm(last, stream.tokens)
-    end.stands = [[s if isinstance(s, int) else parts.end_norm(last, s) for s in stands] for stands in stream.stands]
+    end.whole = parts.end_norm(last, stream.restored())
     return Result(parts.outputs(end, how), stream)

@@ -63,13 +63,15 @@ def test_gflops_of_the_published_counts(model: str) -> None:
 def test_fidelity(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, plot = tmp_path / "rows.json", tmp_path / "drift.png"
     options = ["--model", "test_vit", "--img-size", "64", "--images", str(pictures), "--counts", "0:4,1:2"]
-    chosen = [str(list(WAYS).index(way) + 1) for way in ("prune: MLP shift", "ToMe", "stream, size bias")]
+    chosen = [
+        str(list(WAYS).index(way) + 1) for way in ("prune: MLP shift", "ToMe", "stream, size bias", "Ward, size bias")
+    ]
     options += ["--ways", ",".join(chosen), "--json", str(file), "--out", str(plot)]
     assert main(["fidelity", *options]) == 0
     first, rows = capsys.readouterr(), rows_of(file)
-    assert [row["method"] for row in rows] == ["prune: MLP shift", "ToMe", "stream, size bias"]
+    assert [row["method"] for row in rows] == ["prune: MLP shift", "ToMe", "stream, size bias", "Ward, size bias"]
     assert all((row["pictures"], row["crops"]) == (1, 3) and -1 <= row["cosine"] < 1 for row in rows)
-    assert len({row["cosine"] for row in rows}) == 3
+    assert len({row["cosine"] for row in rows}) == 4
     assert all(row["gmacs"] < row["gmacs_dense"] for row in rows)
     assert "to the dense model's, 1 pictures, 3 crops of each" in first.out and "3 pictures" not in first.out
     assert "weights: none" in first.out and plot.stat().st_size > 10_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis
 import merge_models
@@ -21,6 +21,13 @@ from torch.fx import Interpreter, Node
 from zoo import ZOO
 
 import rs_compile
+from passes.network.branches import find_blocks
+from passes.network.prunable import protected_tokens
+from passes.pipeline import prepare
+from passes.sites.insert_merge import InsertMerge
+from passes.sites.insert_ward import InsertWard
+from passes.sites.matching import most
+from passes.sites.site import SITE
 
 TOLERANCE = 2e-4  # outputs are of order 1 to 10 and every block multiplies rounding errors
 APART = 0.02  # what merging must change at least: 100 times the tolerance
@@ -33,6 +40,7 @@ SINGLE = [  # (merger, importance, operation)
     ("vid-tldr", "shift", "attention"),
     ("vid-tldr", "shift", "block"),
     ("vid-tldr", "mean-attention", "mlp"),
+    ("ward", "shift", "mlp"),
 ]
 
 
@@ -53,6 +61,7 @@ def optimized(model: nn.Module, how: Merging, **options: Any) -> nn.Module:
         merger=how.merger,
         size_bias=how.size_bias,
         weighted_mean=how.weighted_mean,
+        restore=how.restore,
     )
     return rs_compile.optimize(model, schedule, **{"backend": "eager", **options})
 
@@ -78,7 +87,14 @@ CASES: list[tuple[str, Merging]] = [
     ("vit_all_tokens", Merging({1: 5, 2: 5}, "stream", keep={0: 0.8}, prefix=1)),
     ("hf_vit", Merging({0: 9, 2: 5}, "tome", keep={1: 0.7}, prefix=1)),
     ("hf_videomae_classifier", Merging({0: 16, 1: 8}, "vid-tldr", importance="attention-entropy", weighted_mean=True)),
+    ("hf_vit", Merging({1: 9, 2: 5}, "ward", keep={0: 0.7}, prefix=1)),
     ("deit_tiny", Merging({0: 6, 1: 5, 2: 4}, "tome", prefix=1)),
+    ("deit_tiny", Merging({0: 6, 1: 5, 2: 4}, "ward", prefix=1)),
+    ("dinov2_reg4", Merging({1: 13}, "ward", prefix=5, extra=(20, 31))),
+    ("siglip", Merging({0: 9, 1: 9}, "ward", size_bias=False)),
+    ("vit_average", Merging({0: 9, 2: 5}, "ward", prefix=1, weighted_mean=True)),
+    ("vit_all_tokens", Merging({1: 9, 2: 5}, "ward", keep={0: 0.8}, prefix=1, restore="copy")),
+    ("hf_videomae_classifier", Merging({0: 25, 1: 12}, "ward")),
     ("deit_tiny", Merging({0: 9, 1: 5}, "stream", prefix=1, size_bias=False)),
     ("deit_tiny_distilled", Merging({0: 6, 1: 5}, "tome", prefix=2)),
     ("dinov2_reg4", Merging({0: 13}, "tome", prefix=5, extra=(20, 31))),
@@ -100,7 +116,7 @@ def slow_but(first: int) -> list[Any]:
     return [pytest.param(name, how, marks=mark, id=f"{name}-{how.merger}") for (name, how), mark in pairs]
 
 
-@pytest.mark.parametrize(("name", "how"), slow_but(6))
+@pytest.mark.parametrize(("name", "how"), slow_but(7))
 @torch.no_grad()
 def test_real_models_equal_the_oracle(name: str, how: Merging) -> None:
     check(name, how)
@@ -147,7 +163,7 @@ def unfolded() -> st.SearchStrategy[Config]:
 def mergings(draw: st.DrawFn, config: Config, prune: bool = True) -> Merging:
     """Schedules that merge something in `config`, and perhaps prune in other blocks."""
     singles = [s for s in SINGLE if config.parallel == "none" or s[0] == "stream" or s[1:] == ("shift", "mlp")]
-    singles = [s for s in singles if config.parallel == "none" or s[0] != "tome"]
+    singles = [s for s in singles if config.parallel == "none" or s[0] not in ("tome", "ward")]
     merger, importance, operation = draw(st.sampled_from(singles))
     blind = config.output in ("class", "tokens") and config.depth > 1
     first = draw(st.integers(0, config.depth - 2 if blind else config.depth - 1))
@@ -173,6 +189,7 @@ def mergings(draw: st.DrawFn, config: Config, prune: bool = True) -> Merging:
         importance=importance,
         size_bias=draw(st.booleans()),
         weighted_mean=draw(st.booleans()),
+        restore=draw(st.sampled_from(("change", "copy"))),
         prefix=config.prefix,
     )
 
@@ -206,7 +223,7 @@ def test_generated_models_equal_the_oracle_with_gradients(data: st.DataObject, c
         assert gap <= 1e-3, f"gradient of {name}: max abs difference {gap:.3e} of {scale:.1e}; {config} {how}"
 
 
-@hypothesis.given(config=unfolded(), merger=st.sampled_from(("stream", "tome", "vid-tldr")))
+@hypothesis.given(config=unfolded(), merger=st.sampled_from(get_args(merge_oracle.Merger)))
 @hypothesis.settings(max_examples=4)
 @torch.no_grad()
 def test_nothing_merged_is_bit_equal(config: Config, merger: merge_oracle.Merger) -> None:
@@ -215,6 +232,25 @@ def test_nothing_merged_is_bit_equal(config: Config, merger: merge_oracle.Merger
     how = Merging(dict.fromkeys(range(config.depth), 0), merger)
     images = model.images(3)
     assert torch.equal(optimized(model, how)(images), model(images)), f"{config}"
+
+
+@hypothesis.given(config=unfolded(), merger=st.sampled_from(get_args(merge_oracle.Merger)), data=st.data())
+@hypothesis.settings(max_examples=8)
+@torch.no_grad()
+def test_a_merge_alone_is_bit_equal(config: Config, merger: merge_oracle.Merger, data: st.DataObject) -> None:
+    """The graph with matching and merging in it, before the rest of the network runs on what is left."""
+    hypothesis.assume(config.parallel == "none" or merger == "stream")
+    model = GeneratedViT(config)
+    images = model.images(2)
+    gm = prepare(model, (images,), {}, lower=True).gm
+    wanted = gm(images)[0]
+    block = data.draw(st.sampled_from(find_blocks(gm)))
+    guard = protected_tokens(gm, block, None)
+    r = data.draw(st.integers(1, most(config.tokens, guard.prefix, guard.suffix, len(guard.extra))))
+    put = InsertWard(block, r, guard) if merger == "ward" else InsertMerge(block, r, guard, merger)
+    gm = put.apply(gm).gm
+    assert torch.equal(gm(images)[0], wanted), f"{config}"
+    assert (gm.meta[SITE].short.meta["val"].shape[1]) == config.tokens - r
 
 
 @hypothesis.given(data=st.data(), config=unfolded())
@@ -234,10 +270,12 @@ def test_a_sample_does_not_depend_on_its_batch_and_two_runs_are_bit_equal(data: 
 
 
 @torch.no_grad()
-def test_tokens_merged_in_the_last_block_leave_with_their_destinations_value() -> None:
+@pytest.mark.parametrize("restore", ["change", "copy"])
+def test_tokens_merged_in_the_last_block_come_back(restore: Any) -> None:
+    """As they were, or with their destination's value."""
     model = GeneratedViT(PLAIN)
     images = model.images(2)
-    for how in (Merging({2: 6}, prefix=1), Merging({1: 6, 2: 4}, prefix=1)):
+    for how in (Merging({2: 6}, prefix=1, restore=restore), Merging({1: 6, 2: 4}, prefix=1, restore=restore)):
         wanted = by_hand(model, images, how)
         oracle.assert_close(optimized(model, how)(images), wanted.outputs, TOLERANCE, f"{how}")
 
@@ -271,15 +309,17 @@ def sizes_in(compiled: Any, images: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("merger", "importance", "operation"), SINGLE[:4])
+@pytest.mark.parametrize(("merger", "importance", "operation"), [*SINGLE[:4], SINGLE[-1]])
 @torch.no_grad()
 def test_sizes_carried_through_merges_and_prunes(merger: Any, importance: Any, operation: Any) -> None:
     """ToMe's and the stream's sum to the number of tokens merged so far; all equal the oracle's."""
     model = GeneratedViT(PLAIN)
     images = model.images(2)
-    how = Merging({0: 7, 1: 5}, merger, importance=importance, operation=operation, prefix=1)
+    first = 1 if merger == "ward" else 0  # the first block whose attention reads what merged there
+    merge = {first: 7, first + 1: 5}
+    how = Merging(merge, merger, importance=importance, operation=operation, prefix=1)
     found = sizes_in(optimized(model, how), images)
-    wanted = [by_hand(model, images, replace(how, merge=merge)) for merge in ({0: 7}, {0: 7, 1: 5})]
+    wanted = [by_hand(model, images, replace(how, merge=some)) for some in ({first: 7}, merge)]
     assert min(r.margin for r in wanted) > CLEAR
     assert [s.shape[1] for s in found] == [14, 9]
     for got, by in zip(found, wanted, strict=True):
@@ -291,7 +331,8 @@ def test_sizes_carried_through_merges_and_prunes(merger: Any, importance: Any, o
 
 
 @pytest.mark.parametrize(
-    ("merger", "importance"), [("stream", "shift"), ("tome", "shift"), ("vid-tldr", "attention-entropy")]
+    ("merger", "importance"),
+    [("stream", "shift"), ("tome", "shift"), ("vid-tldr", "attention-entropy"), ("ward", "shift")],
 )
 @torch.no_grad()
 def test_a_sample_of_nan_leaves_its_neighbours_alone(merger: Any, importance: Any) -> None:

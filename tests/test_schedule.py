@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passes.graph.base import CompileError
+from passes.sites.site import Restore
 from rs_compile.errors import ScheduleError
 from rs_compile.grid_prune import Against, GridPrune, Mode, Order
 from rs_compile.schedule import Importance, Merger, Metric, Operation, Rounding, Schedule, removed
@@ -34,6 +35,7 @@ SCHEDULES = st.builds(
     merger=st.sampled_from(get_args(Merger)),
     size_bias=st.booleans(),
     weighted_mean=st.booleans(),
+    restore=st.sampled_from(get_args(Restore)),
     multiple_of=st.integers(1, 64),
 ) | st.builds(
     Schedule,
@@ -143,6 +145,7 @@ def test_json_is_readable() -> None:
         "merger": "stream",
         "size_bias": True,
         "weighted_mean": False,
+        "restore": "change",
         "grid": {},
         "gap": "compact",
         "rounding": "removed",

@@ -58,6 +58,7 @@ MERGE: Ways = {
     ),
     "stream": lambda r, _: Schedule(merge=r, size_bias=False),
     "stream, size bias": lambda r, _: Schedule(merge=r),
+    "Ward, size bias": lambda r, _: Schedule(merge=r, merger="ward"),
 }
 WAYS: Ways = {**PRUNE, **MERGE}
 PHOTOGRAPHS = (

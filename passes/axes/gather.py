@@ -179,6 +179,19 @@ def spread(short: Tensor, place: Tensor, layout: Layout) -> Tensor:
     return short.gather(tokens, at.expand(shape))
 
 
+def changed(full: Tensor, short: Tensor, before: Tensor, place: Tensor, layout: Layout) -> Tensor:
+    """`full` with each token changed by what the one that stands for it changed by; unchanged, to the bit, by nothing.
+
+    Args:
+        full: a value of `layout`, at full length.
+        short: the same at its compact length, now.
+        before: the same as it was when the others merged into it.
+        place, layout: see `spread`.
+    """
+    wide = torch.promote_types(full.dtype, torch.float32)
+    return (full.to(wide) + spread(short.to(wide) - before.to(wide), place, layout)).to(full.dtype)
+
+
 def stretch_index(index: Tensor, site: Tokens, pieces: Sequence[Any]) -> Tensor:
     """The kept positions of another sequence made of the same prunable stretch.
 

@@ -160,6 +160,7 @@ def analyse(
     anchors: Collection[Node] = (),
     within: Collection[Node] | None = None,
     ends: Mapping[Node, Needed] | None = None,
+    beside: Mapping[Node, Layout] | None = None,
 ) -> TokenAxis:
     """Follows the tokens of `start` through the graph.
 
@@ -173,12 +174,13 @@ def analyse(
             branches of a dense head are none.
         within: follow only these nodes; an op that needs every token is then recorded, never refused.
         ends: see `TokenAxis`.
+        beside: further values to follow, before `start`, that run over the same tokens, with their layouts.
 
     Raises:
         Needed: an op needs every token and later layers depend on it.
         Refusal: an op writes into what runs over tokens.
     """
-    axis = TokenAxis(start, batch, {start: layout}, ends=ends or {})
+    axis = TokenAxis(start, batch, {start: layout, **(beside or {})}, ends=ends or {})
     context = Context(axis.layouts, batch, axis.ends)
     behind: dict[Node, Node] = {}  # value -> the consumer of every token that it depends on
     memory: Memory | None = None
@@ -220,6 +222,7 @@ def follow(
     batch: Batch,
     anchors: Collection[Node] = (),
     streams: Collection[Node] | None = None,
+    beside: Mapping[Node, Layout] | None = None,
 ) -> TokenAxis:
     """`analyse`, and where an op in the middle of the network needs every token, they are back in the last residual
     sum before it: what lies behind that sum reads the whole sequence.
@@ -228,6 +231,7 @@ def follow(
         anchors: see `analyse`; the sums where tokens may come back.
         streams: sums of this residual stream. What is read at full length must come from one of them without a mixing
             of tokens in between (a decoder's), or that needs every token as well. None: outputs are left short.
+        beside: see `analyse`.
 
     Raises:
         Refusal: there is no sum between the start and the op.
@@ -235,8 +239,8 @@ def follow(
     ends: dict[Node, Needed] = {}
     while True:
         try:
-            axis = analyse(gm, start, layout, batch, anchors, ends=ends)
-            needed = None if streams is None else _mixed(axis, streams)
+            axis = analyse(gm, start, layout, batch, anchors, ends=ends, beside=beside)
+            needed = None if streams is None else _mixed(axis, streams, beside or {})
         except Needed as found:
             needed = found
         if needed is None:
@@ -247,9 +251,9 @@ def follow(
         ends[last] = needed
 
 
-def _mixed(axis: TokenAxis, streams: Collection[Node]) -> Needed | None:
+def _mixed(axis: TokenAxis, streams: Collection[Node], beside: Collection[Node]) -> Needed | None:
     """The mixing op that lies between the stream and who reads its result at full length, if there is one."""
-    layout, seen = axis.layouts[axis.start], {axis.start, *axis.sources}
+    layout, seen = axis.layouts[axis.start], {axis.start, *axis.sources, *beside}
     for consumer, reason in list(axis.dense.items()):
         todo = [n for n in consumer.all_input_nodes if n in axis.layouts]
         while todo:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.token_axis import analyse, mixing, stream_layout
 from passes.graph.base import Refusal, source_line
+from passes.graph.layout import sequence_in
 from passes.graph.ops import CASTS, CONV, LINEAR, NORMS, PASS_ON, PRODUCTS, SCALES, SDPA, SOFTMAX, elementwise, sizes_of
 
 aten = torch.ops.aten
@@ -69,6 +70,11 @@ class Block:
     def output(self) -> Node:
         """The residual stream after the complete block."""
         return self.mlp.add
+
+    @property
+    def nodes(self) -> frozenset[Node]:
+        """What lies on its branches."""
+        return self.mlp.nodes | (self.attention.nodes if self.attention is not None else frozenset())
 
     @property
     def entry(self) -> Node:
@@ -181,6 +187,11 @@ def blocks_of(branches: Sequence[Branch]) -> list[Block]:
             free.remove(attention)
         blocks.append(Block(len(blocks), mlp, attention))
     return blocks
+
+
+def block_before(blocks: Sequence[Block], block: Block) -> Block | None:
+    """The block whose output is this one's entry, norms and added constants between them aside."""
+    return next((b for b in reversed(blocks[: block.index]) if _reaches(b.output, block.entry)), None)
 
 
 def positions(gm: GraphModule) -> dict[Node, int]:
@@ -350,3 +361,13 @@ def _reaches(add: Node, stream: Node) -> bool:
         if len(inputs) != 1 or not (stream.target in NORMS or elementwise(stream.target)):
             return False
         stream = inputs[0]
+
+
+def tokens_of(stream: Node) -> int | None:
+    """Tokens of a residual stream, or None where it has no dimension of its own for them."""
+    try:
+        layout, _ = stream_layout(stream)
+    except Refusal:
+        return None
+    tokens = sequence_in(layout)
+    return tokens.dense if tokens is not None else None

@@ -71,7 +71,7 @@ class InsertSelection(Pass):
             )
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
             short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
-            full = put_back(graph, layout, stream, short, index, None)
+            full = put_back(graph, layout, stream, short, index)
             sizes = (
                 None if self.sizes is None else splice(graph, "sizes", lambda n, i: n.gather(1, i), self.sizes, index)
             )
@@ -80,8 +80,10 @@ class InsertSelection(Pass):
         for user in users:
             user.replace_input_with(stream, full)
         left = self.keep - self.protected.prefix - self.protected.suffix
-        site = Site(stream, full, short, index, layout, batch, left, None, sizes, self.size_bias, self.weighted_mean)
-        gm.meta[SITE] = site
+        gm.meta[SITE] = Site(
+            stream, full, short, index, layout, batch, left,
+            sizes=sizes, size_bias=self.size_bias, weighted_mean=self.weighted_mean,
+        )  # fmt: skip
         return PassResult(gm, rewrites=1)
 
     def _padding(self, gm: GraphModule) -> Node | None:

@@ -20,31 +20,33 @@ from passes.network.protected import Protected
 from passes.sites import matching
 from passes.sites.importance import Scoring, by_sample
 from passes.sites.select import protected_mask
-from passes.sites.site import SITE, Site, put_back
+from passes.sites.site import SITE, Restore, Site, put_merged_back
 
-Merger = Literal["stream", "tome", "vid-tldr"]
+Merger = Literal["stream", "tome", "vid-tldr", "ward"]
 
 
 def merge_point(block: Block, merger: Merger, scoring: Scoring) -> Node:
-    """The stream value that tokens merge in: after the complete block, or between attention and MLP.
+    """The stream value that tokens merge in: before the block's attention is added to it, between attention and MLP, or
+    after the complete block.
 
     Raises:
-        Refusal: the block has nothing between attention and MLP.
+        Refusal: the block has no such place.
     """
     if merger == "stream" or (merger == "vid-tldr" and scoring.known_after == "mlp"):
         return block.output
     if block.attention is None or block.attention.add is block.mlp.add:
+        where = "at the inputs of attention, in front of the MLP" if merger == "ward" else "between attention and MLP"
         raise Refusal(
-            f"{merger} merges between attention and MLP, and block {block.index} has no such place",
+            f"{merger} merges {where}, and block {block.index} has no such place",
             block.output,
             'use Schedule(merger="stream"), which merges after the complete block',
         )
-    return block.attention.add
+    return block.attention.stream if merger == "ward" else block.attention.add
 
 
 @dataclass(frozen=True)
 class InsertMerge(Pass):
-    """Puts matching and merging into a block; by itself every token then has its destination's value.
+    """Puts matching and merging into a block. By itself it changes no result, unless `restore` is "copy".
 
     Args:
         block: in which; its nodes must be in the graph.
@@ -53,6 +55,7 @@ class InsertMerge(Pass):
         merger: "stream" compares the residual stream after the block, "vid-tldr" the stream where it merges, weighing
             sources by `scoring`, "tome" the keys of the block's attention.
         scoring: vid-TLDR's importance.
+        restore: see `Site`.
         earlier: index nodes of the sites that this sequence already went through.
         sizes: how many of the model's tokens each stands for, [B, N], once some merged.
         size_bias, weighted_mean: see `Site`.
@@ -63,6 +66,7 @@ class InsertMerge(Pass):
     protected: Protected
     merger: Merger = "stream"
     scoring: Scoring = Scoring()
+    restore: Restore = "change"
     earlier: tuple[Node, ...] = ()
     sizes: Node | None = None
     size_bias: bool = True
@@ -88,10 +92,10 @@ class InsertMerge(Pass):
             at = original_positions(*earlier) if earlier else None
             guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, at, x.device)
             features = x if keys is None else keys.mean(1)
-            matched = matching.match(features, guard, self.r, p.prefix, p.suffix, order)
+            matched = matching.match(matching.cosine(features), guard, self.r, p.prefix, p.suffix, order)
             weights = None if scores is None else matching.saliency(scores, guard)
             sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
-            short, sizes = matching.merge(x, sizes, matched, weights)
+            (short,), sizes = matching.merge([x], sizes, matched, weights)
             return tokens_back(short, layout), sizes, matched.left, matched.place
 
         with graph.inserting_before(stream.next):
@@ -99,7 +103,7 @@ class InsertMerge(Pass):
             scores = self.scoring.insert(gm, self.block, stream, layout, p.prefix) if weighs else None
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
-            full = put_back(graph, layout, stream, short, index, place)
+            full = put_merged_back(graph, layout, stream, short, short, place, self.restore)
         sizes.meta[ALIVE] = True
         for user in users:
             user.replace_input_with(stream, full)
@@ -112,11 +116,12 @@ class InsertMerge(Pass):
             layout,
             batch,
             left,
-            place,
-            sizes,
-            self.size_bias,
-            self.weighted_mean,
-            order == "sequence",
+            place=place,
+            restore=self.restore,
+            sizes=sizes,
+            size_bias=self.size_bias,
+            weighted_mean=self.weighted_mean,
+            in_order=order == "sequence",
         )
         return PassResult(gm, rewrites=1)
 

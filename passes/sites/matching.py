@@ -1,11 +1,13 @@
 """Token merging as ordinary PyTorch: who merges into whom, and what comes out.
 
 Bipartite matching as in ToMe (Bolya et al., 2023): tokens at even positions are sources, at odd ones destinations; each
-source has an edge to its most similar destination, and the r strongest edges merge.
+source has an edge to its nearest destination, and the r strongest edges merge. How near is a cosine, or Ward's cost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -51,11 +53,43 @@ def most(count: int, prefix: int, suffix: int, extra: int) -> int:
     return max(0, min(sources, half) - extra) if destinations > extra else 0
 
 
-def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int, order: Order) -> Matched:
+def cosine(features: Tensor) -> Tensor:
+    """How near tokens at even positions are to those at odd ones: [B, N, D] -> [B, S, T] float32."""
+    features = F.normalize(features.detach().float(), dim=-1).to(features.dtype)
+    return (features[:, ::2] @ features[:, 1::2].transpose(1, 2)).float()
+
+
+def ward(features: Sequence[Tensor], sizes: Tensor, weights: Tensor | None, autocast: bool = False) -> Tensor:
+    """The same by Ward's cost (Ward, 1963), negative: what a merge adds to the squared distances from the means.
+
+    (n_a n_b / (n_a + n_b)) |f_a - f_b|^2 sqrt(max(w_a, w_b)). Features are compared in float32: in half precision
+    squares would overflow, and differences of near tokens vanish.
+
+    Args:
+        features: f, in parts [B, N, D]: no copy joins them.
+        sizes: n, [B, N] float32.
+        weights: w, [B, N] float32, at least 0, on any scale of a sample's own; None for 1.
+        autocast: products may run in half precision all the same, so that they must be small.
+    """
+    count = sum(part.shape[-1] for part in features) if autocast else 1
+    parts = [part.detach().to(_wide(part)) for part in features]
+    parts = [part * count**-0.5 for part in parts] if autocast else parts
+    square = reduce(torch.add, [part.square().sum(-1) for part in parts])
+    product = reduce(torch.add, [part[:, ::2] @ part[:, 1::2].transpose(1, 2) for part in parts])
+    apart = (square[:, ::2, None] + square[:, None, 1::2] - 2 * product).clamp_min(0).float()
+    from_, to = sizes[:, ::2, None], sizes[:, None, 1::2]
+    cost = apart * (count * from_ * to / (from_ + to))
+    if weights is not None:
+        weights = weights.detach().sqrt()
+        cost = cost * torch.maximum(weights[:, ::2, None], weights[:, None, 1::2])
+    return -cost
+
+
+def match(similar: Tensor, protected: Tensor, r: int, prefix: int, suffix: int, order: Order) -> Matched:
     """Finds the r strongest edges between tokens at even and at odd positions; ties go to the earlier token.
 
     Args:
-        features: [B, N, D], compared by their cosine.
+        similar: how near tokens at even positions are to those at odd ones, [B, S, T] float32.
         protected: [N] or [B, N] bool, true where a token neither merges nor is merged into.
         r: at most `most(...)`.
         prefix, suffix: protected tokens at either end, which stay there.
@@ -63,13 +97,11 @@ def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int,
             pairing: even positions, then odd ones ("even-odd"), the even ones by edge strength where ToMe has no
             class token ("strength").
     """
-    features = F.normalize(features.detach().float(), dim=-1).to(features.dtype)
-    batch, count = features.shape[:2]
+    batch, count = similar.shape[0], similar.shape[1] + similar.shape[2]
     protected = protected.expand(batch, count)
-    similar = (features[:, ::2] @ features[:, 1::2].transpose(1, 2)).float()
     similar = similar.masked_fill(protected[:, ::2, None] | protected[:, None, 1::2], -torch.inf)
     strength, to = similar.max(-1)  # the first of equals
-    at = torch.arange(count, device=features.device)
+    at = torch.arange(count, device=similar.device)
     half = at // 2  # a source's place among sources
     strong, over = _by_strength(strength, half)
     leaves = (at % 2 == 0) & (strong < r)
@@ -128,19 +160,21 @@ def _rank(at: Tensor, strong: Tensor, count: int, prefix: int, suffix: int, orde
     return torch.where(at >= count - suffix, at + 2 * count, rank)
 
 
-def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def merge(
+    values: Sequence[Tensor], sizes: Tensor, matched: Matched, weights: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
     """The tokens left, each the weighted mean of what merged into it, and their sizes.
 
     x_b <- (n_b x_b + sum_a s_a n_a x_a) / (n_b + sum_a s_a n_a), n_b <- n_b + sum_a s_a n_a over the sources a of b. A
     token that nothing merges into is unchanged, to the bit.
 
     Args:
-        x: [B, N, C].
+        values: each x, [B, N, C].
         sizes: n, [B, N] float32.
         weights: s, [B, N] float32 (vid-TLDR's saliency); None for 1: then sizes sum to the number of tokens.
 
     Returns:
-        [B, N - r, C] and [B, N - r].
+        Of each value [B, N - r, C], and the sizes [B, N - r].
     """
     sources, destinations = matched.sources, matched.destinations
     share = sizes.gather(1, sources)
@@ -148,15 +182,27 @@ def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) ->
         share = share * weights.gather(1, sources)
     grown, sizes = _grown(sizes, share, weights, matched)
 
-    def rows(index: Tensor) -> Tensor:
-        return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    def rows(index: Tensor, like: Tensor) -> Tensor:
+        return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
 
-    wide = torch.promote_types(x.dtype, torch.float32)
-    apart = x.gather(1, rows(sources)).to(wide) - x.gather(1, rows(destinations)).to(wide)
-    share = (share / grown.gather(1, destinations)).to(wide).unsqueeze(-1)
-    # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
-    merged = x.to(wide).scatter_add(1, rows(destinations), apart * share)
-    return merged.gather(1, rows(matched.left)).to(x.dtype), sizes
+    def taken(index: Tensor) -> Tensor:
+        return torch.cat([v.gather(1, rows(index, v)).to(_wide(v)) for v in values], -1)
+
+    apart = taken(sources) - taken(destinations)
+    added = apart * (share / grown.gather(1, destinations)).to(apart.dtype).unsqueeze(-1)
+    if len(values) == 1:
+        # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
+        (x,) = values
+        merged = x.to(added.dtype).scatter_add(1, rows(destinations, added), added)
+        merged = merged.gather(1, rows(matched.left, merged))
+    else:  # what reads them gathers nothing
+        merged = taken(matched.left).scatter_add(1, rows(matched.new.gather(1, destinations), added), added)
+    parts = merged.split([v.shape[-1] for v in values], -1)
+    return [part.to(v.dtype) for part, v in zip(parts, values, strict=True)], sizes
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _grown(sizes: Tensor, share: Tensor, weights: Tensor | None, matched: Matched) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Every token back where a consumer needs it: each pruned one with the value it had when it left.
+"""Every token back where a consumer needs it: each pruned one with the value it had when it left, each merged one
+with its own plus its destination's change.
 
 It happens in the residual stream, so that the final norm and the head see like with like, and only on the
 path to that consumer. In the middle of the network it is the sum at which `TokenAxis` ends.
@@ -45,10 +46,9 @@ class RestoreTokens(Pass):
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
         assert site.axis is not None
-        # a pruned token still stands in the stream, a merged one has its destination's value
-        if site.place is None:
+        if site.stream_is_full:
             site.restored[site.full] = site.stream
-        site.restored |= {source: source for source in site.axis.sources}  # gathered from what has every token
+        site.restored |= {n: n for n in (*site.axis.sources, *site.beside)}  # these have every token
         count = 0
         for consumer in site.axis.dense:
             if consumer.op == "output" and self.compact_outputs:

@@ -51,7 +51,8 @@ class RetargetTokens(Pass):
 
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
-        axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors, self.streams)
+        beside = {value: layout for value, (layout, _) in site.beside.items()}
+        axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors, self.streams, beside)
         in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
         if in_turn is not None and not site.in_order:
             raise Refusal(
@@ -67,7 +68,7 @@ class RetargetTokens(Pass):
                 'use Schedule(gap="compact")',
             )
         emit = _Emitter(gm, site)
-        site.compact[site.full] = site.short
+        site.compact |= {site.full: site.short, **{value: short for value, (_, short) in site.beside.items()}}
         for source, layout in axis.sources.items():
             with gm.graph.inserting_before(source.next):
                 site.compact[source] = emit.gathered(source, layout)

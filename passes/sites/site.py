@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch.fx import Graph, Node
 
-from passes.axes.gather import put, spread
+from passes.axes.gather import changed, put, spread
 from passes.axes.token_axis import TokenAxis
 from passes.graph.layout import Batch, Layout, Tokens, sequence_in
 from passes.graph.splice import splice
 
 SITE = "site"  # gm.meta key
+Restore = Literal["change", "copy"]
 
 
 @dataclass
@@ -25,7 +27,10 @@ class Site:
         index: their positions in `stream`, [B, K]; a merged token has the place of its destination.
         layout: of `stream`.
         left: tokens left of the prunable stretch.
+        beside: the inputs of an attention that tokens merge at, as it reads them, with their layouts and what is left.
         place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
+        restore: what a merged token gets back: "change", its own value in `stream` plus its destination's change since,
+            or "copy", its destination's value.
         sizes: how many of the model's tokens each token of `short` stands for, [B, K]; None before any merge.
         in_order: whether the tokens left come in the order that they had in `stream`.
         size_bias, weighted_mean: whether attention and means behind the site use them.
@@ -41,7 +46,9 @@ class Site:
     layout: Layout
     batch: Batch
     left: int
+    beside: dict[Node, tuple[Layout, Node]] = field(default_factory=dict)
     place: Node | None = None
+    restore: Restore = "change"
     sizes: Node | None = None
     size_bias: bool = True
     weighted_mean: bool = False
@@ -64,11 +71,25 @@ class Site:
 
     def back(self, graph: Graph, short: Node) -> Node:
         """A stream value at full length, at the graph's insertion point."""
-        return put_back(graph, self.layout, self.stream, short, self.index, self.place)
+        if self.place is None:
+            return put_back(graph, self.layout, self.stream, short, self.index)
+        return put_merged_back(graph, self.layout, self.stream, short, self.short, self.place, self.restore)
+
+    @property
+    def stream_is_full(self) -> bool:
+        """Whether `full` is `stream`, to the bit."""
+        return self.place is None or self.restore == "change"
 
 
-def put_back(graph: Graph, layout: Layout, stream: Node, short: Node, index: Node, place: Node | None) -> Node:
-    """Every token back: a pruned one as it was in `stream`, a merged one with its destination's value."""
-    if place is not None:
-        return splice(graph, "restore", lambda s, p: spread(s, p, layout), short, place)
+def put_back(graph: Graph, layout: Layout, stream: Node, short: Node, index: Node) -> Node:
+    """Every pruned token back as it was in `stream`."""
     return splice(graph, "restore", lambda x, s, i: put(x, s, i, layout), stream, short, index)
+
+
+def put_merged_back(
+    graph: Graph, layout: Layout, stream: Node, short: Node, before: Node, place: Node, restore: Restore
+) -> Node:
+    """Every merged token back, see `Site`; `before` is what `short` was at the site."""
+    if restore == "copy":
+        return splice(graph, "restore", lambda s, p: spread(s, p, layout), short, place)
+    return splice(graph, "restore", lambda x, s, b, p: changed(x, s, b, p, layout), stream, short, before, place)

@@ -11,6 +11,7 @@ from torch import float16
 from torch.fx import GraphModule
 
 from rs_compile import GridPrune, Schedule
+from rs_compile.schedule import Merger
 
 DEPTH, WIDTH, HEADS = 4, 384, 6
 SITES = (0, 1, 2)  # blocks after which tokens leave
@@ -21,8 +22,8 @@ def kept() -> Schedule:
     return Schedule(keep=dict.fromkeys(SITES, 0.95))
 
 
-def merged() -> Schedule:
-    return Schedule(merge=dict.fromkeys(SITES, 0.1))
+def merged(merger: Merger = "stream") -> Schedule:
+    return Schedule(merge=dict.fromkeys(SITES, 0.1), merger=merger)
 
 
 def cut(mode: Literal["line", "token"]) -> Schedule:

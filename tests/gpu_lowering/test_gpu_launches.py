@@ -155,6 +155,26 @@ def test_merging_with_size_bias_stays_on_flash(tokens: int) -> None:
     assert not [launch for launch in generated.launches if "sort" in launch]
 
 
+@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
+def test_merging_at_the_inputs_of_attention(tokens: int) -> None:
+    """Nine launches more, for any N; the residual add, the shift and the gather of the stream are in kernels beside."""
+    generated = generate(transformer(tokens, merged("ward")), batch=64)
+    check_all_on_the_gpu(generated, DEPTH)
+    launches = generated.launches
+    assert len(launches) - len(dense(197).launches) == len(SITES) * 9 + DEPTH * 2
+    products = [i for i, launch in enumerate(launches) if launch == "extern_kernels.addmm"]
+    for site in SITES:
+        *found, pad, flash, back = launches[products[4 * site] + 1 : products[4 * site + 1]]
+        squares, similar, (best, place, order), values = found[:2], found[2:4], found[4:7], found[7:]
+        assert all("pow_sum" in launch for launch in squares)  # of keys, of values
+        assert similar == ["extern_kernels.bmm"] * 2
+        assert "max" in best and "scatter_sum" in place and "scatter_sum" in order
+        assert all("scatter_add" in launch for launch in values)  # gathered at the short length, and what merges added
+        assert "pad" in pad and flash == FLASH and "clone" in back
+        assert site == 0 or "linalg_vector_norm" in best  # what the shift is ends in the cost
+    assert not [launch for launch in launches if "sort" in launch]
+
+
 @pytest.mark.parametrize("mode", ["line", "token"])
 @pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from passes.graph.base import Refusal
 from passes.network.branches import find_blocks, find_branches
 from passes.network.prunable import prunable
-from passes.pipeline import Behind, Merge, Prune, prune
+from passes.pipeline import prune
+from passes.sites.steps import Behind, Merge, Prune
 from rs_compile import explain
 
 ROWS, COLUMNS = 2, 3
@@ -154,13 +155,21 @@ def test_insertion_alone_is_bit_equal() -> None:
 
 @torch.no_grad()
 def test_merged_on_a_grid() -> None:
-    """Each token comes back with its destination's value, and a second merge counts what the first one did."""
+    """Each copy comes back with its destination's value, and a second merge counts what the first one did."""
     model, x = Net("ggg").eval(), sample()
-    one = prune(prepared(model), [Merge(0, lambda n: 2)], behind=Behind(size_bias=True)).gm(x)[0]
-    two = prune(prepared(model), [Merge(0, lambda n: 2), Merge(1, lambda n: 1)]).gm(x)[0]
+    first, second = Merge(0, lambda n: 2, restore="copy"), Merge(1, lambda n: 1, restore="copy")
+    one = prune(prepared(model), [first], behind=Behind(size_bias=True)).gm(x)[0]
+    two = prune(prepared(model), [first, second]).gm(x)[0]
     for found, left in ((one, 4), (two, 3)):
         assert found.shape == (B, 8, ROWS, COLUMNS)
         assert all(len(one.flatten(1).T.unique(dim=0)) == left for one in found)
+
+
+@torch.no_grad()
+def test_merged_on_a_grid_behind_the_last_block() -> None:
+    """Each token comes back as it was: nothing changed since."""
+    model, x = Net("gg").eval(), sample()
+    torch.testing.assert_close(prune(prepared(model), [Merge(1, lambda n: 2)]).gm(x)[0], model(x))
 
 
 def test_the_last_global_block_before_rows_keeps_its_tokens() -> None:

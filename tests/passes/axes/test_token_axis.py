@@ -30,7 +30,8 @@ from passes.axes.token_axis import WAY_OUT, analyse, mixing, sequences_per_sampl
 from passes.graph.base import Refusal
 from passes.graph.layout import Batch, Fixed, Prunable, show, tokens_in
 from passes.network.branches import find_branches
-from passes.pipeline import Prune, prune
+from passes.pipeline import prune
+from passes.sites.steps import Prune
 
 aten = torch.ops.aten
 Network = Callable[..., Tensor]

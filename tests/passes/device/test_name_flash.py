@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Interpreter
 from passes.attention.attention_kernel import FLASH, KernelChoice, kernels
 from passes.device.name_flash import NameFlash
 from passes.graph.ops import SDPA, arguments
-from passes.pipeline import Prune, prepare, prune
+from passes.pipeline import prepare, prune
+from passes.sites.steps import Prune
 
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU torch itself is asked")

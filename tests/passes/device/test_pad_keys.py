@@ -17,7 +17,8 @@ import passes.pipeline
 from passes.attention.attention_kernel import AUTOCAST, kernels
 from passes.device.pad_keys import PadKeys
 from passes.graph.ops import SDPA, arguments
-from passes.pipeline import Prune, prepare, prune
+from passes.pipeline import prepare, prune
+from passes.sites.steps import Prune
 
 BF16 = (torch.bfloat16,)
 

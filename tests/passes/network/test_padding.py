@@ -16,8 +16,9 @@ from passes.graph.splice import ORIGIN
 from passes.network.branches import blocks_of, find_blocks, find_branches
 from passes.network.padding import hidden_by_mask, hidden_by_weights, masking
 from passes.network.prunable import Answer, prunable
-from passes.pipeline import Merge, Prune, prepare, prune
+from passes.pipeline import prepare, prune
 from passes.sites.select import keep_highest
+from passes.sites.steps import Merge, Prune
 
 WORDS = torch.arange(N) < torch.tensor([[N], [2], [5]])  # [B, N]: sentences of 6, 2 and 5 tokens
 Attend = Callable[[Tensor, Tensor], Tensor]

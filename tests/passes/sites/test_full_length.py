@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from passes.axes.gather import in_place
 from passes.axes.rules.full_length import FullLength
 from passes.graph.layout import Batch, Free, Prunable, Tokens, expr, on_grid
-from passes.pipeline import Prune, prune
+from passes.pipeline import prune
 from passes.sites.full_length import WriteFullLength
 from passes.sites.retarget import RetargetTokens
+from passes.sites.steps import Prune
 
 ROWS, COLUMNS = 2, 3
 HIGH, WIDE = table(ROWS, 5, C, seed=2), table(COLUMNS, 5, C, seed=3)

@@ -1,4 +1,4 @@
-"""A merge put into a block: by itself every token then has its destination's value; what it refuses, in words."""
+"""A merge put into a block: by itself it changes nothing; what it refuses, in words."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inserted(graph: GraphModule, r: int, **options: Any) -> tuple[GraphModule, S
 @pytest.mark.parametrize(("merger", "scoring"), MERGERS)
 @torch.no_grad()
 def test_a_site(graph: GraphModule, merger: Merger, scoring: Scoring) -> None:
-    gm, site = inserted(graph, 2, merger=merger, scoring=scoring)
+    gm, site = inserted(graph, 2, merger=merger, scoring=scoring, restore="copy")
     assert site.place is not None and site.sizes is not None and site.left == N - 2 - 1
     stream, short, full, index, place, sizes = values(
         gm, site.stream, site.short, site.full, site.index, site.place, site.sizes
@@ -60,6 +60,18 @@ def test_a_site(graph: GraphModule, merger: Merger, scoring: Scoring) -> None:
     if merger != "vid-tldr":
         assert sizes.sum(1).tolist() == [N] * B
         torch.testing.assert_close((short * sizes.unsqueeze(-1)).sum(1), stream.sum(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("merger", "scoring"), MERGERS)
+@torch.no_grad()
+def test_a_merge_alone_is_bit_equal(graph: GraphModule, merger: Merger, scoring: Scoring) -> None:
+    """Every token has its own value until its destination changes."""
+    gm, site = inserted(graph, 3, merger=merger, scoring=scoring)
+    stream, full, short = values(gm, site.stream, site.full, site.short)
+    assert torch.equal(stream, full)
+    assert len({tuple(row) for row in short[0].tolist()}) == N - 3
+    if scoring is not ENTROPY:  # which writes the attention out, to read its map
+        assert torch.equal(gm(sample())[0], graph(sample())[0])
 
 
 def test_where_each_merger_merges(graph: GraphModule) -> None:

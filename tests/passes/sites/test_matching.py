@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,9 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from passes.sites import matching
-from passes.sites.matching import Matched, Order, match, merge, most, saliency
+from passes.sites.matching import Matched, Order, cosine, most, saliency
 
 FREE = torch.zeros(1, dtype=torch.bool)
+
+
+def match(features: Tensor, protected: Tensor, r: int, prefix: int, suffix: int, order: Order) -> Matched:
+    return matching.match(cosine(features), protected, r, prefix, suffix, order)
+
+
+def merge(x: Tensor, sizes: Tensor, matched: Matched, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    (short,), sizes = matching.merge([x], sizes, matched, weights)
+    return short, sizes
 
 
 def guard(count: int, *protected: int) -> Tensor:
@@ -245,3 +255,53 @@ def test_a_gpu_finds_the_same_without_sorting(problem: Any, data: st.DataObject)
     assert all(torch.equal(a, b) for a, b in zip(found[:-1], wanted[:-1], strict=True))
     for a, b in zip(merge(x, sizes, found, weights), merge(x, sizes, wanted, weights), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_wards_cost() -> None:
+    """What a merge adds to the squared distances of single tokens from the mean of their own."""
+    torch.manual_seed(0)
+    members = [torch.randn(n, 5) for n in (1, 3, 2, 4)]
+    sizes, means = sizes_of(1, 3, 2, 4), torch.stack([m.mean(0) for m in members]).unsqueeze(0)
+
+    def spread(x: Tensor) -> Tensor:
+        return (x - x.mean(0)).square().sum()
+
+    cost = -matching.ward([means[..., :2], means[..., 2:]], sizes, None)
+    for i, j in itertools.product(range(2), range(2)):
+        a, b = members[2 * i], members[2 * j + 1]
+        torch.testing.assert_close(cost[0, i, j], spread(torch.cat([a, b])) - spread(a) - spread(b))
+    weights = torch.tensor([[4.0, 1.0, 9.0, 16.0]])
+    weighted = -matching.ward([means], sizes, weights)
+    torch.testing.assert_close(weighted, cost * torch.tensor([[[2.0, 4.0], [3.0, 4.0]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wards_cost_in_half_precision(dtype: torch.dtype) -> None:
+    """Squares that half precision cannot hold."""
+    features = (200 * torch.randn(1, 8, 512)).to(dtype)
+    cost, wanted = (-matching.ward([f], torch.ones(1, 8), None) for f in (features, features.double()))
+    assert cost.dtype == torch.float32 and cost.min() > 1e6
+    torch.testing.assert_close(cost, wanted.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wards_cost_under_autocast(dtype: torch.dtype) -> None:
+    """Which rounds what goes into products, whatever their dtype."""
+    features = 50 * torch.randn(1, 8, 512)
+    wanted = matching.ward([features], torch.ones(1, 8), None)
+    with torch.autocast("cpu", dtype):
+        got = matching.ward([features], torch.ones(1, 8), None, autocast=True)
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_several_values_merge_as_each_alone(compares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "_compares", lambda _: compares)
+    torch.manual_seed(0)
+    values, sizes = [torch.randn(2, 9, 4).double(), torch.randn(2, 9, 3).half()], torch.rand(2, 9) + 1
+    matched = match(values[0], FREE, 3, 0, 0, "sequence")
+    together, left = matching.merge(values, sizes, matched)
+    for x, got in zip(values, together, strict=True):
+        wanted, count = merge(x, sizes, matched, None)
+        assert got.dtype == x.dtype and torch.equal(left, count)
+        torch.testing.assert_close(got, wanted)

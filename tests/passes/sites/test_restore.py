@@ -22,8 +22,9 @@ from passes.graph.base import Refusal
 from passes.graph.splice import ORIGIN
 from passes.network.branches import find_blocks, find_branches
 from passes.network.prunable import Answer, prunable
-from passes.pipeline import Prune, prune
+from passes.pipeline import prune
 from passes.sites.restore import RestoreTokens, TokenOutput
+from passes.sites.steps import Prune
 
 KEEP = {0: 4, 1: 3}
 

@@ -17,10 +17,12 @@ from passes.axes.token_axis import WAY_OUT
 from passes.graph.base import Refusal
 from passes.network.branches import find_blocks, find_branches
 from passes.network.prunable import Answer, prunable
-from passes.pipeline import Compiled, Merge, Prune, prune
+from passes.pipeline import prune
 from passes.sites.importance import Scoring
+from passes.sites.outcome import Compiled
 from passes.sites.restore import TokenOutput
 from passes.sites.sizes import KEY_SIZES
+from passes.sites.steps import Merge, Prune
 
 WINDOW = 3
 Head = Callable[[Tensor, list[Tensor]], Any]

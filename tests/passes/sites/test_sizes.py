@@ -17,8 +17,10 @@ from torch._subclasses import FakeTensorMode
 
 from passes.attention.attention_kernel import kernels, lowered_kernel, predicted_kernel
 from passes.graph.layout import Fixed, Piece, Prunable, Tokens
-from passes.pipeline import Behind, Compiled, Merge, Prune, prepare, prune
+from passes.pipeline import prepare, prune
+from passes.sites.outcome import Compiled
 from passes.sites.sizes import attend_by_channel, attend_by_mask, stretch_sizes, weighed
+from passes.sites.steps import Behind, Merge, Prune
 
 
 def qkv(dim: int = 64, keys: int = 50, heads: int = 3, groups: int = 1, seed: int = 0) -> tuple[Tensor, ...]:

@@ -1,0 +1,147 @@
+"""Ward's merging, at the inputs of a block's attention: what adds least to the variance of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.attention.attention_kernel import AUTOCAST
+from passes.axes.gather import original_positions, tokens_back, tokens_first
+from passes.axes.token_axis import analyse, stream_layout
+from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.contraction import arguments
+from passes.graph.layout import Batch, Layout, runs_over_tokens, sequence_in
+from passes.graph.splice import splice
+from passes.network.branches import Block
+from passes.network.protected import Protected
+from passes.sites import matching
+from passes.sites.importance import Scoring, by_sample
+from passes.sites.insert_merge import merge_point
+from passes.sites.select import protected_mask
+from passes.sites.site import SITE, Restore, Site, put_merged_back
+
+
+@dataclass(frozen=True)
+class InsertWard(Pass):
+    """Merges queries, keys, values and the residual stream around them by one place map, into size-weighted means.
+
+    By itself it changes no result, unless `restore` is "copy". What has an entry per token otherwise (a mask, a gate
+    on the branch) follows the destination.
+
+    Args:
+        block: in which; its nodes must be in the graph.
+        r: how many tokens merge away.
+        protected: which neither merge nor are merged into.
+        before: the block that leads to this one, whose MLP's shift weighs the tokens; None for equal weights.
+        since: the site between that MLP and this block, if there is one.
+        restore, size_bias, weighted_mean: see `Site`.
+        earlier, sizes: see `InsertMerge`.
+    """
+
+    block: Block
+    r: int
+    protected: Protected
+    before: Block | None = None
+    since: Site | None = None
+    restore: Restore = "change"
+    earlier: tuple[Node, ...] = ()
+    sizes: Node | None = None
+    size_bias: bool = True
+    weighted_mean: bool = False
+
+    def call(self, gm: GraphModule) -> PassResult:
+        graph, p = gm.graph, self.protected
+        stream = merge_point(self.block, "ward", Scoring())
+        layout, batch = stream_layout(stream, p.prefix, p.suffix)
+        tokens = sequence_in(layout)
+        assert tokens is not None and self.block.attention is not None
+        op = self._attention(stream, layout)
+        inputs: list[Node] = [arguments(op)[name] for name in ("query", "key", "value")]
+        layouts = self._layouts(gm, stream, inputs, layout, batch)
+        autocast = bool(gm.meta.get(AUTOCAST))
+        users = [n for n in stream.users if op < n and n not in self.block.attention.nodes]
+
+        def merged(
+            x: Tensor, q: Tensor, k: Tensor, v: Tensor, shift: Tensor | None, sizes: Tensor | None, *earlier: Tensor
+        ) -> tuple[Tensor, ...]:
+            values = [tokens_first(x, layout), *(t.transpose(1, 2).flatten(2) for t in (q, k, v))]
+            sizes = torch.ones(values[0].shape[:2], device=x.device) if sizes is None else sizes
+            at = original_positions(*earlier) if earlier else None
+            guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, at, x.device)
+            near = matching.ward(values[2:], sizes, shift, autocast)
+            matched = matching.match(near, guard, self.r, p.prefix, p.suffix, "sequence")
+            short, sizes = matching.merge(values, sizes, matched)
+            heads = [s.unflatten(2, t.shape[1::2]).transpose(1, 2) for s, t in zip(short[1:], (q, k, v), strict=True)]
+            return tokens_back(short[0], layout), *heads, sizes, matched.left, matched.place
+
+        with graph.inserting_before(op):
+            shift = self._shift(gm, stream, layout)
+            earlier = self.earlier if p.extra else ()
+            short, *heads, sizes, index, place = splice(
+                graph, "merge", merged, stream, *inputs, shift, self.sizes, *earlier
+            )
+            whole = {n: splice(graph, "merge", torch.ops.aten.alias.default, n) for n in inputs}
+            full = put_merged_back(graph, layout, stream, short, short, place, self.restore)
+        for n in (sizes, *heads):  # read once the network is retargeted
+            n.meta[ALIVE] = True
+        for user in users:
+            user.replace_input_with(stream, full)
+        for n, stands in whole.items():
+            op.replace_input_with(n, stands)
+        gm.meta[SITE] = Site(
+            stream,
+            full,
+            short,
+            index,
+            layout,
+            batch,
+            tokens.dense - self.r - p.prefix - p.suffix,
+            beside={whole[n]: (of, h) for n, of, h in zip(inputs, layouts, heads, strict=True)},
+            place=place,
+            restore=self.restore,
+            sizes=sizes,
+            size_bias=self.size_bias,
+            weighted_mean=self.weighted_mean,
+        )
+        return PassResult(gm, rewrites=1)
+
+    def _attention(self, stream: Node, layout: Layout) -> Node:
+        op = self.block.attention_op()
+        if op is None or not by_sample(op, layout):
+            raise self._refused(stream, "has no single attention op on [batch, heads, tokens, channels]")
+        return op
+
+    def _layouts(
+        self, gm: GraphModule, stream: Node, inputs: Sequence[Node], layout: Layout, batch: Batch
+    ) -> list[Layout]:
+        """The layouts of queries, keys and values, each of which has an entry for every token of the stream."""
+        assert self.block.attention is not None
+        axis = analyse(gm, stream, layout, batch, within=self.block.attention.nodes)
+        layouts: list[Layout] = []
+        for n in inputs:
+            of = axis.layouts.get(n, ())
+            if len(of) != 4 or of[2] != (sequence_in(layout),) or runs_over_tokens((of[0], of[1], of[3])):
+                raise self._refused(n, "attends with queries, keys or values that are not one for each token")
+            layouts.append(of)
+        return layouts
+
+    def _refused(self, node: Node, reason: str) -> Refusal:
+        return Refusal(
+            f"Ward merges queries, keys and values, and block {self.block.index} {reason}",
+            node,
+            'use Schedule(merger="stream"), which merges after the complete block',
+        )
+
+    def _shift(self, gm: GraphModule, stream: Node, layout: Layout) -> Node | None:
+        """The shift that the MLP before gave the tokens of the stream, [B, N]; of merged ones the destination's."""
+        if self.before is None:
+            return None
+        at = stream if self.since is None else self.since.stream
+        shift = Scoring().insert(gm, self.before, at, layout, self.protected.prefix)
+        if self.since is None:
+            return shift
+        return splice(gm.graph, "score", lambda s, i: s.gather(1, i), shift, self.since.index)
