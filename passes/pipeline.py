@@ -31,6 +31,7 @@ from passes.network.protected import Protected
 from passes.network.prunable import protected_tokens
 from passes.network.same_stream import same_stream
 from passes.network.stages import StageReport
+from passes.sites.drop_unread import DropUnread
 from passes.sites.explicit_attention import ExplicitAttention
 from passes.sites.full_length import WriteFullLength
 from passes.sites.importance import Scoring
@@ -91,12 +92,14 @@ class Behind:
         weighted_mean: a mean over tokens weighs them by that number.
         explicit: write out every attention as softmax(Q K^T) V, as published baselines run.
         gap: what scans do where tokens are gone, see `RetargetTokens`.
+        drop_unread: nothing is computed for tokens that nobody reads behind the last attention.
     """
 
     size_bias: bool = True
     weighted_mean: bool = False
     explicit: bool = False
     gap: Gap = "compact"
+    drop_unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Compiled:
     skips: tuple[Skip, ...]
     stages: tuple[StageReport, ...] = ()
     size_bias: str = ""  # how it reaches attention: "mask", "channel"
+    unread: int = 0  # FLOPs that `DropUnread` saved
 
 
 Progress = Callable[[str], None]
@@ -239,9 +243,13 @@ def prune(
     if behind.explicit:
         gm = ExplicitAttention().apply(gm).gm
     skips: tuple[Skip, ...] = ()
+    unread = 0
+    if behind.drop_unread:  # behind all sites: only then is every consumer of a token there
+        before_drop, dropped = count(gm).flops, DropUnread().apply(gm)
+        gm, skips, unread = dropped.gm, dropped.skips, before_drop - count(dropped.gm).flops
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
-        gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, named.skips
+        gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, skips + named.skips
     finish(gm)
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
@@ -264,7 +272,7 @@ def prune(
             )
         )
     gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone
-    return Compiled(gm, tuple(rows), dense, cost, skips + cost.uncounted, size_bias=gm.meta.get(HOW, ""))
+    return Compiled(gm, tuple(rows), dense, cost, skips + cost.uncounted, (), gm.meta.get(HOW, ""), unread)
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:

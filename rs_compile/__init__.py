@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from passes.graph.base import CompileError, Refusal
     from passes.graph.cost import register_cost
     from passes.sites.restore import TokenOutput
-    from rs_compile.errors import ScheduleError
+    from rs_compile.errors import OutputError, ScheduleError
     from rs_compile.explain import explain
     from rs_compile.grid_prune import GridPrune
     from rs_compile.optimize import OptimizedModel, optimize, plan
@@ -35,6 +35,7 @@ __all__ = [
     "GridPrune",
     "InputError",
     "OptimizedModel",
+    "OutputError",
     "Refusal",
     "Report",
     "Schedule",
@@ -56,7 +57,7 @@ _HOMES = {
     "passes.graph.cost": ("register_cost",),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),
-    "rs_compile.errors": ("ScheduleError",),
+    "rs_compile.errors": ("OutputError", "ScheduleError"),
     "rs_compile.explain": ("explain",),
     "rs_compile.grid_prune": ("GridPrune",),
     "rs_compile.optimize": ("OptimizedModel", "optimize", "plan"),

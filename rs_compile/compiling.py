@@ -38,6 +38,8 @@ class Options:
     guard: Guard | None
     verify: bool
     constant_inputs: tuple[str, ...] = ()
+    drop_unread: bool | None = None
+    outputs: tuple[str | int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,3 +7,7 @@ from passes.graph.base import CompileError
 
 class ScheduleError(CompileError, ValueError):
     """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""
+
+
+class OutputError(CompileError, ValueError):
+    """Outputs were asked for that the model does not return. The message lists those that it does."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from passes.attention.attention_kernel import KernelChoice
 from passes.capture.capture import FIXED_BATCH, batched, capture
+from passes.cleanup.keep_outputs import KeepOutputs
 from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Compiled, Progress, cleaned
 from passes.sites.select import MANY
@@ -21,6 +22,7 @@ from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, Toke
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
 from rs_compile.guard import Guard, hindrance
+from rs_compile.outputs import checked, kept_leaves
 from rs_compile.report import BlockRow, Report, StageRow
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
@@ -149,6 +151,10 @@ class OptimizedModel(nn.Module):
     def _rewrite(self, call: Call, prepared: PassResult, verify: bool) -> Graphs:
         options: Options = self._options
         schedule, gm = options.schedule, prepared.gm
+        if options.outputs is not None:
+            kept = kept_leaves(type(self._model).__name__, gm.meta["out_spec"], options.outputs)
+            gm = KeepOutputs(frozenset(kept)).apply(gm).gm
+        drop = schedule.prunes if options.drop_unread is None else options.drop_unread
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
         dense, unmeasured = None, ""
         with torch._C._DisableAutocast():
@@ -157,9 +163,8 @@ class OptimizedModel(nn.Module):
             if options.guard is not None and not unmeasured:
                 rest = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
                 dense = self._reported(call, prepared, rest, "")
-            compiled = rewrite(
-                gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
-            )
+            short = options.token_outputs == "compact"
+            compiled = rewrite(gm, schedule, short, options.force_insert, options.explicit_attention, drop)
         why = check_cuts(self._model, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
         if why:
             skip = Skip("graph", f"not compared with the model on the smaller map: {why}")
@@ -185,6 +190,7 @@ class OptimizedModel(nn.Module):
             prepared.skips + c.skips,
             tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
             merging,
+            unread_flops=c.unread,
         )
         return Rewritten(c.gm, report)
 
@@ -229,6 +235,8 @@ def optimize(
     guard: Guard | None = None,
     verify: bool = True,
     constant_inputs: Collection[str] = (),
+    drop_unread: bool | None = None,
+    outputs: Sequence[str | int] | str | int | None = None,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, which is never changed. Nothing is compiled before the first call.
 
@@ -257,12 +265,20 @@ def optimize(
         constant_inputs: names of inputs whose values the model's Python code reads (Qwen2-VL's `grid_thw`), which
             torch.export cannot follow: small tensors of whole numbers. A capture holds their values fast, and
             another value is another capture. On a GPU reading them waits for it at every call.
+        drop_unread: whether the layers behind the last attention run for those tokens alone that something reads (a
+            class token, the end of a text): the last block then computes keys and values of all tokens, but queries,
+            projection and MLP of these. Exact up to the order of float sums; at most half of the tokens must be read.
+            None: where the schedule prunes or merges tokens; with nothing to prune the result stays bit-equal.
+        outputs: names (fields of a transformers output, keys of a dict) or places of the outputs that are wanted. The
+            others are None, and what only they read is not computed: with ("pooler_output",) the class token alone
+            may be read. None: all.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
 
     Raises:
         ScheduleError: the schedule cannot mean anything.
+        OutputError: `outputs` cannot; at the first call, where the model returns no such output.
         TypeError, ValueError: another argument cannot.
     """
     if not isinstance(model, nn.Module):
@@ -275,6 +291,8 @@ def optimize(
         raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
     if guard not in (None, "measure"):
         raise ValueError(f'guard is {guard!r}; write "measure", or leave it out')
+    if drop_unread not in (None, True, False):
+        raise ValueError(f"drop_unread is {drop_unread!r}; write True or False, or leave it out")
     options = Options(
         Schedule.of(schedule),
         backend,
@@ -287,6 +305,8 @@ def optimize(
         guard,
         verify,
         (constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
+        drop_unread,
+        checked(outputs),
     )
     return OptimizedModel(model, options)
 
