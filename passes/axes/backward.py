@@ -56,7 +56,7 @@ def made_of(node: Node, out: Layout | Mapping[int, Layout], batch: Batch) -> Mad
         for layout in _candidates(n, wanted, batch):
             try:
                 transfer = rule(node, Context({n: layout}, batch))
-                inputs = {n: layout, **{m: _own(m, t) for m, t in transfer.aligned.items()}}
+                inputs = {n: layout, **{m: _own(m, t, batch) for m, t in transfer.aligned.items()}}
             except (Untransferable, AssertionError, IndexError, KeyError, TypeError, ValueError):
                 continue
             if not transfer.mixes and not transfer.beside and _gives(transfer.out, out):
@@ -82,12 +82,11 @@ def _candidates(node: Node, wanted: Layout, batch: Batch) -> Iterator[Layout]:
             yield tuple(over if d == at else plain(s, batch) for d, s in enumerate(shape))
 
 
-def _own(node: Node, target: Layout) -> Layout:
-    """The layout of an input that broadcasts to `target`, and has an entry for each of its positions."""
+def _own(node: Node, target: Layout, batch: Batch) -> Layout:
+    """The layout of an input that meets `target`, and has an entry for each of its positions."""
     shape = shape_of(node)
-    return tuple(
-        () if expr(size) == 1 else dim for size, dim in zip(shape, target[len(target) - len(shape) :], strict=True)
-    )
+    pairs = zip(shape, target[len(target) - len(shape) :], strict=True)
+    return tuple(dim if tokens_in(dim) and expr(size) != 1 else plain(size, batch) for size, dim in pairs)
 
 
 def _rows_of_weight(node: Node, out: Layout) -> Made | None:

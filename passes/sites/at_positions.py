@@ -37,6 +37,7 @@ class AtPositions:
         self.twins: dict[Node, Node] = {}
         self._taken: dict[Any, Node] = {}
         self._indices: dict[Node, Node] = {}
+        self._anchors: dict[Node, Node] = {}  # the op behind each index, before anything was written there
 
     def emit(self) -> None:
         """A twin of every op in `made`, in their order. Nothing reads the twins yet.
@@ -101,7 +102,9 @@ class AtPositions:
 
     def _behind(self, node: Node, picks: Picks) -> Node:
         """Where to write an op that reads these positions: not before they are known."""
-        return node if picks.index is None or picks.index < node else picks.index.next
+        if picks.index is None or picks.index < node:
+            return node
+        return self._anchors.setdefault(picks.index, picks.index.next)
 
     def _twin(self, node: Node) -> Node:
         made, picks = self.made[node], self.picks[node]

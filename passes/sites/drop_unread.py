@@ -42,7 +42,7 @@ class DropUnread(Pass):
         batch = _batch(gm)
         _sizes_of_inputs(gm)
         reads = analyse(graph, batch)
-        while any(_open(gm, node, reads) for node in reads.layouts if node not in reads.made):
+        while any(_open(gm, node, reads) for node in reads.layouts):
             graph.eliminate_dead_code()
             reads = analyse(graph, batch)
         cost = count(gm).by_node
