@@ -153,7 +153,7 @@ class Report:
                 "macs": self.macs,
                 "flops_dense": self.flops_dense,
                 "flops": self.flops,
-                "unread_flops": self.unread_flops,
+                **({"unread_flops": self.unread_flops} if self.unread_flops else {}),
             },
             skips=[asdict(skip) for skip in self.skips],
         )

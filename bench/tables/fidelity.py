@@ -132,7 +132,7 @@ def _fill(
     if not lacking:
         return
     keep = _keep(counts, tokens)
-    handles = [optimize(model, WAYS[way](counts, keep), backend="eager") for way in lacking]
+    handles = [optimize(model, WAYS[way](counts, keep), backend="eager", drop_unread=False) for way in lacking]
     for way, handle, report in zip(lacking, handles, plans(handles, images[:batch]), strict=True):
         torch.manual_seed(0)  # of random selection
         drifted = _forward(handle, images, batch)

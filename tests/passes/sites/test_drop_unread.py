@@ -115,10 +115,10 @@ def first(x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["fused", "separate", "by head", "chunks", "folded", "qk norm and rope", "by hand", "relative", "causal", "post-norm", "parallel"],
-)  # fmt: skip
+KINDS = ["fused", "separate", "by head", "chunks", "folded", "qk norm and rope", "by hand", "relative", "causal"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "post-norm", "parallel"])
 def test_a_class_token_needs_its_own_query_and_mlp_alone(kind: str) -> None:
     gm, saved, rewrites = dropped(Layer(first, kind), tokens())
     assert saved == saved_for(1)
