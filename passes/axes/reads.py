@@ -7,7 +7,7 @@ through what treats positions one by one, by the rules of the token axis (`passe
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from passes.axes.backward import Made, made_of
 from passes.axes.rules.registry import argument, shape_of, wrap
-from passes.graph.layout import Batch, Layout, Prunable, Tokens, expr, over_samples, plain, tokens_in
+from passes.graph.layout import Batch, Layout, Prunable, Tokens, expr, plain, tokens_in
 
 aten = torch.ops.aten
 _APART: dict[Any, int] = {  # ops that take a dimension apart, and where they say which
@@ -104,12 +104,20 @@ def analyse(graph: Graph, batch: Batch) -> Reads:
         if read is None:
             continue
         found.layouts[node], found.picks[node] = read
-        if read[1].index is not None and over_samples(read[0]) is None:
-            continue  # each sample reads its own, and the value is the same for all
-        made = made_of(node, read[0], batch)
+        made = at_picks(node, *read, batch)
         if made is not None:
             found.made[node] = made
     return found
+
+
+def at_picks(node: Node, layout: Layout | Mapping[int, Layout], picks: Picks, batch: Batch) -> Made | None:
+    """`made_of`, or None also where each sample reads its own positions of a value that is the same for all."""
+    made = made_of(node, layout, batch)
+    if made is None or picks.index is None:
+        return made
+    outs = layout.values() if isinstance(layout, Mapping) else (layout,)
+    read = (*outs, *(made.transfer.aligned.get(n, own) for n, own in made.inputs.items()))
+    return made if all(sum(isinstance(f, Batch) for dim in one for f in dim) == 1 for one in read) else None
 
 
 def _several(node: Node, found: Reads) -> None:
@@ -117,7 +125,7 @@ def _several(node: Node, found: Reads) -> None:
     parts = [u for u in node.users if u in found.made]
     out: dict[int, Layout] = {int(str(u.args[1])): found.made[u].inputs[node] for u in parts}
     same = len(parts) == len(node.users) and len({found.picks[u] for u in parts}) == 1
-    made = made_of(node, out, found.batch) if same else None
+    made = at_picks(node, out, found.picks[parts[0]], found.batch) if same else None
     if made is not None:
         found.made[node], found.picks[node] = made, found.picks[parts[0]]
         return

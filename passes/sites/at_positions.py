@@ -47,8 +47,11 @@ class AtPositions:
         """
         for node in sorted(self.made):
             before = self._behind(node, self.picks[node])
-            with self.graph.inserting_before(before):
-                self.twins[node] = self._twin(node)
+            try:
+                with self.graph.inserting_before(before):
+                    self.twins[node] = self._twin(node)
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise CompileError(f"{node.name} does not run on the positions that are read: {error}") from error
 
     def note(self) -> None:
         """Notes which op stands in whose place, once the twins are read."""
@@ -117,10 +120,7 @@ class AtPositions:
             args = (args[0], _expanded(node, args[1]))
         twin = self.graph.call_function(target, args, kwargs)
         twin.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
-        try:
-            twin.meta["val"] = evaluate(self.mode, target, fake(args), fake(kwargs))
-        except Exception as error:
-            raise CompileError(f"{node.name} does not run on the positions that are read: {error}") from error
+        twin.meta["val"] = evaluate(self.mode, target, fake(args), fake(kwargs))
         val, out = twin.meta["val"], t.out
         for one, layout in zip(*((val, out) if isinstance(val, (tuple, list)) else ((val,), (out,))), strict=True):
             promised: list[Size] = [_extent(dim, picks.count) for dim in layout or ()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.axes.backward import Made, made_of
-from passes.axes.reads import Picked, Reads, analyse, parts_of, picks_of
+from passes.axes.reads import Picked, Reads, analyse, at_picks, parts_of, picks_of
 from passes.axes.rules.registry import argument, shape_of
 from passes.graph.aliasing import writes
 from passes.graph.base import CompileError, Pass, PassResult, Skip
@@ -124,7 +124,7 @@ def _write_causal_mask(gm: GraphModule, node: Node, reads: Reads) -> bool:
         causal = splice(gm.graph, ORIGIN, mask, query, key)
     node.args = (*node.args[:3], causal, argument(node, 4, "dropout_p", 0.0), False)
     node.kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
-    if made_of(node, reads.layouts[node], reads.batch) is None:
+    if at_picks(node, reads.layouts[node], reads.picks[node], reads.batch) is None:
         node.args, node.kwargs = before
         return False
     return True

@@ -304,3 +304,23 @@ def test_gradients_are_the_models_own() -> None:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_table_that_is_the_same_for_all_samples_is_picked_from_for_each() -> None:
+    class Placed(EndOfText):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+            y = Layer.forward(self, x) + self.bias[:, 0, :, :C].tanh().expand(x.shape[0], -1, -1)
+            return y[torch.arange(y.shape[0]), ids.argmax(-1)]
+
+    ids = torch.tensor([[0] * 7 + [9] + [0] * 4, [9] + [0] * 11, [0] * 11 + [9]])
+    assert dropped(Placed("fused"), tokens(), ids)[1] == saved_for(1)
+
+
+def test_samples_that_meet_before_each_picks_its_own_token() -> None:
+    class Crossed(EndOfText):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+            y = Layer.forward(self, x).flip(0)
+            return y[torch.arange(y.shape[0]), ids.argmax(-1)]
+
+    ids = torch.tensor([[0] * 7 + [9] + [0] * 4, [9] + [0] * 11, [0] * 11 + [9]])
+    assert dropped(Crossed("fused"), tokens(), ids)[1] == 0
