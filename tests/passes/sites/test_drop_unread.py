@@ -196,6 +196,7 @@ class EndOfText(Layer):
         y = super().forward(x)
         at = ids.argmax(-1)
         if self.find == "gather":
+            at = x[..., 0].argmax(1)  # as many as samples; of another input gather would take fewer
             return y.gather(1, at[:, None, None].expand(-1, -1, C)).squeeze(1)
         if self.find == "from the end":
             at = at - N
