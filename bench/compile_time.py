@@ -135,7 +135,7 @@ def measured(model: nn.Module, inputs: Tensor, schedule: Schedule) -> tuple[floa
     export(model, (inputs,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
     stages = [time.perf_counter()]  # export alone; capture; everything behind it
     prepared = prepare(model, (inputs,), {}, lower=True, say=lambda _: stages.append(time.perf_counter()))
-    rewrite(prepared.gm, schedule, compact=False, force=False, explicit=False)
+    rewrite(prepared.gm, schedule, compact=False, force=False, explicit=False, drop_unread=True)
     ended = time.perf_counter()
     return stages[0] - started, ended - stages[0], ended - stages[-1]
 
@@ -172,7 +172,7 @@ def calls_of_passes(model: nn.Module, inputs: Tensor, schedule: Schedule) -> int
 
     sys.setprofile(note)
     try:
-        rewrite(prepared.gm, schedule, compact=False, force=False, explicit=False)
+        rewrite(prepared.gm, schedule, compact=False, force=False, explicit=False, drop_unread=True)
     finally:
         sys.setprofile(None)
     return count

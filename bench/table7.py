@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     model = model.eval().to(args.device)
     say("ViM-T: capturing the model")
     sample = torch.empty(1, 3, side, side, device=args.device)
-    rows = costs({name: plan(model, s, sample) for name, s in methods(schedule).items()})
+    rows = costs({name: plan(model, s, sample, drop_unread=False) for name, s in methods(schedule).items()})
     if not args.no_throughput:
         throughput(rows, model, schedule, torch.randn(args.batch_size, 3, side, side).to(args.device), args)
     skipped = imagenet(rows, model, schedule, args) if args.imagenet is not None else []
@@ -105,7 +105,7 @@ def costs(reports: Mapping[str, Report]) -> dict[str, Row]:
 
 def forwards(model: VisionMamba, schedule: Schedule, backend: str) -> dict[str, Forward | OptimizedModel]:
     """The model itself and its pruned stand-ins, all through the same backend."""
-    pruned = {name: optimize(model, s, backend=backend) for name, s in methods(schedule).items()}
+    pruned = {name: optimize(model, s, backend=backend, drop_unread=False) for name, s in methods(schedule).items()}
     return {BASE: compiled(model, backend), **pruned}
 
 

@@ -27,6 +27,7 @@ from passes.network.branches import Block, Branch, block_before, blocks_of, find
 from passes.network.no_block import no_block
 from passes.network.prunable import protected_tokens
 from passes.network.same_stream import same_stream
+from passes.sites.drop_unread import DropUnread
 from passes.sites.explicit_attention import ExplicitAttention
 from passes.sites.full_length import WriteFullLength
 from passes.sites.insert_ward import InsertWard
@@ -164,16 +165,20 @@ def prune(
     if behind.explicit:
         gm = ExplicitAttention().apply(gm).gm
     skips: tuple[Skip, ...] = ()
+    unread = 0
+    if behind.drop_unread:  # behind all sites: only then is every consumer of a token there
+        before_drop, dropped = count(gm).flops, DropUnread().apply(gm)
+        gm, skips, unread = dropped.gm, dropped.skips, before_drop - count(dropped.gm).flops
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
-        gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, named.skips
+        gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, skips + named.skips
     finish(gm)
     no_stale_shapes(gm)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
     rows = before.report(gm, cost, names, entries)
     gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone
-    return Compiled(gm, tuple(rows), before.dense, cost, skips + cost.uncounted, size_bias=gm.meta.get(HOW, ""))
+    return Compiled(gm, tuple(rows), before.dense, cost, skips + cost.uncounted, (), gm.meta.get(HOW, ""), unread)
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from passes.graph.base import CompileError, Refusal
     from passes.graph.cost import register_cost
     from passes.sites.restore import TokenOutput
-    from rs_compile.errors import ScheduleError
+    from rs_compile.errors import OutputError, ScheduleError
     from rs_compile.explain import explain
     from rs_compile.grid_prune import GridPrune
-    from rs_compile.optimize import OptimizedModel, optimize, plan
+    from rs_compile.optimize import OptimizedModel, optimize
+    from rs_compile.planning import plan
     from rs_compile.report import Explanation, Report
     from rs_compile.schedule import Schedule
     from rs_compile.signature import InputError
@@ -35,6 +36,7 @@ __all__ = [
     "GridPrune",
     "InputError",
     "OptimizedModel",
+    "OutputError",
     "Refusal",
     "Report",
     "Schedule",
@@ -56,10 +58,11 @@ _HOMES = {
     "passes.graph.cost": ("register_cost",),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),
-    "rs_compile.errors": ("ScheduleError",),
+    "rs_compile.errors": ("OutputError", "ScheduleError"),
     "rs_compile.explain": ("explain",),
     "rs_compile.grid_prune": ("GridPrune",),
-    "rs_compile.optimize": ("OptimizedModel", "optimize", "plan"),
+    "rs_compile.optimize": ("OptimizedModel", "optimize"),
+    "rs_compile.planning": ("plan",),
     "rs_compile.report": ("Explanation", "Report"),
     "rs_compile.schedule": ("Schedule",),
     "rs_compile.signature": ("InputError",),

@@ -39,6 +39,8 @@ class Options:
     verify: bool
     constant_inputs: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    drop_unread: bool | None = None
+    outputs: tuple[str | int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ class ScheduleError(CompileError, ValueError):
     """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""
 
 
+class OutputError(CompileError, ValueError):
+    """Outputs were asked for that the model does not return. The message lists those that it does."""
+
+
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
     """Turns an exception that is not ours into a `CompileError`; the exception stays as its `__cause__`.

@@ -19,8 +19,7 @@ from passes.network.stages import find_stages
 from passes.pipeline import prepare
 from passes.sites.outcome import block_kernels
 from rs_compile.errors import named
-from rs_compile.optimize import kernel_cells
-from rs_compile.report import Explanation, ExplanationRow, StageExplanation
+from rs_compile.report import Explanation, ExplanationRow, StageExplanation, kernel_cells
 from rs_compile.signature import check_inputs, constant_leaves, flatten
 
 

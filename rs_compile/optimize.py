@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from passes.attention.attention_kernel import KernelChoice
 from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
+from passes.cleanup.keep_outputs import KeepOutputs
 from passes.graph.base import CompileError, PassResult, Skip
 from passes.pipeline import Progress, cleaned
 from passes.sites.outcome import Compiled
@@ -24,12 +23,13 @@ from rs_compile.errors import named
 from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
 from rs_compile.guard import Guard, hindrance
-from rs_compile.report import BlockRow, Report, StageRow
+from rs_compile.outputs import checked, kept_leaves
+from rs_compile.report import BlockRow, Report, StageRow, kernel_cells
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
 from rs_compile.signature import Call, batch_sizes, check_inputs, in_words, many_samples
 from rs_compile.state import State, StateReader, autocast_state
-from rs_compile.surroundings import check_model, refuse_watchers
+from rs_compile.surroundings import check_model, hooked_inside, refuse_watchers
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
 _CAPTURING = threading.RLock()
@@ -179,6 +179,10 @@ class OptimizedModel(nn.Module):
     def _rewrite(self, call: Call, prepared: PassResult, verify: bool) -> Graphs:
         options: Options = self._options
         schedule, gm = options.schedule, prepared.gm
+        if options.outputs is not None:
+            kept = kept_leaves(type(self._model).__name__, gm.meta["out_spec"], options.outputs)
+            gm = KeepOutputs(frozenset(kept)).apply(gm).gm
+        drop = schedule.prunes if options.drop_unread is None else options.drop_unread
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
         dense, unmeasured = None, ""
         with torch._C._DisableAutocast():
@@ -187,9 +191,8 @@ class OptimizedModel(nn.Module):
             if options.guard is not None and not unmeasured:
                 rest = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
                 dense = self._reported(call, prepared, rest, "")
-            compiled = rewrite(
-                gm, schedule, options.token_outputs == "compact", options.force_insert, options.explicit_attention
-            )
+            short = options.token_outputs == "compact"
+            compiled = rewrite(gm, schedule, short, options.force_insert, options.explicit_attention, drop)
         why = check_cuts(self._entry, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
         if why:
             skip = Skip("graph", f"not compared with the model on the smaller map: {why}")
@@ -215,6 +218,7 @@ class OptimizedModel(nn.Module):
             prepared.skips + c.skips,
             tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
             merging,
+            unread_flops=c.unread,
         )
         return Rewritten(c.gm, report)
 
@@ -260,6 +264,8 @@ def optimize(
     verify: bool = True,
     constant_inputs: Collection[str] = (),
     method: str | Collection[str] = (),
+    drop_unread: bool | None = None,
+    outputs: Sequence[str | int] | str | int | None = None,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, whose code is never changed. Nothing is compiled before the first call.
 
@@ -296,12 +302,20 @@ def optimize(
             another value is another capture. On a GPU reading them waits for it at every call.
         method: names of methods beside forward to prune in as well, `"forward_features"`, `"get_image_features"`:
             `fast.forward_features(x)`. Any other that runs layers runs as the model has it, unpruned, and warns once.
+        drop_unread: whether the layers behind the last attention run for those tokens alone that something reads (a
+            class token, the end of a text): the last block then computes keys and values of all tokens, but queries,
+            projection and MLP of these. Exact up to the order of float sums; at most half of the tokens must be read.
+            None: where the schedule prunes or merges tokens; with nothing to prune the result stays bit-equal.
+        outputs: names (fields of a transformers output, keys of a dict) or places of the outputs that are wanted. The
+            others are None, and what only they read is not computed: with ("pooler_output",) the class token alone
+            may be read. None: all.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
 
     Raises:
         ScheduleError: the schedule cannot mean anything.
+        OutputError: `outputs` cannot; at the first call, where the model returns no such output.
         TypeError, ValueError: another argument cannot.
     """
     check_model(model)
@@ -313,6 +327,8 @@ def optimize(
         raise TypeError(f'backend is {backend!r}; pass what torch.compile takes, or "eager"')
     if guard not in (None, "measure"):
         raise ValueError(f'guard is {guard!r}; write "measure", or leave it out')
+    if drop_unread not in (None, True, False):
+        raise ValueError(f"drop_unread is {drop_unread!r}; write True or False, or leave it out")
     options = Options(
         Schedule.of(schedule),
         backend,
@@ -326,77 +342,7 @@ def optimize(
         verify,
         (constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
         methods,
+        drop_unread,
+        checked(outputs),
     )
     return OptimizedModel(model, options)
-
-
-def hooked_inside(model: nn.Module) -> list[str]:
-    """What a user must know of forward hooks on modules inside, which run once, while the model is captured."""
-    named = [name for name, m in model.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks)]
-    if not named:
-        return []
-    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
-    return [
-        f"hooks on modules inside ({named[0]}{more}) do not run at a call: what they compute is in the graph, what "
-        "they collect is not; return those features from the model's forward"
-    ]
-
-
-def plan(
-    model: nn.Module,
-    schedule: Schedule | Mapping[int, float],
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Report:
-    """What `optimize` would make of a model: captured and rewritten, nothing compiled.
-
-    The model runs once, on two samples, so that what its code caches holds values when it is traced; in train mode
-    and on the meta device it does not.
-
-    Model and inputs may be on the meta device, so that a large model's GFLOPs need neither memory nor time.
-
-    Args:
-        model, schedule: see `optimize`.
-        example_inputs, example_kwargs: see `explain`.
-        options: other arguments of `optimize`, except backend, mode, guard and verify; `method` names one to plan.
-
-    Raises:
-        CaptureError, Refusal: the model cannot be captured, or a rewrite cannot be proven right.
-    """
-    handle = optimize(model, schedule, backend="eager", **options)
-    named = [getattr(handle, name) for name in handle._options.methods]
-    return next(plans(named[:1] or [handle], example_inputs, example_kwargs))
-
-
-def plans(
-    handles: Sequence[OptimizedModel], example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
-) -> Iterator[Report]:
-    """`plan` for several handles of one model, which is captured once for all.
-
-    Args:
-        handles: of the same model, uncompiled (backend "eager").
-        example_inputs, example_kwargs: see `explain`.
-
-    Yields:
-        The report of each, in order.
-    """
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
-    prepared: dict[Any, PassResult] = {}
-    for handle in handles:
-        with named("plan"):
-            call = handle._read(args, kwargs)
-            case = (handle._lowers, call.constant)
-            if case not in prepared:
-                prepared[case] = handle._prepare(call)
-            found = handle._plan(call, partial(copied, prepared[case]))
-            handle._keep(handle._state(), call, found)
-            handle.__dict__["_last"] = found
-            report = handle.report()
-        yield report
-
-
-def kernel_cells(choice: KernelChoice | None) -> tuple[str, str]:
-    """An attention kernel and, where it is not flash, why, for a row of a report."""
-    return (choice.name, "" if choice.name == "flash" else choice.reason) if choice is not None else ("", "")

@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from passes.attention.attention_kernel import KernelChoice
 from passes.graph.base import Skip
 from rs_compile.guard import Verdict
 
@@ -76,6 +77,7 @@ class Report:
         skips: where a pass could have fired and did not.
         stages: a row for each stage of a CNN that was rewritten by `Schedule.grid`.
         merging: how tokens merged, and what sizes do behind the merges; "" where none did.
+        unread_flops: FLOPs saved by computing nothing for tokens that nobody reads (`optimize(drop_unread=...)`).
         guard: what `guard="measure"` timed and kept; rows and costs are those of the graph that it kept.
     """
 
@@ -90,14 +92,21 @@ class Report:
     stages: tuple[StageRow, ...] = ()
     merging: str = ""
     guard: Verdict | None = None
+    unread_flops: int = 0
 
     def __str__(self) -> str:
         gflops = f"GFLOPs (fvcore's convention, one sample): {_giga(self.flops_dense)} -> {_giga(self.flops)}"
         if self.flops:
             gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
         table = self._stage_table() if self.stages else self._block_table()
-        notes = [str(note) for note in (self.merging, self.guard) if note]
+        notes = [str(note) for note in (self.merging, self._unread(), self.guard) if note]
         return "\n".join([f"{self.model}, {self.signature}", table, gflops, *notes, *_skip_lines(self.skips)])
+
+    def _unread(self) -> str:
+        if not self.unread_flops:
+            return ""
+        share = 100 * self.unread_flops / (self.flops + self.unread_flops)
+        return f"unread tokens: {_giga(self.unread_flops)} GFLOPs ({share:.1f}%) left out behind the last attention"
 
     def _stage_table(self) -> str:
         rest = [self.macs_dense, self.macs]
@@ -145,6 +154,7 @@ class Report:
                 "macs": self.macs,
                 "flops_dense": self.flops_dense,
                 "flops": self.flops,
+                **({"unread_flops": self.unread_flops} if self.unread_flops else {}),
             },
             skips=[asdict(skip) for skip in self.skips],
         )
@@ -304,3 +314,8 @@ def _skip_lines(skips: Iterable[Skip]) -> list[str]:
         more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
         lines.append(f"     at {places[0]}{more}")
     return lines
+
+
+def kernel_cells(choice: KernelChoice | None) -> tuple[str, str]:
+    """An attention kernel and, where it is not flash, why, for a row of a report."""
+    return (choice.name, "" if choice.name == "flash" else choice.reason) if choice is not None else ("", "")

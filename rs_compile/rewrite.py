@@ -15,13 +15,16 @@ from rs_compile.errors import ScheduleError
 from rs_compile.schedule import Schedule
 
 
-def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, explicit: bool) -> Compiled:
+def rewrite(
+    gm: GraphModule, schedule: Schedule, compact: bool, force: bool, explicit: bool, drop_unread: bool
+) -> Compiled:
     """Rewrites a prepared graph by a schedule.
 
     Args:
         compact: leave outputs that carry tokens short.
         force: insert selections even where nothing leaves.
         explicit: write out every attention.
+        drop_unread: compute nothing for tokens that nobody reads.
 
     Raises:
         Refusal: a rewrite cannot be proven right.
@@ -29,7 +32,7 @@ def rewrite(gm: GraphModule, schedule: Schedule, compact: bool, force: bool, exp
     """
     if schedule.grid:
         return cut_stages(gm, _cuts(schedule, force), compact)
-    behind = Behind(schedule.size_bias, schedule.weighted_mean, explicit, schedule.gap)
+    behind = Behind(schedule.size_bias, schedule.weighted_mean, explicit, schedule.gap, drop_unread)
     return prune(gm, _steps(schedule, force), compact, behind)
 
 

@@ -58,3 +58,15 @@ def refuse_watchers() -> None:
                     "remove it, or register it on the model's own modules with module.register_forward_hook, "
                     "which are captured with their hooks",
                 )
+
+
+def hooked_inside(model: nn.Module) -> list[str]:
+    """What a user must know of forward hooks on modules inside, which run once, while the model is captured."""
+    named = [name for name, m in model.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks)]
+    if not named:
+        return []
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return [
+        f"hooks on modules inside ({named[0]}{more}) do not run at a call: what they compute is in the graph, what "
+        "they collect is not; return those features from the model's forward"
+    ]

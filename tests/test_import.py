@@ -33,7 +33,7 @@ print(*(name for name in {HEAVY!r} if name in set(sys.modules) - before), len(se
 
 def test_the_functions_are_there_whatever_was_imported_first() -> None:
     code = """
-from rs_compile.optimize import plans
+from rs_compile.planning import plans
 import rs_compile
 print(rs_compile.optimize.__name__, callable(rs_compile.optimize), set(rs_compile.__all__) <= set(dir(rs_compile)))
 """

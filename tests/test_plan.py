@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor
 
 from bench.models.umt import Size, VisionEncoder
 from rs_compile import CompileError, InputError, Schedule, optimize, plan
-from rs_compile.optimize import plans
+from rs_compile.planning import plans
 
 SCHEDULE = Schedule({0: 0.5})
 

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import rs_compile
 from passes.graph.base import Refusal
-from rs_compile.optimize import plans
+from rs_compile.planning import plans
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"hidden_size": 24, "num_attention_heads": 2, "hidden_act": "gelu"}

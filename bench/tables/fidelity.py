@@ -24,7 +24,7 @@ from bench.tables.options import add_arguments as add_shared
 from bench.tables.results import Results, Row, UsageError, environment
 from rs_compile import Schedule, optimize, plan
 from rs_compile.models import build, read_image
-from rs_compile.optimize import plans
+from rs_compile.planning import plans
 
 Counts = Mapping[int, int]  # block -> how many tokens leave there
 Ways = Mapping[str, Callable[[Counts, Mapping[int, float]], Schedule]]
@@ -137,7 +137,7 @@ def _fill(
     if not lacking:
         return
     keep = _keep(counts, tokens)
-    handles = [optimize(model, WAYS[way](counts, keep), backend="eager") for way in lacking]
+    handles = [optimize(model, WAYS[way](counts, keep), backend="eager", drop_unread=False) for way in lacking]
     for way, handle, report in zip(lacking, handles, plans(handles, images[:batch]), strict=True):
         torch.manual_seed(0)  # of random selection
         drifted = _forward(handle, images, batch)

@@ -18,7 +18,7 @@ from bench.tables.options import Setting
 from bench.tables.results import Results, environment
 from bench.tables.subjects import Subject
 from rs_compile import OptimizedModel, plan
-from rs_compile.optimize import plans
+from rs_compile.planning import plans
 from rs_compile.timing import Call, interleaved
 
 # options that choose rows and columns, or do not change a number

@@ -67,7 +67,8 @@ class Method:
             backend: torch.compile's; with "eager" nothing is compiled.
         """
         if self.schedule is not None:
-            return optimize(model, self.schedule, **{"backend": backend, **self.options})
+            # as published: papers count what the layers behind the last attention do with every token
+            return optimize(model, self.schedule, **{"backend": backend, "drop_unread": False, **self.options})
         twin = with_attention(model, self.fused)
         return compiled(twin, backend) if self.compiled else twin
 

@@ -13,8 +13,8 @@ from passes.attention.attention_kernel import AUTOCAST
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import analyse, stream_layout
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
-from passes.graph.contraction import arguments
 from passes.graph.layout import Batch, Layout, runs_over_tokens, sequence_in
+from passes.graph.ops import arguments
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected

@@ -42,6 +42,7 @@ class Compiled:
     skips: tuple[Skip, ...]
     stages: tuple[StageReport, ...] = ()
     size_bias: str = ""  # how it reaches attention: "mask", "channel"
+    unread: int = 0  # FLOPs that `DropUnread` saved
 
 
 @dataclass(frozen=True)

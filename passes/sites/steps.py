@@ -69,12 +69,14 @@ class Behind:
         weighted_mean: a mean over tokens weighs them by that number.
         explicit: write out every attention as softmax(Q K^T) V, as published baselines run.
         gap: what scans do where tokens are gone, see `RetargetTokens`.
+        drop_unread: nothing is computed for tokens that nobody reads behind the last attention.
     """
 
     size_bias: bool = True
     weighted_mean: bool = False
     explicit: bool = False
     gap: Gap = "compact"
+    drop_unread: bool = False
 
 
 def hidden_padding(gm: GraphModule, block: Block, guard: Protected) -> bool | Refusal:

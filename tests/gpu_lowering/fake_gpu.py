@@ -32,7 +32,7 @@ from triton.runtime.driver import driver
 from passes.device.name_flash import NameFlash
 from rs_compile import Schedule, optimize
 from rs_compile.inductor import inductor_options
-from rs_compile.optimize import plans
+from rs_compile.planning import plans
 
 CPU = torch.device("cpu")
 Capability = tuple[int, int]
