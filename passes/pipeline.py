@@ -265,7 +265,8 @@ def prune(
             BlockReport(
                 b,
                 b.where,
-                *(lengths[b.index] and _tokens(whole.get(n) or now.get(n, n)) for n in (b.entry, b.output)),
+                lengths[b.index] and _tokens(whole.get(b.entry) or now.get(b.entry, b.entry)),
+                lengths[b.index] and _tokens(whole.get(b.output) or now.get(b.output, b.output)),
                 before[b.index],
                 cost.between(nodes).macs,
                 _kernel(gm, now.get(op, op), choice) if op is not None else None,

@@ -80,8 +80,18 @@ class InsertSelection(Pass):
         for user in users:
             user.replace_input_with(stream, full)
         left = self.keep - self.protected.prefix - self.protected.suffix
-        how = {"size_bias": self.size_bias, "weighted_mean": self.weighted_mean}
-        gm.meta[SITE] = Site(stream, full, short, index, layout, batch, left, sizes=sizes, **how)
+        gm.meta[SITE] = Site(
+            stream,
+            full,
+            short,
+            index,
+            layout,
+            batch,
+            left,
+            sizes=sizes,
+            size_bias=self.size_bias,
+            weighted_mean=self.weighted_mean,
+        )
         return PassResult(gm, rewrites=1)
 
     def _padding(self, gm: GraphModule) -> Node | None:
