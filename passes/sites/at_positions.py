@@ -14,8 +14,8 @@ from passes.axes.gather import take
 from passes.axes.reads import Picks
 from passes.axes.rules import Extent, Position
 from passes.graph.base import CompileError
+from passes.graph.fake import evaluate
 from passes.graph.layout import Batch, Dim, Layout, Size, Tokens, dim_size, expr, tokens_in
-from passes.graph.propagate import evaluate
 from passes.graph.splice import REPLACED, fake, fake_mode, splice
 
 aten = torch.ops.aten

@@ -176,7 +176,7 @@ def test_short_outputs() -> None:
 def test_what_merged_counts_one_token_again() -> None:
     """Behind the window each token stands for itself, with its destination's value."""
     model, x = Net("ggwg", lambda x, streams: (streams[1], x)), sample()
-    gm = made(model, [Merge(0, lambda n: 2)]).gm
+    gm = made(model, [Merge(0, lambda n: 2, restore="copy")]).gm
     attentions = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     biased = [n for n in attentions if n.args[3:4] not in ((), (None,)) or n.kwargs.get("attn_mask") is not None]
     assert biased == attentions[1:2] and not any(KEY_SIZES in n.meta for n in attentions[2:])
