@@ -30,6 +30,8 @@ def view_biases(gm: GraphModule) -> int:
         found = _scores(back.args[0], back) if aten_name(back) in RESHAPES else None
         if found is None or len(back.users) > 1 or not found[1]:
             continue
+        if (sizes_of(back) or ())[-1:] == (sizes_of(back.args[0]) or ())[-1:]:  # heads apart from samples: as it is
+            continue
         scores, terms = found
         viewed, flat = ([-1 if isinstance(n, SymInt) else n for n in v.meta["val"].shape] for v in (back.args[0], back))
         biased = partial(_biased, viewed, flat, [sign for _, sign in terms])

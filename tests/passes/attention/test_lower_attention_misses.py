@@ -109,10 +109,10 @@ NEAR_MISSES: dict[str, tuple[Core, str]] = {
         lambda m, q, k, v: ((q @ k.mT).masked_fill(~m.causal, -1e5) + m.bias).softmax(-1) @ v,
         "a mask is added to logits which were filled with -100000",
     ),
-    "bias by rows and columns": (
+    "weight by rows and columns": (
         lambda m, q, k, v: (
             (
-                ((q @ k.mT).view(-1, HEADS, 2, 5, 2, 5) + m.bias[0, :5, :5].view(5, 1, 5)).view(-1, HEADS, 10, 10)
+                ((q @ k.mT).view(-1, HEADS, 2, 5, 2, 5) * m.bias[0, :5, :5].view(5, 1, 5)).view(-1, HEADS, 10, 10)
             ).softmax(-1)
             @ v
         ),

@@ -223,7 +223,7 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
         0,
     ),
     "gather of samples": (
-        lambda x: x.gather(0, x.long()),
+        lambda x: x.gather(0, x.long() * 0),
         "picks entries of a dimension that runs over the samples of the batch",
         0,
     ),
@@ -316,7 +316,7 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
         0,
     ),
     "conv2d": (
-        lambda x: F.conv2d(x[:, None], torch.ones(1, 1, 1, 1)),
+        lambda x: F.conv2d(x[:, None], torch.ones(1, 1, 3, 3), padding=1),
         "a convolution, which needs the tokens on their full grid",
         0,
     ),
