@@ -41,6 +41,7 @@ class Options:
     methods: tuple[str, ...] = ()
     drop_unread: bool | None = None
     outputs: tuple[str | int, ...] | None = None
+    debug: str = ""
 
 
 @dataclass(frozen=True)

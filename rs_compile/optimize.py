@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +16,7 @@ from torch import nn
 from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
 from passes.cleanup.keep_outputs import KeepOutputs
 from passes.graph.base import CompileError, PassResult, Skip
+from passes.graph.debug import watched as watched_passes
 from passes.pipeline import Progress, cleaned
 from passes.sites.outcome import Compiled
 from passes.sites.select import MANY
@@ -229,7 +232,10 @@ class OptimizedModel(nn.Module):
 
     def _plan(self, call: Call, prepared: Callable[[], PassResult], verify: bool = False) -> Plan:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""
-        graphs: Graphs = self._graphs.get((self._state(), *call.key)) or self._rewrite(call, prepared(), verify)
+        graphs: Graphs | None = self._graphs.get((self._state(), *call.key))
+        if graphs is None:
+            with watched_passes(self._options.debug) if self._options.debug else contextlib.nullcontext():
+                graphs = self._rewrite(call, prepared(), verify)
         return make_plan(graphs, self._options, call.leaves)
 
     def _keep(self, before: State, call: Call, plan: Plan) -> None:
@@ -266,6 +272,7 @@ def optimize(
     method: str | Collection[str] = (),
     drop_unread: bool | None = None,
     outputs: Sequence[str | int] | str | int | None = None,
+    debug: str | os.PathLike[str] | None = None,
 ) -> OptimizedModel:
     """A faster stand-in for `model`, whose code is never changed. Nothing is compiled before the first call.
 
@@ -309,6 +316,8 @@ def optimize(
         outputs: names (fields of a transformers output, keys of a dict) or places of the outputs that are wanted. The
             others are None, and what only they read is not computed: with ("pooler_output",) the class token alone
             may be read. None: all.
+        debug: a folder in which each pass leaves its graph as text, with what it changed, and behind each pass every
+            shape is checked. None: "rs_compile_debug" where the environment has RS_COMPILE_DEBUG=1, else nowhere.
 
     Returns:
         A module with the model's signature, outputs, parameters and `state_dict`, and a `report()`.
@@ -344,5 +353,6 @@ def optimize(
         methods,
         drop_unread,
         checked(outputs),
+        os.fspath(debug) if debug is not None else "rs_compile_debug" * (os.environ.get("RS_COMPILE_DEBUG") == "1"),
     )
     return OptimizedModel(model, options)

@@ -6,9 +6,12 @@ import pathlib
 from dataclasses import dataclass
 
 import pytest
+import torch
+from generated import Config, GeneratedViT
 from graphs import aten, graph_of, only
 from torch.fx import GraphModule
 
+import rs_compile
 from passes.graph.base import HISTORY, Pass, PassResult, Postcondition
 from passes.graph.debug import watched
 
@@ -50,3 +53,17 @@ def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> No
     ReluForMul()(graph_of(lambda x: x * 2))
     assert len(list(home.iterdir())) == before  # closed
     assert HISTORY.get(gm) == ("ReluForMul",)
+
+
+def test_optimize_leaves_them_where_it_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GeneratedViT(Config(depth=2, width=16)).eval()
+    x = model.images(2)
+    with torch.no_grad():
+        rs_compile.optimize(model, {0: 0.5}, backend="eager", debug=tmp_path / "a")(x)
+    names = [p.name.split("-")[1] for p in sorted((tmp_path / "a" / "1").iterdir())]
+    assert names[0] == "InlineRegions.txt" and "InsertSelection.txt" in names and "RestoreTokens.txt" in names
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RS_COMPILE_DEBUG", "1")
+    with torch.no_grad():
+        rs_compile.optimize(model, {0: 0.5}, backend="eager")(x)
+    assert len(list((tmp_path / "rs_compile_debug" / "1").iterdir())) == len(names)
