@@ -92,8 +92,9 @@ def test_dropout_in_training_becomes_dropout_p() -> None:
     assert (result.rewrites, node.args[4], choice.name) == (1, 0.25, "math")
     assert choice.reason == "dropout is on, which the CPU kernel does not have"
     torch.manual_seed(1)
-    many = torch.stack([result.gm(x) for _ in range(400)]).mean(0)
-    torch.testing.assert_close(many, model.eval()(x), atol=0.1, rtol=0)
+    many = torch.stack([result.gm(x) for _ in range(400)]).detach()
+    error = many.std(0) / 400**0.5  # of the mean
+    assert ((many.mean(0) - model.eval()(x)).abs() <= 5 * error).all() and error.max() < 0.02
 
 
 def test_bfloat16_with_a_float32_softmax_loses_no_accuracy() -> None:
