@@ -60,6 +60,7 @@ def test_printed() -> None:
     assert " ".join(ours) == "ours 197 -> 157 -> 125 1.307 1.3 3.00 1.17x [1.16, 1.18] 75.5 99.5"
     quick = table7.table(rows, arguments("--backend", "eager", "--quick"))
     assert "75.5" not in quick and "its numbers mean nothing" in quick
+    assert quick.startswith("stand-in for ViM-T") and "1.17x" not in quick and "img/s" not in quick
 
 
 def test_pictures_need_weights() -> None:

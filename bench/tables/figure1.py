@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from bench.tables import table2, table5
+from bench.tables.comparison import as_quick, untimed
 from bench.tables.layer_plot import add_plot, check_out, save
 from bench.tables.measure import fill, identity, measurable
 from bench.tables.methods import (
@@ -109,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
             )
         )
     everything = [row for d in drawn for row in (*d.dense, *(r for curve in d.curves.values() for r in curve))]
-    code = give(f"{_table(everything)}\n\n{_paper()}\n", notes(everything, setting), everything)
+    names = {d.subject.name: as_quick(d.subject).name for d in drawn}
+    printed = [untimed(row) | {"model": names[row["model"]]} for row in everything] if args.quick else everything
+    code = give(f"{_table(printed)}\n\n{_paper()}\n", notes(everything, setting), everything)
     if args.out is not None and first_process():
         save(plot(drawn), args.out)
     elif first_process():

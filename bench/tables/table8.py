@@ -8,6 +8,7 @@ from statistics import fmean
 
 from tabulate import tabulate
 
+from bench.tables.comparison import as_quick
 from bench.tables.notes import give, notes
 from bench.tables.one_layer import (
     Measured,
@@ -47,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
             + (f", accuracy {shown(measured.base)}." if shown(measured.base) else "."),
             *notes(measured.everything(), setting, "paper's accuracy: DeiT-S on ImageNet, dense 79.8."),
         ]
-        code |= give(_text(measured), lines, measured.everything())
+        code |= give(_text(measured, args.quick), lines, measured.everything())
     return code
 
 
-def _text(measured: Measured) -> str:
-    name = measured.study.subject.name
+def _text(measured: Measured, quick: bool) -> str:
+    subject = measured.study.subject
+    name = as_quick(subject).name if quick else subject.name
     columns = sorted({*measured.rows[TOP], *BLOCKS})
 
     def line(who: str, kept: str, texts: Mapping[int, str], mean: str = "") -> list[str]:
