@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ from passes import pipeline
 from passes.capture.capture_errors import not_captured
 from rs_compile import explain as explain_function
 
-optimize_module: Any = __import__("sys").modules["rs_compile.optimize"]
-explain_module: Any = __import__("sys").modules[explain_function.__module__]
+optimize_module: Any = sys.modules[rs_compile.optimize.__module__]
+explain_module: Any = sys.modules[explain_function.__module__]
 
 
 class Block(nn.Module):

@@ -7,17 +7,19 @@ where trails end, so no order of cat, view, permute, stack and repeat needs a ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from passes.attention.constants import Constants
 from passes.axes.rules.pointwise import tensors
@@ -83,6 +85,7 @@ class _Trails:
         self._image: set[Node] = set()  # values that are made from the image throughout, and not numbered yet
         self._last = 0
         needed = self._needed(stream)
+        self._samples = _SAMPLES * _divisor(needed)
         self._written = self._with_writes(gm, needed)
         for node in sorted(needed, key=self._order.__getitem__):
             if isinstance(node.meta.get("val"), Tensor | list | tuple):
@@ -108,7 +111,7 @@ class _Trails:
 
     def _origin(self, number: int) -> Origin:
         before, node = next(end for end in reversed(self._ends) if end[0] < number)
-        at = torch.unravel_index(torch.tensor(number - before - 1), _concrete(shape_of(node)))
+        at = torch.unravel_index(torch.tensor(number - before - 1), self._concrete(shape_of(node)))
         return Origin(node, tuple(map(int, at)))
 
     def _needed(self, stream: Node) -> set[Node]:
@@ -165,7 +168,7 @@ class _Trails:
     def _numbers(self, node: Node) -> Tensor:
         """The numbers of a value's entries."""
         if node not in self._trails:
-            shape = _concrete(shape_of(node))
+            shape = self._concrete(shape_of(node))
             numbers = torch.zeros(shape, dtype=torch.float64)  # every op takes doubles
             if node in self._image:
                 self._ends.append((self._last, node))
@@ -205,7 +208,7 @@ class _Trails:
         if all(self._whole(n) for n in inputs if self._data(n)):
             return None
         found = self._mixed(node, name, [n for n in inputs if self._data(n)])
-        return self._lose(node) if found is None else found.expand(_concrete(shape_of(node)))
+        return self._lose(node) if found is None else found.expand(self._concrete(shape_of(node)))
 
     def _known(self, node: Node) -> bool:
         """Whether an argument that says which entries is known; true for any other."""
@@ -224,7 +227,7 @@ class _Trails:
             made = op(**given)
         except Exception:  # entries picked by what is not known, or a form of the op that does not run on numbers
             pass
-        shapes = [_concrete(v.shape) for v in ([vals] if one else vals)]
+        shapes = [self._concrete(v.shape) for v in ([vals] if one else vals)]
         if made is not None and [tuple(t.shape) for t in ([made] if one else made)] == shapes:
             return made
         data = [n for n in tensors(node.args) if n.meta["val"].is_floating_point()]
@@ -239,7 +242,7 @@ class _Trails:
             if not isinstance(n, Node):
                 return n
             if not isinstance(n.meta["val"], Tensor):
-                return _concrete([n.meta["val"]])[0]
+                return self._concrete([n.meta["val"]])[0]
             if name not in _WHICH:
                 return self._numbers(n)
             if (which := self._constants.value(n)) is None:
@@ -254,10 +257,12 @@ class _Trails:
             pairs = [(n, self._constants.literal(n)) for n in inputs]  # a constant mask takes entries out
             parts = [self._numbers(n) for n, by in pairs if by is None]
             return reduce(torch.mul, [(by != 0).double() for _, by in pairs if by is not None], reduce(_either, parts))
-        if not self._image.isdisjoint(inputs) and all(_same(n, node) for n in inputs if n in self._image):
+        if not self._image.isdisjoint(inputs) and all(
+            self._concrete(shape_of(n)) == self._concrete(shape_of(node)) for n in inputs if n in self._image
+        ):
             return None
         found = reduce(_either, map(self._numbers, inputs))
-        return found.expand(_concrete(shape_of(node))).clone()
+        return found.expand(self._concrete(shape_of(node))).clone()
 
     def _mixed(self, node: Node, name: str, data: Sequence[Node]) -> Tensor | None:
         """Ops that mix channels, or keep the place of each token; None for others."""
@@ -302,12 +307,17 @@ class _Trails:
             target.copy_(self._lose(node).expand_as(target))
         return target
 
+    def _concrete(self, sizes: Sequence[Any]) -> tuple[int, ...]:
+        """Sizes with a number of samples for the batch."""
+        found = [expr(size) for size in sizes]
+        return tuple(int(e.subs(dict.fromkeys(e.free_symbols, self._samples))) for e in found)
+
     def _lose(self, node: Node) -> Any:
         """Numbers that say at which op the trail was lost."""
         self._lost.append(node)
         vals = node.meta["val"]
         made = [
-            torch.full(_concrete(v.shape), -float(len(self._lost)), dtype=torch.float64)
+            torch.full(self._concrete(v.shape), -float(len(self._lost)), dtype=torch.float64)
             for v in ([vals] if isinstance(vals, Tensor) else vals)
         ]
         return made[0] if isinstance(vals, Tensor) else made
@@ -317,14 +327,12 @@ def _in_place(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and bool(writes(node))
 
 
-def _concrete(sizes: Sequence[Any]) -> tuple[int, ...]:
-    """Sizes with a number of samples for the batch."""
-    found = [expr(size) for size in sizes]
-    return tuple(int(e.subs(dict.fromkeys(e.free_symbols, _SAMPLES))) for e in found)
-
-
-def _same(a: Node, b: Node) -> bool:
-    return _concrete(shape_of(a)) == _concrete(shape_of(b))
+def _divisor(nodes: Collection[Node]) -> int:
+    """What the batch is divided by (the frames of a clip), so that every size is a whole number."""
+    vals = [v for n in nodes for v in pytree.tree_leaves(n.meta.get("val"))]
+    sizes = {expr(s) for v in vals for s in (v.shape if isinstance(v, Tensor) else (v,)) if isinstance(s, SymInt)}
+    parts = {part.args[1] for size in sizes for part in size.atoms(FloorDiv)}
+    return lcm(*(int(part) for part in parts if part.is_Integer))
 
 
 def _either(a: Tensor, b: Tensor) -> Tensor:
