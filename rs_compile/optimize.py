@@ -327,7 +327,7 @@ def optimize(
         OutputError: `outputs` cannot; at the first call, where the model returns no such output.
         TypeError, ValueError: another argument cannot.
     """
-    check_model(model)
+    check_model(model, OptimizedModel)
     methods = (method,) if isinstance(method, str) else tuple(method)
     check_methods(model, methods)
     if token_outputs not in ("restore", "compact"):

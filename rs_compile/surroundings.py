@@ -12,8 +12,11 @@ _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backwa
 _GRAPH = "call it once, then torch.export.export(fast.graph_module(), inputs): flat inputs, and a flat tuple of outputs"
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, handle: type[nn.Module]) -> None:
     """Refuses what is not a model in Python code.
+
+    Args:
+        handle: the class of what `optimize` returns.
 
     Raises:
         TypeError: it is not.
@@ -25,11 +28,9 @@ def check_model(model: object) -> None:
             "the model was scripted or traced by torch.jit, and torch.export reads Python code; "
             "pass the module that it was made from"
         )
-    from rs_compile.optimize import OptimizedModel
-
-    if isinstance(model, OptimizedModel):
+    if isinstance(model, handle):
         raise TypeError("the model is optimized already; optimize the original with the whole schedule")
-    inside = next((name for name, inner in model.named_modules() if isinstance(inner, OptimizedModel)), None)
+    inside = next((name for name, inner in model.named_modules() if isinstance(inner, handle)), None)
     if inside is not None:
         raise TypeError(
             f"{inside!r} in the model is optimized already, and runs as it is; put the original in its place and "
