@@ -31,12 +31,12 @@ def cut(mode: Literal["line", "token"]) -> Schedule:
     return Schedule(grid=dict.fromkeys(SITES, GridPrune(rows=2, columns=2, mode=mode)))
 
 
-def transformer(tokens: int, schedule: Schedule, samples: int = 2) -> GraphModule:
+def transformer(tokens: int, schedule: Schedule, samples: int = 2, drop_unread: bool = False) -> GraphModule:
     """fp16, one class token in front of a square of patches."""
     side = int((tokens - 1) ** 0.5)
     config = Config(depth=DEPTH, width=WIDTH, heads=HEADS, grid=(side, side), prefix=1)
     assert config.tokens == tokens
-    return on_cuda(GeneratedViT(config), (3, 2 * side, 2 * side), float16, schedule, samples)
+    return on_cuda(GeneratedViT(config), (3, 2 * side, 2 * side), float16, schedule, samples, drop_unread)
 
 
 def cnn(tokens: int, schedule: Schedule, samples: int = 2) -> GraphModule:

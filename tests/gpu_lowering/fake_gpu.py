@@ -61,18 +61,24 @@ class Generated:
 
 
 def on_cuda(
-    model: nn.Module, images: tuple[int, ...], dtype: torch.dtype, schedule: Schedule, samples: int = 2
+    model: nn.Module,
+    images: tuple[int, ...],
+    dtype: torch.dtype,
+    schedule: Schedule,
+    samples: int = 2,
+    drop_unread: bool = False,
 ) -> GraphModule:
     """The rewritten graph of a model on fake CUDA tensors; without a site flash is named all the same.
 
     Args:
         images: shape of one sample.
         samples: of the call that it is captured for.
+        drop_unread: see `optimize`; off, so that a block is like the others.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to("cuda", dtype)
         batch = torch.zeros(samples, *images, device="cuda", dtype=dtype)
-    handle = optimize(model, schedule, backend="eager")
+    handle = optimize(model, schedule, backend="eager", drop_unread=drop_unread)
     next(plans([handle], batch))
     return NameFlash()(handle.graph_module()).gm
 

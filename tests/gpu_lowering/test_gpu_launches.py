@@ -71,6 +71,13 @@ def test_two_more_launches_a_site() -> None:
     check_rows_are_sorted_one_by_one(generated)
 
 
+def test_unread_tokens_take_three_more_launches_in_all() -> None:
+    """In the last block: queries, keys and values each by themselves, and the class token's queries made ready."""
+    generated = generate(transformer(197, kept(), drop_unread=True), batch=64)
+    assert len(generated.launches) - len(pruned(197).launches) == 3
+    check_all_on_the_gpu(generated, DEPTH)
+
+
 def test_three_more_launches_a_site_above_512_tokens() -> None:
     generated = pruned(577)
     # block by block as at 197 tokens: the dense graph's launches do not depend on N
