@@ -92,8 +92,7 @@ def test_comparison_in_eager(model: torch.nn.Module) -> None:
     assert note.endswith(f"device cpu, threads {torch.get_num_threads()}, rounds 2")
     content = json.loads(json.dumps(result.to_dict()))
     assert content["batch"] == 2 and content["settings"]["rounds"] == 2
-    slower = content["median_seconds"][PRUNED] > content["median_seconds"][EAGER]
-    assert content["guard_keeps"] == ("dense" if slower else "pruned")
+    assert content["guard_keeps"] == "pruned"  # two rounds decide nothing
     assert len(content["seconds"][PRUNED]) == 2 and content["speed_up"][EAGER]["median"] == 1
     report = result.optimized.report()
     assert content["macs_ratio"] == report.macs_dense / report.macs > 1.2
