@@ -247,7 +247,7 @@ class _Snapshot:
             return kind, *[self._read(v, depth) for v in held]
         if isinstance(value, dict):
             return kind, *[(k, self._read(v, depth)) for k, v in self._entries(value)]
-        if isinstance(value, dict | MappingProxyType):
+        if isinstance(value, MappingProxyType):  # of other mappings the object alone: reading may load something
             pairs = list(value.items())
             self._held.append((value, [x for pair in pairs for x in pair]))
             return kind, *[(k, self._read(v, depth)) for k, v in pairs]
@@ -269,9 +269,7 @@ class _Snapshot:
 
 def _holds(value: Any, held: Sequence[Any]) -> bool:
     """Whether a list, a set or a mapping holds the same objects still, in the same order."""
-    now = (
-        [x for pair in list(value.items()) for x in pair] if isinstance(value, dict | MappingProxyType) else list(value)
-    )
+    now = [x for pair in list(value.items()) for x in pair] if isinstance(value, MappingProxyType) else list(value)
     return len(now) == len(held) and all(map(operator.is_, now, held))
 
 

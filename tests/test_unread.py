@@ -166,8 +166,9 @@ def test_outputs_that_cannot_be_meant(outputs: Any) -> None:
 
 
 def test_drop_unread_is_a_flag() -> None:
+    flag: Any = "yes"
     with pytest.raises(ValueError, match="drop_unread is 'yes'; write True or False, or leave it out"):
-        optimize(Several("dict"), {}, drop_unread="yes")  # type: ignore[arg-type]
+        optimize(Several("dict"), {}, drop_unread=flag)
     assert rs_compile.OutputError is OutputError
 
 

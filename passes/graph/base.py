@@ -12,9 +12,8 @@ from typing import ClassVar, TypeAlias
 from torch.fx import GraphModule, Node
 
 from passes.graph.aliasing import writes
-from passes.graph.facts import Fact
 
-HISTORY = Fact[tuple[str, ...]]("history")  # the passes that a graph went through
+HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
 
 Check = Callable[[GraphModule], None]
@@ -28,7 +27,7 @@ class PassError(CompileError):
     """A pass broke its contract: a fault of the compiler, not of the model."""
 
     def __init__(self, said: str, name: str, gm: GraphModule) -> None:
-        super().__init__(f"{said} (before {name} ran: {', '.join(HISTORY.get(gm) or ('none',))})")
+        super().__init__(f"{said} (before {name} ran: {', '.join(gm.meta.get(HISTORY) or ('none',))})")
 
 
 class Precondition(PassError):
@@ -111,14 +110,14 @@ class Pass(abc.ABC):
 
     def apply(self, gm: GraphModule) -> PassResult:
         """`__call__` without the recompilation of the graph's code."""
-        name, before = self.name, HISTORY.get(gm) or ()
+        name, before = self.name, gm.meta.get(HISTORY, ())
         for check in self.requires:
             try:
                 check(gm)
             except CompileError as error:
                 raise Precondition(f"before pass {name}: {error}", name, gm) from error
         result = self.call(gm)
-        HISTORY.set(result.gm, before)
+        result.gm.meta[HISTORY] = before
         try:
             if self.leaves_dead_code:
                 result.gm.graph.lint()
@@ -136,7 +135,7 @@ class Pass(abc.ABC):
                 check(result.gm)
             except CompileError as error:
                 raise Postcondition(f"after pass {name}: {error}", name, result.gm) from error
-        HISTORY.set(result.gm, (*before, name))
+        result.gm.meta[HISTORY] = (*before, name)
         return result
 
 

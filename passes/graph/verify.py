@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -12,7 +13,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from passes.graph.base import CompileError, Refusal
-from passes.graph.fake import LiteralBatch, evaluate
+from passes.graph.fake import LiteralBatch
 from passes.graph.layout import expr
 from passes.graph.splice import fake, fake_mode
 
@@ -20,8 +21,8 @@ from passes.graph.splice import fake, fake_mode
 def no_stale_shapes(gm: GraphModule) -> None:
     """Runs the graph on fake tensors, from its inputs on, and compares each value with what its node says.
 
-    Nothing is remembered and nothing is taken from the nodes but the inputs, so an error in what earlier passes noted
-    cannot hide. Shapes, dtypes and devices are compared.
+    What passes remember of ops is not asked, so an error there cannot hide. An op that does not run on a literal batch
+    (samples beside samples) runs by itself on what the nodes before it say. Shapes, dtypes and devices are compared.
 
     Raises:
         CompileError: an op does not run, or gives another shape than its node records.
@@ -44,7 +45,7 @@ def no_stale_shapes(gm: GraphModule) -> None:
 
 
 def _run(mode: FakeTensorMode, node: Node, values: dict[Node, Any], batch: LiteralBatch | None) -> Any:
-    """What a node gives on values with a literal batch, or where the op refuses so many samples, on its own."""
+    """What a node gives on values with a literal batch, or where that does not run, on those that the nodes hold."""
     assert callable(node.target)
     args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: values[a] if isinstance(a, Node) else a)
     try:
@@ -52,7 +53,8 @@ def _run(mode: FakeTensorMode, node: Node, values: dict[Node, Any], batch: Liter
             return node.target(*args, **kwargs)
     except Exception:
         try:
-            return evaluate(mode, node.target, fake(node.args), fake(node.kwargs))
+            with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
+                return node.target(*fake(node.args), **fake(node.kwargs))
         except Exception as error:
             raise CompileError(f"{node.name} ({node.target}) does not run: {error}") from error
 

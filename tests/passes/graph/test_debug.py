@@ -52,7 +52,7 @@ def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> No
     before = len(list(home.iterdir()))
     ReluForMul()(graph_of(lambda x: x * 2))
     assert len(list(home.iterdir())) == before  # closed
-    assert HISTORY.get(gm) == ("ReluForMul",)
+    assert gm.meta[HISTORY] == ("ReluForMul",)
 
 
 def test_optimize_leaves_them_where_it_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
