@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import rs_compile
 from passes.graph.base import Refusal
+from passes.sites.site import Restore
 from rs_compile.planning import plans
 
 transformers = pytest.importorskip("transformers")
@@ -164,8 +165,9 @@ def test_a_backbone(name: str) -> None:
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("restore", ["change", "copy"])
 @torch.no_grad()
-def test_tokens_merge_within_their_window() -> None:
+def test_tokens_merge_within_their_window(restore: Restore) -> None:
     model, images = lw_detr(), noise(B, 3, 48, 48)
     layers, gone = model.encoder.layer, 3
     seen: list[Tensor] = []
@@ -178,12 +180,14 @@ def test_tokens_merge_within_their_window() -> None:
         stands = {at: at for at in pairs.left} | dict(pairs.merged)
         groups = [[at for at, to in stands.items() if to == left] for left in pairs.left]
         short = torch.stack([tokens[group].mean(0) for group in groups]).unsqueeze(0)
+        merged = short[0]
         sizes = torch.tensor([float(len(group)) for group in groups], dtype=torch.float64).log()
         for layer in layers[2:4]:
             short = layer(short, attention_mask=sizes.expand(1, 1, len(groups), -1))
-        stream[row] = short[0, [pairs.left.index(stands[at]) for at in range(len(tokens))]]
+        places = [pairs.left.index(stands[at]) for at in range(len(tokens))]
+        stream[row] = short[0, places] if restore == "copy" else tokens + (short[0] - merged)[places]
     wanted = layers[5](layers[4](stream))
-    schedule = rs_compile.Schedule(merge={1: gone}, merger="stream")
+    schedule = rs_compile.Schedule(merge={1: gone}, merger="stream", restore=restore)
     handle = rs_compile.optimize(model, schedule, backend="eager")
     found = handle(images).feature_maps[-1]
     ours = found.reshape(B, -1, 2, 3, 2, 3).permute(0, 2, 4, 3, 5, 1).reshape(wanted.shape)
