@@ -99,9 +99,10 @@ def test_quantised_activations() -> None:
     plain = rs_compile.plan(model, pruning.keep, images)
     dense = entry.forward(model, images, pruning).outputs
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    fast: Any = rs_compile.optimize(model, pruning.keep, backend="eager")
+    # with SDPA in the place of its softmax an activation may round to the next of 256 steps
+    fast: Any = rs_compile.optimize(model, pruning.keep, backend="eager", lower_attention=False)
     wanted = entry.forward(model, images, pruning).outputs
     assert max(oracle.max_difference(wanted[k], dense[k]) for k in dense) > 1e-4, "quantisation changes nothing"
-    oracle.assert_close(fast(images), wanted, 2e-4, "quantised")
+    oracle.assert_close(fast(images), wanted, 0.0, "quantised")
     report = fast.report()
     assert (report.macs, report.flops) == (plain.macs, plain.flops)
