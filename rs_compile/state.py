@@ -230,7 +230,7 @@ class _Snapshot:
             return kind, value  # True is not 1
         if kind in (float, complex):
             return kind, repr(value)  # nan is itself, 0.0 is not -0.0
-        if not depth or isinstance(value, Tensor | type | ModuleType | FunctionType):
+        if not depth or issubclass(kind, Tensor | type | ModuleType | FunctionType):
             return _Same(value)
         at = id(value), depth
         if at not in self._known:
@@ -245,13 +245,16 @@ class _Snapshot:
             held = list(value)
             self._held.append((value, held))
             return kind, *[self._read(v, depth) for v in held]
-        if isinstance(value, dict):
+        if issubclass(kind, dict):
             return kind, *[(k, self._read(v, depth)) for k, v in self._entries(value)]
-        if isinstance(value, MappingProxyType):  # of other mappings the object alone: reading may load something
+        if issubclass(kind, MappingProxyType):  # of other mappings the object alone: reading may load something
             pairs = list(value.items())
             self._held.append((value, [x for pair in pairs for x in pair]))
             return kind, *[(k, self._read(v, depth)) for k, v in pairs]
-        own = getattr(value, "__dict__", None)
+        try:
+            own = getattr(value, "__dict__", None)
+        except Exception:  # a weak reference's proxy whose object is gone
+            return _Same(value)
         if not isinstance(own, dict):
             return _Same(value)
         return _Same(value), kind, *[(k, self._read(v, depth)) for k, v in self._entries(own)]
@@ -261,7 +264,7 @@ class _Snapshot:
         (defined,) = gc.get_referents(vars(kind))  # the dictionary itself, which has a version
         for name, value in self._entries(defined):
             if callable(value) or isinstance(value, classmethod) or not name.startswith("__"):
-                code = getattr(value, "__func__", value)
+                code = value.__func__ if issubclass(type(value), classmethod | staticmethod) else value
                 if isinstance(code, FunctionType) and kind is not nn.Module:
                     self._functions.append(code)
                 yield name, self._read(value, 0)

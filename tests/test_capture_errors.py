@@ -136,7 +136,7 @@ def test_plain_tensors_in_the_place_of_parameters(model: nn.Module) -> None:
     assert "the parameter embed.weight of Picture is a plain tensor, as torch.func.functional_call puts there" in text
     wrapped = {name: nn.Parameter(value) for name, value in other.items()}
     wanted = torch.func.functional_call(model, other, (images(),))
-    assert torch.equal(torch.func.functional_call(fast, wrapped, (images(),)), wanted)
+    torch.testing.assert_close(torch.func.functional_call(fast, wrapped, (images(),)).detach(), wanted)
 
 
 def test_an_empty_batch_may_come_first(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import pytest
@@ -252,6 +253,34 @@ def test_what_is_left_and_never_read_is_no_reason_to_refuse() -> None:
     assert torch.equal(rs_compile.optimize(model, {0: 1.0}, backend="eager")(tokens()), wanted(model, tokens()))
     assert model.held is held and model.shown is held["shown"]
     assert torch.equal(model.shown, 2 * tokens()[:2])  # of the two samples
+
+
+class Unready:
+    """What a lazy object may do before it is loaded."""
+
+    __slots__ = ("table",)
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"{name} is not loaded yet")
+
+
+class Gone:
+    pass
+
+
+UNREADY, GONE = Unready(), weakref.proxy(Gone())
+
+
+class Names(Net):
+    """Its code names objects that raise when they are looked at."""
+
+    def table(self, x: Tensor) -> Any:
+        return UNREADY and GONE if x.dim() == 0 else super().table(x)
+
+
+def test_objects_that_cannot_be_looked_at_are_left_alone() -> None:
+    model = Names().eval()
+    assert torch.equal(rs_compile.optimize(model, {0: 1.0}, backend="eager")(tokens()), wanted(model, tokens()))
 
 
 class Moves(Net):

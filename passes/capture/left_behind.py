@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
-_FOREIGN = (sys.stdlib_module_names | {"torch", "numpy", "sympy"}) - {"__main__"}  # whose code keeps nothing of models
+# whose code keeps nothing of models; an assert that pytest has rewritten leads to all of a test run
+_FOREIGN = (sys.stdlib_module_names | {"torch", "numpy", "sympy", "_pytest"}) - {"__main__"}
 _KEEPERS = ("collections", "weakref", "types")  # classes of the standard library that hold what they are given
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 _LRU_CACHE = type(lru_cache(lambda: None))
@@ -119,36 +120,37 @@ class _Walk:
                     self._value(f"{kind.__qualname__}.{name}", held[name], False)
 
     def _value(self, path: str, value: Any, own: bool) -> None:
-        if value is None or isinstance(value, str | int | float | Tensor) or id(value) in self._seen:
+        if value is None or issubclass(_class_of(value), str | int | float | Tensor) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         self._waiting.append(partial(self._inside, path, value, own))
 
     def _inside(self, path: str, value: Any, own: bool) -> None:
-        if isinstance(value, nn.Module):
+        kind = _class_of(value)
+        if issubclass(kind, nn.Module):
             self._module(path, value, own)
-        elif isinstance(value, dict | list | deque | set):
+        elif issubclass(kind, dict | list | deque | set):
             self._place(path, value, own)
-        elif isinstance(value, tuple | frozenset):
+        elif issubclass(kind, tuple | frozenset):
             for i, part in enumerate(value):
                 self._value(f"{path}[{i}]", part, own)
-        elif isinstance(value, _LRU_CACHE):
+        elif issubclass(kind, _LRU_CACHE):
             self.caches.append((value.__qualname__, value))
             self._value(path, value.__wrapped__, False)
-        elif isinstance(value, types.FunctionType):
+        elif issubclass(kind, types.FunctionType):
             self._function(value)
-        elif isinstance(value, types.MethodType):
+        elif issubclass(kind, types.MethodType):
             self._value(path, value.__self__, own)
             self._value(path, value.__func__, False)
-        elif isinstance(value, partial):
+        elif issubclass(kind, partial):
             self._inside(path, (value.func, value.args, value.keywords), own)
-        elif isinstance(value, staticmethod | classmethod):
+        elif issubclass(kind, staticmethod | classmethod):
             self._value(path, value.__func__, False)
-        elif isinstance(value, property):
+        elif issubclass(kind, property):
             self._inside(path, (value.fget, value.fset), False)
-        elif isinstance(value, type):
+        elif issubclass(kind, type):
             self._class(value)
-        elif not isinstance(value, types.ModuleType):
+        elif not issubclass(kind, types.ModuleType):
             self._object(path, value, own)
 
     def _module(self, path: str, module: nn.Module, own: bool) -> None:
@@ -159,7 +161,7 @@ class _Walk:
         kind = type(value)
         if _foreign(kind.__module__) and kind.__module__.partition(".")[0] not in _KEEPERS:
             return
-        if isinstance(held := getattr(value, "__dict__", None), dict):
+        if isinstance(held := _attribute(value, "__dict__"), dict):
             self._place(path, held, own, dotted=True)
         if slots := {name for base in kind.__mro__ for name in _slots(base)}:
             self._place(path, value, own, frozenset(slots), dotted=True)
@@ -182,7 +184,7 @@ class _Walk:
         names = frozenset(_names(function.__code__))
         self._names |= names
         tables = [function.__globals__]
-        tables += [vars(m) for name in names if isinstance(m := function.__globals__.get(name), types.ModuleType)]
+        tables += [vars(m) for name in names if issubclass(type(m := function.__globals__.get(name)), types.ModuleType)]
         for table in tables:
             if not _foreign(table.get("__name__")):
                 self._place(str(table.get("__name__")), table, False, names, dotted=True)
@@ -196,6 +198,22 @@ class _Walk:
         for name, value in held.items():
             if not (dotted and name in _HOOKS):
                 self._value(_path(path, name, dotted), value, own)
+
+
+def _class_of(value: Any) -> type:
+    """Of a weak reference's proxy the class of what it stands for; once that is gone, or cannot be asked, its own."""
+    try:
+        return value.__class__
+    except Exception:
+        return type(value)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """An attribute, if it can be read: what raises when it is looked at keeps nothing that can be found."""
+    try:
+        return getattr(value, name)
+    except Exception:
+        return _ABSENT
 
 
 def _path(holder: str, name: Any, dotted: bool) -> str:
@@ -238,7 +256,7 @@ def _held(holder: Any, names: frozenset[str] | None) -> dict[Any, Any]:
         return dict(list(table.items()))
     if isinstance(table, dict):
         return {name: table[name] for name in names if name in table}
-    return {name: getattr(table, name) for name in names if hasattr(table, name)}
+    return {name: value for name in names if (value := _attribute(table, name)) is not _ABSENT}
 
 
 def _write(holder: Any, before: Mapping[Any, Any], changed: Iterable[Any]) -> None:
@@ -259,12 +277,13 @@ def _write(holder: Any, before: Mapping[Any, Any], changed: Iterable[Any]) -> No
 
 def _traced(value: Any, depth: int = 3) -> bool:
     """Whether a value is, or holds, what only tracing makes."""
-    if isinstance(value, FakeTensor | Proxy | _NUMBERS):
+    kind = type(value)
+    if issubclass(kind, FakeTensor | Proxy | _NUMBERS):
         return True
-    if isinstance(value, Tensor):
+    if issubclass(kind, Tensor):
         return torch._is_functional_tensor(value)
     if not depth:
         return False
-    if isinstance(value, Mapping):
+    if issubclass(kind, Mapping):
         return any(_traced(v, depth - 1) for v in list(value.values()))
-    return isinstance(value, list | tuple | set | frozenset | deque) and any(_traced(v, depth - 1) for v in list(value))
+    return issubclass(kind, list | tuple | set | frozenset | deque) and any(_traced(v, depth - 1) for v in list(value))

@@ -43,7 +43,7 @@ def slice_(node: Node, ctx: Context) -> Transfer:
             raise Untransferable("picks samples of the batch")
         return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
     over = _alone(layout[d])
-    if argument(node, "step") != 1:
+    if argument(node, "step", 1) != 1:
         raise Untransferable("takes every other token")
     start = argument(node, "start") or 0
     start = max(0, min(wrap(start, over.dense), over.dense))
