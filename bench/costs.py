@@ -17,7 +17,7 @@ from tabulate import tabulate
 from bench.tables.options import chosen
 from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS, Network
-from rs_compile import Schedule, optimize, plan
+from rs_compile import Random, Schedule, Stream, Ward, optimize, plan
 from rs_compile.arguments import positive
 from rs_compile.schedule import Merger
 from rs_compile.state import StateReader
@@ -83,7 +83,7 @@ def state_seconds(network: Network, setting: Setting) -> Row:
 
 
 def merging_share(
-    network: Network, merge: Mapping[int, int], batch: int, setting: Setting, merger: Merger = "stream"
+    network: Network, merge: Mapping[int, int], batch: int, setting: Setting, by: Merger = Stream()
 ) -> Row:
     """What matching and merging cost, as a share of the dense model's time: merged, less the same counts cut at random.
 
@@ -94,7 +94,7 @@ def merging_share(
     for block, r in merge.items():
         keep[block] = round((tokens - r - 0.5) / tokens, 9)  # int() takes the half token off again
         tokens -= r
-    schedules = {"merged": Schedule(merge=merge, merger=merger), "cut": Schedule(keep, importance="random")}
+    schedules = {"merged": Schedule(merge=merge, by=by), "cut": Schedule(keep, score=Random())}
     forwards: dict[str, Callable[..., Any]] = {
         "dense": compiled(model, setting.backend),
         **{name: optimize(model, s, backend=setting.backend, progress=say) for name, s in schedules.items()},
@@ -109,10 +109,10 @@ def merging_share(
     }
 
 
-def merging_deit(setting: Setting, merger: Merger = "stream") -> Row:
+def merging_deit(setting: Setting, by: Merger = Stream()) -> Row:
     """ToMe's r = 13 in every block; the stand-in has 7 blocks and 17 tokens."""
     merge = dict.fromkeys(range(7), 1) if setting.quick else dict.fromkeys(range(12), 13)
-    return merging_share(NETWORKS["DeiT-S"], merge, 2 if setting.quick else 16, setting, merger)
+    return merging_share(NETWORKS["DeiT-S"], merge, 2 if setting.quick else 16, setting, by)
 
 
 def merging_umt(setting: Setting) -> Row:
@@ -125,7 +125,7 @@ ROWS: dict[str, tuple[str, Callable[[Setting], Row]]] = {
     "merge-deit-s": ("matching and merging, DeiT-S, r = 13 a block, batch 16, share of the dense time", merging_deit),
     "ward-deit-s": (
         "the same by Ward's cost, at the inputs of attention",
-        lambda setting: merging_deit(setting, "ward"),
+        lambda setting: merging_deit(setting, Ward()),
     ),
     "merge-umt-b": ("matching and merging, UMT-B, counts of MSRVTT, share of the dense time", merging_umt),
     "state": (

@@ -23,7 +23,7 @@ from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
 from bench.tables.results import processor
 from passes.graph.base import CompileError
-from rs_compile import OptimizedModel, Report, Schedule, optimize, plan
+from rs_compile import OptimizedModel, Report, Schedule, TopViM, optimize, plan
 from rs_compile.arguments import positive
 from rs_compile.digits import load_digits
 from rs_compile.models import load_checkpoint
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 def methods(schedule: Schedule) -> dict[str, Schedule]:
     """What is compared with the model itself, by the same counts."""
     return {
-        "ToP-ViM": replace(schedule, importance="top-vim"),
+        "ToP-ViM": replace(schedule, score=TopViM()),
         "ours": schedule,
         "ours, decay": replace(schedule, gap="decay"),
     }

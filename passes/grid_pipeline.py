@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from torch.fx import GraphModule
 
@@ -12,62 +11,41 @@ from passes.graph.base import CompileError, Refusal, finish
 from passes.graph.cost import count
 from passes.graph.verify import no_stale_shapes
 from passes.network.stages import Stage, StageReport, find_stages
-from passes.sites.grid_cut import Against, CutGrid, Mode
+from passes.sites.grid_cut import CutGrid
+from passes.sites.grid_prune import GridPrune
+from passes.sites.importance import Score, Shift
 from passes.sites.outcome import Compiled
-from passes.sites.score import Metric
 
 
-@dataclass(frozen=True)
-class GridCut:
-    """After which stage how much leaves, and how it is chosen; see `CutGrid`.
+def cut_stages(
+    gm: GraphModule,
+    cuts: Mapping[int, GridPrune],
+    score: Score = Shift(),
+    compact_outputs: bool = False,
+    force: bool = False,
+) -> Compiled:
+    """Cuts one stage after another; each works on the graph that the one before it left.
 
     Args:
-        stage: 0-based.
+        cuts: by stage, 0-based.
+        score, compact_outputs: see `CutGrid`.
         force: insert even where nothing leaves (a test's switch).
-    """
-
-    stage: int
-    rows: int
-    columns: int
-    mode: Mode = "line"
-    rows_first: bool = False
-    against: Against = "shortcut"
-    metric: Metric = "l2"
-    random: bool = False
-    lowest: bool = False
-    force: bool = False
-
-
-def cut_stages(gm: GraphModule, cuts: Sequence[GridCut], compact_outputs: bool = False) -> Compiled:
-    """Cuts one stage after another; each works on the graph that the one before it left.
 
     Raises:
         Refusal: a rewrite cannot be proven right.
         CompileError: a stage that is not there, or more rows or columns than it has.
     """
     stages = find_stages(gm)
-    check_stages(stages, [c.stage for c in cuts])
+    check_stages(stages, list(cuts))
     dense = count(gm)
     before = {s.index: dense.between(s.nodes).macs for s in stages}
     left = {}
-    for c in sorted(cuts, key=lambda c: c.stage):
-        if not (c.rows or c.columns or c.force):
+    for i, cut in sorted(cuts.items()):
+        if not (cut.rows or cut.columns or force):
             continue
-        stage = stages[c.stage]
-        cut = CutGrid(
-            stage,
-            c.rows,
-            c.columns,
-            c.mode,
-            c.rows_first,
-            c.against,
-            c.metric,
-            c.random,
-            c.lowest,
-            compact_outputs,
-        )
-        gm = cut.apply(gm).gm
-        left[c.stage] = (stage.grid[0] - c.rows, stage.grid[1] - c.columns)
+        stage = stages[i]
+        gm = CutGrid(stage, cut, score, compact_outputs).apply(gm).gm
+        left[i] = (stage.grid[0] - cut.rows, stage.grid[1] - cut.columns)
     finish(gm)
     no_stale_shapes(gm)
     cost = count(gm)

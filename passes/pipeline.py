@@ -30,6 +30,7 @@ from passes.network.same_stream import same_stream
 from passes.sites.drop_unread import DropUnread
 from passes.sites.explicit_attention import ExplicitAttention
 from passes.sites.full_length import WriteFullLength
+from passes.sites.insert import InsertSelection
 from passes.sites.insert_ward import InsertWard
 from passes.sites.outcome import Before, Compiled
 from passes.sites.renaming import Renaming
@@ -142,13 +143,10 @@ def prune(
         else:
             taken[at] = p.block
         earlier = () if last is None else selections[last]
-        result = replace(
-            step,
-            earlier=earlier,
-            sizes=None if last is None else sites[last].sizes,
-            size_bias=behind.size_bias,
-            weighted_mean=behind.weighted_mean,
-        ).apply(gm)
+        step = replace(step, earlier=earlier, sizes=None if last is None else sites[last].sizes)
+        if isinstance(step, InsertSelection) and last is not None:  # of tokens that a site before merged
+            step = replace(step, size_bias=sites[last].size_bias, weighted_mean=sites[last].weighted_mean)
+        result = step.apply(gm)
         mine = [names.current(s) for s in own[p.block]]
         anchors = [names.current(s) for s in layers]
         gm = RetargetTokens(anchors, None if compact_outputs else mine, behind.gap).apply(result.gm).gm

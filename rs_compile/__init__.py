@@ -16,12 +16,23 @@ if getattr(_passes, "PROJECT", None) != "rs_compile":
 if TYPE_CHECKING:
     from passes.axes.rules import register_token_rule
     from passes.capture.capture import CaptureError
-    from passes.graph.base import CompileError, Refusal
+    from passes.graph.base import CompileError, Refusal, ScheduleError
     from passes.graph.cost import register_cost
+    from passes.sites.grid_prune import GridPrune
+    from passes.sites.importance import (
+        AttentionEntropy,
+        ClassAttention,
+        Lowest,
+        MeanAttention,
+        Random,
+        Score,
+        Shift,
+        TopViM,
+    )
+    from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR, Ward
     from passes.sites.restore import TokenOutput
-    from rs_compile.errors import OutputError, ScheduleError
+    from rs_compile.errors import OutputError
     from rs_compile.explain import explain
-    from rs_compile.grid_prune import GridPrune
     from rs_compile.optimize import OptimizedModel, optimize
     from rs_compile.planning import plan
     from rs_compile.report import Explanation, Report
@@ -30,19 +41,32 @@ if TYPE_CHECKING:
     from rs_compile.visualize import ScoreMaps, score_maps
 
 __all__ = [
+    "AttentionEntropy",
     "CaptureError",
+    "ClassAttention",
     "CompileError",
     "Explanation",
     "GridPrune",
     "InputError",
+    "Lowest",
+    "MeanAttention",
+    "Merger",
     "OptimizedModel",
     "OutputError",
+    "Random",
     "Refusal",
     "Report",
     "Schedule",
     "ScheduleError",
+    "Score",
     "ScoreMaps",
+    "Shift",
+    "Stream",
+    "ToMe",
     "TokenOutput",
+    "TopViM",
+    "VidTLDR",
+    "Ward",
     "explain",
     "optimize",
     "plan",
@@ -53,14 +77,25 @@ __all__ = [
 
 # where each name lives; imported when it is first asked for, because sympy and torch.export take half a second
 _HOMES = {
-    "passes.graph.base": ("CompileError", "Refusal"),
+    "passes.graph.base": ("CompileError", "Refusal", "ScheduleError"),
     "passes.capture.capture_errors": ("CaptureError",),
     "passes.graph.cost": ("register_cost",),
+    "passes.sites.grid_prune": ("GridPrune",),
+    "passes.sites.importance": (
+        "AttentionEntropy",
+        "ClassAttention",
+        "Lowest",
+        "MeanAttention",
+        "Random",
+        "Score",
+        "Shift",
+        "TopViM",
+    ),
+    "passes.sites.mergers": ("Merger", "Stream", "ToMe", "VidTLDR", "Ward"),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),
-    "rs_compile.errors": ("OutputError", "ScheduleError"),
+    "rs_compile.errors": ("OutputError",),
     "rs_compile.explain": ("explain",),
-    "rs_compile.grid_prune": ("GridPrune",),
     "rs_compile.optimize": ("OptimizedModel", "optimize"),
     "rs_compile.planning": ("plan",),
     "rs_compile.report": ("Explanation", "Report"),

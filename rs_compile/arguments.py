@@ -7,7 +7,7 @@ import argparse
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULE = "0:0.8,3:0.8,6:0.8"
 LAYERS = "1,5,9"  # of score maps
-OPERATIONS, METRICS = ("mlp", "attention", "block"), ("l2", "l1", "cosine")  # `passes.sites.score`'s
+LAYERS_OF_SHIFT, METRICS = ("mlp", "attention", "block"), ("l2", "l1", "cosine")  # `passes.sites.score`'s
 
 
 def positive(text: str) -> int:

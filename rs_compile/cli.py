@@ -15,8 +15,8 @@ from pathlib import Path
 from rs_compile.arguments import (
     DTYPES,
     LAYERS,
+    LAYERS_OF_SHIFT,
     METRICS,
-    OPERATIONS,
     add_backend,
     add_json,
     add_model_options,
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         f"(default {LAYERS})",
     )
     sub.add_argument("--schedule", help="show which patches it leaves: block:keep-ratio pairs, or a Schedule's JSON")
-    sub.add_argument("--operation", choices=OPERATIONS, help="whose shift, of maps and schedule (default mlp)")
+    sub.add_argument("--of", choices=LAYERS_OF_SHIFT, help="whose shift, of maps and schedule (default mlp)")
     sub.add_argument("--metric", choices=METRICS, help="the distance (default l2)")
     sub.add_argument("--with-skip", action="store_const", const=True, help="compare x + F(x), not F(x), with x")
     add_json(sub)

@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from passes.graph.base import CompileError
+from passes.sites.importance import Shift
 from rs_compile import arguments, comparison, demo, models, timing
 from rs_compile.explain import explain
 from rs_compile.optimize import optimize
@@ -118,8 +119,11 @@ def _visualize(args: argparse.Namespace) -> None:
     visualize.check_output(args.output)
     layers = visualize.parse_layers(args.layers)
     schedule = schedule_of(args.schedule) if args.schedule else Schedule()
-    chosen = {k: v for k in ("operation", "metric", "with_skip") if (v := getattr(args, k)) is not None}
-    schedule = replace(schedule, **chosen)
+    chosen = {k: v for k in ("of", "metric", "with_skip") if (v := getattr(args, k)) is not None}
+    if chosen:
+        schedule = replace(
+            schedule, score=replace(schedule.score, **chosen) if isinstance(schedule.score, Shift) else Shift(**chosen)
+        )
     with _progress() as say:
         say(f"building {args.model}")
         model = _model(args)

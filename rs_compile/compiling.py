@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,18 +25,25 @@ TokenOutputs = Literal["restore", "compact"]
 
 @dataclass(frozen=True)
 class Options:
-    """How to rewrite and compile; see `optimize`."""
+    """How to rewrite and compile; see `optimize`.
+
+    Args:
+        force_insert: insert selections even where every token stays (for tests).
+        explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
+            that is done only where a score reads the attention map.
+    """
 
     schedule: Schedule
-    backend: Backend
-    mode: str | None
-    token_outputs: TokenOutputs
-    lower_attention: bool | None
-    progress: Progress | None
-    force_insert: bool
-    explicit_attention: bool
-    guard: Guard | None
-    verify: bool
+    backend: Backend = "inductor"
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
+    token_outputs: TokenOutputs = "restore"
+    lower_attention: bool | None = None
+    progress: Progress | None = None
+    force_insert: bool = False
+    explicit_attention: bool = False
+    guard: Guard | None = None
+    verify: bool = True
     constant_inputs: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     drop_unread: bool | None = None
@@ -77,7 +84,7 @@ class Graphs:
 
 
 @dataclass
-class Plan:
+class Program:
     """What one input signature, and with a guard one size, was compiled to."""
 
     graphs: Graphs
@@ -86,7 +93,7 @@ class Plan:
     verdict: Verdict | None = None
 
 
-def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
+def make_program(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Program:
     """Compiles for inputs like these; where there is a dense graph, times both and keeps the faster.
 
     Args:
@@ -105,13 +112,13 @@ def make_plan(graphs: Graphs, options: Options, leaves: Sequence[Any]) -> Plan:
     run = runs[kept]
     if kept == "dense" and graphs.kept:
         run = all_kept(run, runs["pruned"], leaves, graphs.kept)
-    return Plan(graphs, sides[kept], run, verdict)
+    return Program(graphs, sides[kept], run, verdict)
 
 
 def _run(gm: GraphModule, options: Options) -> Run:
     if options.backend == "eager":
         return gm
-    return compile_graph(gm, options.backend, options.mode)
+    return compile_graph(gm, options.backend, options.mode, options.options)
 
 
 def nested(graphs: Graphs, outputs: Any) -> Any:

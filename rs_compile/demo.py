@@ -12,10 +12,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from passes.sites.importance import ClassAttention, Random, Score, Shift
 from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.optimize import Backend, optimize
 from rs_compile.report import Report
-from rs_compile.schedule import Importance, Schedule
+from rs_compile.schedule import Schedule
 from rs_compile.timing import COMPILED, Call, Say, Spread, compiled, interleaved, quiet
 
 BLOCKS = (0, 2, 4)
@@ -171,18 +172,18 @@ def _accuracies(
     """By score: shift, class attention, random for each seed; and the report of the first."""
     ratio = next(iter(keep.values()))
 
-    def handle(importance: Importance) -> Any:
+    def handle(score: Score) -> Any:
         return optimize(
             model,
-            Schedule(keep, importance=importance),
+            Schedule(keep, score=score),
             backend="eager",
-            progress=lambda text: say(f"keep {ratio}, {importance}: {text}"),
+            progress=lambda text: say(f"keep {ratio}, {score.kind}: {text}"),
         )
 
-    shift = handle("shift")
+    shift = handle(Shift())
     by_shift = _accuracy(shift, images, labels)
-    by_attention = _accuracy(handle("class-attention"), images, labels)
-    random, drawn = handle("random"), []
+    by_attention = _accuracy(handle(ClassAttention()), images, labels)
+    random, drawn = handle(Random()), []
     with torch.random.fork_rng(devices=[]):
         for seed in range(SEEDS):
             torch.manual_seed(seed)

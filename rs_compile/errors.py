@@ -13,10 +13,6 @@ _MACHINE = (MemoryError, torch.OutOfMemoryError)  # says nothing of the model; c
 _BY_DATA = "GuardOnDataDependentSymNode"
 
 
-class ScheduleError(CompileError, ValueError):
-    """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""
-
-
 class OutputError(CompileError, ValueError):
     """Outputs were asked for that the model does not return. The message lists those that it does."""
 

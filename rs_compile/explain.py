@@ -26,16 +26,16 @@ from rs_compile.signature import check_inputs, constant_leaves, flatten
 @named("explain")
 def explain(
     model: nn.Module,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     constant_inputs: Collection[str] = (),
 ) -> Explanation:
     """What the matcher finds in a model, with nothing changed or compiled; the model runs once, on two samples.
 
     Args:
         model: any module.
-        example_inputs: a tensor [B, ...], or a tuple of the model's positional inputs.
-        example_kwargs: its keyword inputs.
+        args: the model's positional inputs, a tuple, as torch.export takes them; of one tensor [B, ...] itself will do.
+        kwargs: its keyword inputs.
         constant_inputs: see `optimize`.
 
     Returns:
@@ -45,8 +45,7 @@ def explain(
     Raises:
         CaptureError: torch.export cannot capture the model.
     """
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = args if isinstance(args, tuple) else (args,), dict(kwargs or {})
     check_inputs(model, flatten(args, kwargs)[0])
     constant = constant_leaves(model, args, kwargs, constant_inputs)
     prepared = prepare(model, args, kwargs, lower=True, constant=constant)

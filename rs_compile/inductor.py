@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -34,12 +34,19 @@ def inductor_options(gm: GraphModule, mode: str | None) -> dict[str, Any]:
     return {**torch._inductor.list_mode_options(mode or "default"), **_STORE_SUMS}
 
 
-def compile_graph(gm: GraphModule, backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-    """`torch.compile` of a rewritten graph, without Dynamo where that can be; see `optimize` for backend and mode."""
+def compile_graph(
+    gm: GraphModule, backend: str | Callable[..., Any], mode: str | None, given: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`torch.compile` of a rewritten graph, without Dynamo where that can be.
+
+    Args:
+        backend, mode: see `optimize`.
+        given: the user's options, which go before ours.
+    """
     gm = flattened(gm)
     if backend != "inductor":
-        return torch.compile(gm, backend=backend, mode=mode)
-    options = inductor_options(gm, mode)
+        return torch.compile(gm, backend=backend, mode=mode, options=None if given is None else dict(given))
+    options = {**inductor_options(gm, mode), **(given or {})}
     told: dict[str, Any] = {"options": options} if options else {"mode": mode}
     compiled = torch.compile(gm, backend=backend, **told)
     # modes that search or record CUDA graphs were never tried without Dynamo: there was no GPU

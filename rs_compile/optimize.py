@@ -20,7 +20,17 @@ from passes.graph.debug import watched as watched_passes
 from passes.pipeline import Progress, cleaned
 from passes.sites.outcome import Compiled
 from passes.sites.select import MANY
-from rs_compile.compiling import Backend, Graphs, Options, Plan, Rewritten, TokenOutputs, copied, make_plan, nested
+from rs_compile.compiling import (
+    Backend,
+    Graphs,
+    Options,
+    Program,
+    Rewritten,
+    TokenOutputs,
+    copied,
+    make_program,
+    nested,
+)
 from rs_compile.entry import Entry, check_methods, public_method, watched
 from rs_compile.errors import named
 from rs_compile.faithful import check_faithful
@@ -36,6 +46,7 @@ from rs_compile.surroundings import check_model, hooked_inside, refuse_watchers
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
 _CAPTURING = threading.RLock()
+_DEBUG = "rs_compile_debug"  # directory of RS_COMPILE_DEBUG=1
 _BY_SIZE = "by size"  # in the place of a plan: this signature has one for each number of samples
 
 
@@ -103,7 +114,7 @@ class OptimizedModel(nn.Module):
         Raises:
             CompileError: the model has not been called yet.
         """
-        plan: Plan | None = self._last
+        plan: Program | None = self._last
         if plan is None:
             raise CompileError("nothing is compiled before the first call; call the model once, then report()")
         return replace(plan.made.report, guard=plan.verdict)
@@ -225,20 +236,20 @@ class OptimizedModel(nn.Module):
         )
         return Rewritten(c.gm, report)
 
-    def _find(self, call: Call) -> Plan | None:
+    def _find(self, call: Call) -> Program | None:
         key = (self._state(), *call.key)
         plan = self._plans.get(key)
         return self._plans.get((*key, batch_sizes(call.leaves))) if plan is _BY_SIZE else plan
 
-    def _plan(self, call: Call, prepared: Callable[[], PassResult], verify: bool = False) -> Plan:
+    def _plan(self, call: Call, prepared: Callable[[], PassResult], verify: bool = False) -> Program:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""
         graphs: Graphs | None = self._graphs.get((self._state(), *call.key))
         if graphs is None:
             with watched_passes(self._options.debug) if self._options.debug else contextlib.nullcontext():
                 graphs = self._rewrite(call, prepared(), verify)
-        return make_plan(graphs, self._options, call.leaves)
+        return make_program(graphs, self._options, call.leaves)
 
-    def _keep(self, before: State, call: Call, plan: Plan) -> None:
+    def _keep(self, before: State, call: Call, plan: Program) -> None:
         """Files a plan. What its capture left on the model (hooks, a count of calls) is no change of the model."""
         state = self._state()
         key: tuple[Any, ...] = (state, *call.key)
@@ -261,11 +272,10 @@ def optimize(
     *,
     backend: Backend = "inductor",
     mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
     token_outputs: TokenOutputs = "restore",
     lower_attention: bool | None = None,
     progress: Progress | None = None,
-    force_insert: bool = False,
-    explicit_attention: bool = False,
     guard: Guard | None = None,
     verify: bool = True,
     constant_inputs: Collection[str] = (),
@@ -284,16 +294,13 @@ def optimize(
         model: a vision model with residual MLP branches; its parameters are shared, not copied.
         schedule: after which blocks which share of the tokens stays, `{0: 0.8, 3: 0.8}` or a `Schedule`.
         backend: whatever `torch.compile` takes, or "eager" for the rewritten graph uncompiled.
-        mode: `torch.compile`'s mode.
+        mode, options: `torch.compile`'s; of Inductor's options both together, `options` first.
         token_outputs: an output that carries tokens is given back at full length, each pruned token with the
             residual-stream value it left with ("restore"), or as a `TokenOutput` of the short sequence
             and the kept positions ("compact").
         lower_attention: whether hand-written attention becomes scaled_dot_product_attention. None: where the
             schedule prunes; with nothing to prune the result is then bit-equal to the model's.
         progress: called with a line of text at each stage of the first call, which takes seconds to a minute.
-        force_insert: insert selection even where every token stays (for tests).
-        explicit_attention: write out every attention as softmax(QK^T)V, as published baselines run; without it
-            that is done only where a baseline's importance reads the attention map.
         guard: "measure" compiles the dense graph as well, times both on the first batch of each size and keeps the
             faster one for that size (dtype, device, train or eval mode, autocast), which `report()` tells. Where noise
             may explain the difference it measures on, up to 30 rounds or 20 seconds, and then keeps the pruned one
@@ -338,21 +345,20 @@ def optimize(
         raise ValueError(f'guard is {guard!r}; write "measure", or leave it out')
     if drop_unread not in (None, True, False):
         raise ValueError(f"drop_unread is {drop_unread!r}; write True or False, or leave it out")
-    options = Options(
+    settings = Options(
         Schedule.of(schedule),
         backend,
         mode,
+        options,
         token_outputs,
         lower_attention,
         progress,
-        force_insert,
-        explicit_attention,
-        guard,
-        verify,
-        (constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
-        methods,
-        drop_unread,
-        checked(outputs),
-        os.fspath(debug) if debug is not None else "rs_compile_debug" * (os.environ.get("RS_COMPILE_DEBUG") == "1"),
+        guard=guard,
+        verify=verify,
+        constant_inputs=(constant_inputs,) if isinstance(constant_inputs, str) else tuple(constant_inputs),
+        methods=methods,
+        drop_unread=drop_unread,
+        outputs=checked(outputs),
+        debug=os.fspath(debug) if debug is not None else _DEBUG * (os.environ.get("RS_COMPILE_DEBUG") == "1"),
     )
-    return OptimizedModel(model, options)
+    return OptimizedModel(model, settings)

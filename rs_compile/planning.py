@@ -19,8 +19,8 @@ from rs_compile.schedule import Schedule
 def plan(
     model: nn.Module,
     schedule: Schedule | Mapping[int, float],
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
     """What `optimize` would make of a model: captured and rewritten, nothing compiled.
@@ -32,7 +32,7 @@ def plan(
 
     Args:
         model, schedule: see `optimize`.
-        example_inputs, example_kwargs: see `explain`.
+        args, kwargs: see `explain`.
         options: other arguments of `optimize`, except backend, mode, guard and verify; `method` names one to plan.
 
     Raises:
@@ -40,23 +40,20 @@ def plan(
     """
     handle = optimize(model, schedule, backend="eager", **options)
     named = [getattr(handle, name) for name in handle._options.methods]
-    return next(plans(named[:1] or [handle], example_inputs, example_kwargs))
+    return next(plans(named[:1] or [handle], args, kwargs))
 
 
-def plans(
-    handles: Sequence[OptimizedModel], example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
-) -> Iterator[Report]:
+def plans(handles: Sequence[OptimizedModel], args: Any, kwargs: Mapping[str, Any] | None = None) -> Iterator[Report]:
     """`plan` for several handles of one model, which is captured once for all.
 
     Args:
         handles: of the same model, uncompiled (backend "eager").
-        example_inputs, example_kwargs: see `explain`.
+        args, kwargs: see `explain`.
 
     Yields:
         The report of each, in order.
     """
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = args if isinstance(args, tuple) else (args,), dict(kwargs or {})
     prepared: dict[Any, PassResult] = {}
     for handle in handles:
         with named("plan"):

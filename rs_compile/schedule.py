@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+from passes.graph.base import ScheduleError
+from passes.sites.choice import check_choice
+from passes.sites.grid_prune import GridPrune
+from passes.sites.importance import Lowest, Random, Score, Shift
+from passes.sites.mergers import Merger, Stream
 from passes.sites.retarget import Gap
-from passes.sites.score import Importance, Metric, Operation
-from passes.sites.site import Restore
-from rs_compile.errors import ScheduleError
-from rs_compile.grid_prune import GridPrune
+from rs_compile.schedule_json import by_index, item, read, written
 
-Merger = Literal["stream", "tome", "vid-tldr", "ward"]
 Rounding = Literal["removed", "kept"]
 
-_BLOCK_TEXT = re.compile(r"0|[1-9][0-9]*")
 _EXAMPLE = '"0:0.8,3:0.8,6:0.8"'
 
 
@@ -56,30 +54,12 @@ class Schedule:
 
     Args:
         keep: block index (0-based, in order of the MLP branches) -> keep ratio in (0, 1].
-        operation: the layer F of the representation shift s = D(F(x), x) (paper, section 3): "mlp" and
-            "attention" compare that branch's output with the stream that it is computed from and added to, "block"
-            the block's output with its input, skips included. Where a sum weighs its stream, alpha * x + f(x),
-            the stream is x, not scaled, unless f reads alpha * x.
-        metric: D, the distance over the channels: "l2" unsquared, "l1", or "cosine", 1 - cos.
-        with_skip: compare x + F(x), not F(x), with x; a block's shift has its skips in any case.
+        score: by which the tokens that stay are chosen: `Shift`, the representation shift, or a baseline (`Random`,
+            `ClassAttention`, ...); of rows and columns too, by `Shift`'s metric. Lowest(score) keeps the lowest.
         protected: indices of the tokens that never leave; None lets the compiler find the class,
             register and distillation tokens. Stored sorted, each once.
-        importance: "shift", or a baseline: "class-attention" (Eq. 2), "mean-attention" (Eq. 3), "random";
-            "top-vim" of state-space models: the mean over channels of max(0, y) of the gated mixer output y.
-            The baselines do not read operation, metric and with_skip. vid-TLDR weighs what it merges by it;
-            its own saliency is "attention-entropy".
-        lowest: keep the tokens of lowest score; a baseline that shows what the score is worth.
         merge: block index -> how many tokens merge away there: a count r, or a share of the tokens below 1.
-        merger: which tokens merge, where: "tome" by their keys, between attention and MLP; "vid-tldr" by the
-            stream, weighted by importance, there too (after the MLP with the MLP's shift); "stream" by the
-            residual stream after the complete block; "ward" at the inputs of attention, queries, keys, values and the
-            stream around it together, where that adds least to the variance of keys and values (Ward, 1963), times
-            the root of the shift (MLP, L2) that the block before gave them.
-        size_bias: attention behind a merge adds the log of how many tokens a key stands for.
-        weighted_mean: a mean over tokens behind a merge weighs them by size.
-        restore: what a merged token gets back where every token is needed (dense outputs, a decoder): "change", its own
-            value where it merged plus what its destination changed by since; "copy", its destination's value, as
-            published mergers do.
+        by: which tokens merge, where, and what becomes of them: `Stream`, `ToMe`, `VidTLDR` or `Ward`.
         grid: stage index (0-based) -> `GridPrune`, for CNNs; goes with neither keep nor merge.
         gap: what a scan (a state-space model) does where tokens were pruned. "compact" scans the kept tokens as one
             sequence. "decay": where k tokens are gone between a kept token and the kept one that the scan comes
@@ -96,17 +76,10 @@ class Schedule:
     """
 
     keep: Mapping[int, float] = PerBlock()
-    operation: Operation = "mlp"
-    metric: Metric = "l2"
-    with_skip: bool = False
+    score: Score = Shift()
     protected: tuple[int, ...] | None = None
-    importance: Importance = "shift"
-    lowest: bool = False
     merge: Mapping[int, int | float] = PerBlock()
-    merger: Merger = "stream"
-    size_bias: bool = True
-    weighted_mean: bool = False
-    restore: Restore = "change"
+    by: Merger = Stream()
     grid: Mapping[int, GridPrune] = PerBlock()
     gap: Gap = "compact"
     rounding: Rounding = "removed"
@@ -126,30 +99,52 @@ class Schedule:
         merges = [(_block(block, "merge"), _merged(r, block)) for block, r in self.merge.items()]
         object.__setattr__(self, "merge", PerBlock(merges))
         object.__setattr__(self, "grid", PerBlock((_block(i, "grid"), _grid(g, i)) for i, g in self.grid.items()))
+        self._check_values()
         self._check_together()
-        _choice("operation", self.operation, get_args(Operation))
-        _choice("metric", self.metric, get_args(Metric))
-        _choice("importance", self.importance, get_args(Importance))
-        _choice("merger", self.merger, get_args(Merger))
-        _choice("restore", self.restore, get_args(Restore))
-        _choice("gap", self.gap, get_args(Gap))
-        _choice("rounding", self.rounding, get_args(Rounding))
-        for flag in ("with_skip", "lowest", "size_bias", "weighted_mean"):
-            if not isinstance(value := getattr(self, flag), bool):
-                raise ScheduleError(f"{flag} is {value!r}; write True or False")
+        check_choice("gap", self.gap, get_args(Gap))
+        check_choice("rounding", self.rounding, get_args(Rounding))
         if not _is_int(self.multiple_of) or self.multiple_of < 1:
             raise ScheduleError(f"multiple_of is {self.multiple_of!r}; write an integer of at least 1, like 16")
         object.__setattr__(self, "multiple_of", int(self.multiple_of))
         if self.protected is not None:
             object.__setattr__(self, "protected", _protected(self.protected))
 
+    def _check_values(self) -> None:
+        if not isinstance(self.score, Score):
+            raise ScheduleError(f"score is {self.score!r}; write Shift(), Random() or another score of rs_compile")
+        if not isinstance(self.by, Merger):
+            raise ScheduleError(f"by is {self.by!r}; write Stream(), ToMe(), VidTLDR() or Ward()")
+
     def _check_together(self) -> None:
+        prunes = bool(self.keep or self.grid)
+        unread = {
+            "by": self.by != Stream() and not self.merge,
+            "score": self.score != Shift() and not prunes and bool(self.merge),
+            "rounding": self.rounding != "removed" and not self.keep,
+        }
+        if name := next((name for name, is_unread in unread.items() if is_unread), ""):
+            needs = {"by": "merge", "score": "keep or grid", "rounding": "keep"}[name]
+            raise ScheduleError(
+                f"{name} is {getattr(self, name)!r}, and nothing reads it without {needs}; remove it"
+            )
+        if self.grid:
+            self._check_grid()
         if self.grid and (self.keep or self.merge):
             raise ScheduleError(
                 "grid prunes a CNN's stages, keep and merge a transformer's blocks; write one of the two"
             )
         if both := sorted(i for i, r in self.merge.items() if r and self.keep.get(i, 1) < 1):
             raise ScheduleError(f"block {both[0]} both prunes and merges; leave it in one of keep and merge")
+
+    def _check_grid(self) -> None:
+        by = self.score.score if isinstance(self.score, Lowest) else self.score
+        if not isinstance(by, Random) and by != Shift(metric=by.metric if isinstance(by, Shift) else "l2"):
+            raise ScheduleError(
+                f"score is {self.score!r}, and a stage has no tokens or attention to score; "
+                "write Shift(metric=...), Random() or Lowest of them, and GridPrune(against=...)"
+            )
+        if self.protected is not None:
+            raise ScheduleError("protected names tokens, and a stage has rows and columns; leave it out")
 
     @property
     def prunes(self) -> bool:
@@ -202,7 +197,7 @@ class Schedule:
                 raise ScheduleError(
                     f"the keep ratio of block {block} is {ratio!r}; write a number above 0 and at most 1"
                 ) from None
-        return cls(_blocks_of(pairs))
+        return cls(by_index(pairs))
 
     @classmethod
     def of(cls, schedule: Schedule | Mapping[int, float]) -> Schedule:
@@ -218,39 +213,12 @@ class Schedule:
 
     def to_json(self) -> str:
         """One line of JSON; `Schedule.from_json` gives an equal schedule back."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        per_block = {
-            "keep": {str(block): ratio for block, ratio in self.keep.items()},
-            "merge": {str(block): r for block, r in self.merge.items()},
-            "grid": {str(stage): asdict(cut) for stage, cut in self.grid.items()},
-        }
-        return json.dumps(values | per_block)
+        return written({field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Reads what `to_json` writes; an unknown or a repeated key is refused by its name."""
-        try:
-            values = json.loads(text, object_pairs_hook=_no_repeats)
-        except json.JSONDecodeError as error:
-            raise ScheduleError(
-                f'the schedule is no JSON ({error}); write an object like {{"keep": {{"0": 0.8}}}}'
-            ) from None
-        if not isinstance(values, dict):
-            raise ScheduleError(f'the schedule is {text.strip()}; write an object like {{"keep": {{"0": 0.8}}}}')
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(values.keys() - known):
-            raise ScheduleError(
-                f"unknown key {', '.join(map(repr, unknown))} in the schedule; remove it, "
-                f"the keys are {', '.join(known)}"
-            )
-        if not values.keys() & {"keep", "merge", "grid"}:
-            raise ScheduleError('the schedule has no keep, merge or grid; write "keep": {"0": 0.8}')
-        for name in {"keep", "merge", "grid"} & values.keys():
-            if not isinstance(of := values[name], dict):
-                raise ScheduleError(f'{name} is {of!r} in the schedule; write an object like "keep": {{"0": 0.8}}')
-            values[name] = _blocks_of(of.items(), name)
-        values["grid"] = {stage: _grid_from(cut, stage) for stage, cut in values.get("grid", {}).items()}
-        return cls(**values)
+        return cls(**read(text, [field.name for field in fields(cls)]))
 
 
 def removed(n: int, keep_ratio: float) -> int:
@@ -278,9 +246,7 @@ def _is_int(value: Any) -> bool:
 
 def _block(value: Any, table: str = "keep") -> int:
     if not _is_int(value) or value < 0:
-        raise ScheduleError(
-            f"{_item(table)} index {value!r} in {table}; write an integer of at least 0, counted from 0"
-        )
+        raise ScheduleError(f"{item(table)} index {value!r} in {table}; write an integer of at least 0, counted from 0")
     return int(value)
 
 
@@ -318,23 +284,6 @@ def _grid(value: Any, stage: Any) -> GridPrune:
     return value
 
 
-def _grid_from(values: Any, stage: Any) -> GridPrune:
-    known = [field.name for field in fields(GridPrune)]
-    if not isinstance(values, dict) or (unknown := sorted(values.keys() - known)):
-        fault = f"{values!r}" if not isinstance(values, dict) else f"unknown key {', '.join(map(repr, unknown))}"
-        raise ScheduleError(f"grid of stage {stage}: {fault}; write an object with the keys {', '.join(known)}")
-    return GridPrune(**values)
-
-
-def _item(table: str) -> str:
-    return "stage" if table == "grid" else "block"
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ScheduleError(f"unknown {name} {value!r}; write one of {', '.join(map(repr, allowed))}")
-
-
 def _protected(value: Any) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ScheduleError(f"protected is {value!r}; write token indices like (0, 1), or None to find them")
@@ -343,26 +292,3 @@ def _protected(value: Any) -> tuple[int, ...]:
         if not _is_int(token) or token < 0:
             raise ScheduleError(f"protected token {token!r}; write an integer of at least 0, its place in the sequence")
     return tuple(sorted({int(token) for token in tokens}))
-
-
-def _blocks_of(pairs: Iterable[tuple[str, Any]], table: str = "keep") -> dict[int, Any]:
-    values: dict[int, Any] = {}
-    for text, value in pairs:
-        if not _BLOCK_TEXT.fullmatch(text):
-            raise ScheduleError(
-                f"{_item(table)} index {text!r} in {table}; write an integer of at least 0, counted from 0"
-            )
-        if int(text) in values:
-            twice = {"keep": "keep ratios", "merge": "merge counts", "grid": "grid prunes"}[table]
-            raise ScheduleError(f"{_item(table)} {text} has two {twice}; keep one of them")
-        values[int(text)] = value
-    return values
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ScheduleError(f"key {key!r} stands twice in the schedule; keep one of them")
-        values[key] = value
-    return values

@@ -170,7 +170,7 @@ STAGES = [
     (optimize_module, "cleaned"),
     (optimize_module, "rewrite"),
     (optimize_module, "check_cuts"),
-    (optimize_module, "make_plan"),
+    (optimize_module, "make_program"),
     (pipeline, "find_branches"),
     (pipeline, "count"),
 ]

@@ -105,11 +105,11 @@ def test_bench_at_several_batch_sizes_says_what_a_guard_would_keep(capsys: pytes
 
 
 def test_bench_in_bfloat16_with_a_schedule_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    schedule = '{"keep": {"1": 0.5}, "importance": "class-attention"}'
+    schedule = '{"keep": {"1": 0.5}, "score": {"kind": "class-attention"}}'
     assert main([*BENCH, "--schedule", schedule, "--dtype", "bfloat16", "--json", "-"]) == 0
     content = json.loads(capsys.readouterr().out)  # JSON and nothing else
     assert content["batches"][0]["settings"]["dtype"] == "bfloat16"
-    assert content["schedule"]["importance"] == "class-attention"
+    assert content["schedule"]["score"] == {"kind": "class-attention"}
 
 
 def test_bench_sets_threads(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class ByHand:
 def test_tokens_leave_between_the_taps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = depth_model()
     images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
-    schedule = rs_compile.Schedule(keep={0: 26 / 37, 3: 14 / 26}, operation="block")
+    schedule = rs_compile.Schedule(keep={0: 26 / 37, 3: 14 / 26}, score=rs_compile.Shift(of="block"))
     handle = rs_compile.optimize(model, schedule, backend="eager")
     found, dense = (m(images).predicted_depth for m in (handle, model))
     assert [row.tokens_out for row in handle.report().blocks] == [26, 26, 26, 14, 14, 14]

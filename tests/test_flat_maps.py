@@ -22,8 +22,8 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 import rs_compile
+from passes.sites.grid_prune import GridPrune
 from rs_compile import Schedule
-from rs_compile.grid_prune import GridPrune
 
 ROWS, COLUMNS = 16, 12  # of the first stage: images of 64 x 48, in patches of 4
 COMMON = {"depths": [2, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from rs_compile import CompileError, GridPrune, OptimizedModel, Schedule, TokenOutput, guard, optimize, timing
+from rs_compile import CompileError, GridPrune, OptimizedModel, Random, Schedule, TokenOutput, guard, optimize, timing
 from rs_compile.timing import Timing
 
 SCHEDULE = Schedule({0: 0.5})
@@ -248,7 +248,7 @@ def test_merging_is_not_reported_of_a_dense_graph(model: nn.Module, monkeypatch:
 
 def test_random_numbers_are_drawn_as_if_nothing_were_timed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     clocked(monkeypatch, pruned_is_faster)
-    schedule = Schedule({0: 0.5}, importance="random")
+    schedule = Schedule({0: 0.5}, score=Random())
     torch.manual_seed(5)
     out, after = guarded(model, schedule)(images(2)), torch.rand(1)
     torch.manual_seed(5)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from schedules import merger_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -29,7 +30,7 @@ def test_one_graph_and_no_recompilation_for_another_batch(merger: Any) -> None:
         return gm.forward
 
     model = small()
-    schedule = Schedule(merge={0: 2, 1: 1}, merger=merger)
+    schedule = Schedule(merge={0: 2, 1: 1}, by=merger_of(merger))
     fast, plain = optimize(model, schedule, backend=backend), optimize(model, schedule, backend="eager")
     for count, (batch, compiled) in enumerate([(2, 1), (3, 2), (5, 2), (7, 2)]):  # static at first, then dynamic
         images = torch.randn(batch, 3, 48, 48, generator=torch.Generator().manual_seed(count))
@@ -41,7 +42,7 @@ def test_one_graph_and_no_recompilation_for_another_batch(merger: Any) -> None:
 @torch.no_grad()
 def test_the_same_ops_whatever_merges(merger: Any) -> None:
     def ops(side: int, r: int) -> list[str]:
-        fast = optimize(small(side), Schedule(merge={0: r}, merger=merger), backend="eager")
+        fast = optimize(small(side), Schedule(merge={0: r}, by=merger_of(merger)), backend="eager")
         fast(torch.randn(2, 3, side, side))
         return [str(node.target) for node in fast.graph_module().graph.nodes if node.op == "call_function"]
 

@@ -14,11 +14,12 @@ import timm
 import torch
 import torchvision
 from oracle_cnn import Cut, Parts
+from schedules import handle_of
 from torch import Tensor, nn
 
 import rs_compile
+from passes.sites.grid_prune import GridPrune
 from rs_compile import Schedule
-from rs_compile.grid_prune import GridPrune
 
 TOLERANCE = 2e-4
 
@@ -75,7 +76,7 @@ def schedule(cuts: Mapping[int, Cut]) -> Schedule:
 
 
 def optimized(model: nn.Module, cuts: Mapping[int, Cut], **options: Any) -> rs_compile.OptimizedModel:
-    return rs_compile.optimize(model, schedule(cuts), **{"backend": "eager", **options})
+    return handle_of(model, schedule(cuts), **options)
 
 
 @pytest.mark.parametrize(

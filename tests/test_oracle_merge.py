@@ -15,12 +15,12 @@ import torch
 from generated import Config, GeneratedViT
 from hypothesis import strategies as st
 from merge_oracle import Merging, Result
+from schedules import handle_of, merger_of, merging_of
 from strategies import configs
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from zoo import ZOO
 
-import rs_compile
 from passes.network.branches import find_blocks
 from passes.network.prunable import protected_tokens
 from passes.pipeline import prepare
@@ -50,20 +50,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def optimized(model: nn.Module, how: Merging, **options: Any) -> nn.Module:
-    schedule = rs_compile.Schedule(
-        keep=dict(how.keep),
-        operation=how.operation,
-        metric=how.metric,
-        with_skip=how.with_skip,
-        importance=how.importance,
-        protected=how.extra or None,
-        merge=dict(how.merge),
-        merger=how.merger,
-        size_bias=how.size_bias,
-        weighted_mean=how.weighted_mean,
-        restore=how.restore,
-    )
-    return rs_compile.optimize(model, schedule, **{"backend": "eager", **options})
+    return handle_of(model, merging_of(how), **options)
 
 
 def check(name: str, how: Merging, batch: int = 2, seed: int = 0, tolerance: float = TOLERANCE, **options: Any) -> None:
@@ -247,7 +234,7 @@ def test_a_merge_alone_is_bit_equal(config: Config, merger: merge_oracle.Merger,
     block = data.draw(st.sampled_from(find_blocks(gm)))
     guard = protected_tokens(gm, block, None)
     r = data.draw(st.integers(1, most(config.tokens, guard.prefix, guard.suffix, len(guard.extra))))
-    put = InsertWard(block, r, guard) if merger == "ward" else InsertMerge(block, r, guard, merger)
+    put = InsertWard(block, r, guard) if merger == "ward" else InsertMerge(block, r, guard, merger_of(merger))
     gm = put.apply(gm).gm
     assert torch.equal(gm(images)[0], wanted), f"{config}"
     assert (gm.meta[SITE].short.meta["val"].shape[1]) == config.tokens - r

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from oracle import Pruning
+from schedules import handle_of, pruning_of
 from torch import nn
 from zoo import ZOO
 
@@ -33,14 +34,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def optimized(name: str, pruning: Pruning, **options: Any) -> nn.Module:
-    schedule = rs_compile.Schedule(
-        keep=dict(pruning.keep),
-        operation=pruning.operation,
-        metric=pruning.metric,
-        with_skip=pruning.with_skip,
-        lowest=pruning.lowest,
-    )
-    return rs_compile.optimize(model_of(name), schedule, **{"backend": "eager", **options})
+    return handle_of(model_of(name), pruning_of(pruning), **options)
 
 
 def check(name: str, compiled: nn.Module, pruning: Pruning, batch: int, tolerance: float = TOLERANCE) -> None:

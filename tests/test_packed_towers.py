@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Stream, distance
+from schedules import merger_of
 from torch import Tensor, nn
 from transformers import PixtralVisionConfig, PixtralVisionModel
 from transformers.models.glm4v.configuration_glm4v import Glm4vVisionConfig
@@ -233,7 +234,7 @@ def test_gradients_reach_the_weights() -> None:
 @pytest.mark.parametrize("merger", ["stream", "tome", "vid-tldr"])
 def test_merging_one_image_keeps_the_shapes(merger: Any) -> None:
     model, (x, grid) = qwen2_vl(3), patches((1, 4, 6))
-    handle = optimized(model, Schedule(merge={0: 5, 1: 4}, merger=merger, restore="copy"))
+    handle = optimized(model, Schedule(merge={0: 5, 1: 4}, by=merger_of(merger, restore="copy")))
     got, wanted = handle(x, grid_thw=grid), model(x, grid)
     assert got.last_hidden_state.shape == wanted.last_hidden_state.shape
     assert handle.report().blocks[2].tokens_in == 15

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from bench.models.umt import Size, VisionEncoder
-from rs_compile import CompileError, InputError, Schedule, optimize, plan
+from rs_compile import CompileError, InputError, MeanAttention, Schedule, optimize, plan
 from rs_compile.planning import plans
 
 SCHEDULE = Schedule({0: 0.5})
@@ -57,7 +57,7 @@ def test_options_and_refusals_are_those_of_optimize(model: nn.Module) -> None:
 
 
 def test_several_schedules_share_a_capture_and_nothing_else(model: nn.Module) -> None:
-    schedules = [SCHEDULE, Schedule({0: 0.8}, importance="mean-attention"), Schedule({})]
+    schedules = [SCHEDULE, Schedule({0: 0.8}, score=MeanAttention()), Schedule({})]
     captures: list[Tensor] = []
     hook = model.get_submodule("encoder").register_forward_hook(
         lambda _m, _i, out: captures.append(out) if isinstance(out, FakeTensor) else None

@@ -11,6 +11,7 @@ import torch
 from generated import Config, GeneratedViT
 from hypothesis import strategies as st
 from oracle import Pruning
+from schedules import handle_of, pruning_of
 from strategies import configs, prunings
 from torch import Tensor, nn
 
@@ -18,20 +19,13 @@ import passes.device.pad_keys
 import passes.pipeline
 import passes.sites.insert
 import passes.sites.select
-import rs_compile
 
 TOLERANCE = 2e-4
 CLEAR = 1e-4  # relative gap between the last kept and the first removed score: below, rounding decides
 
 
 def optimized(model: nn.Module, pruning: Pruning, **options: Any) -> nn.Module:
-    schedule = rs_compile.Schedule(
-        keep=dict(pruning.keep),
-        operation=pruning.operation,
-        metric=pruning.metric,
-        with_skip=pruning.with_skip,
-    )
-    return rs_compile.optimize(model, schedule, **{"backend": "eager", **options})
+    return handle_of(model, pruning_of(pruning), **options)
 
 
 def kept_everything(config: Config) -> Pruning:

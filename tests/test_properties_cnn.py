@@ -12,9 +12,10 @@ import torch
 from generated_cnn import Config, GeneratedCNN, configs, cuts, parts
 from hypothesis import strategies as st
 from oracle_cnn import Cut
+from schedules import handle_of
 
 import rs_compile
-from rs_compile.grid_prune import GridPrune
+from passes.sites.grid_prune import GridPrune
 
 TOLERANCE = 2e-4
 CLEAR = 1e-5  # relative gap between what stays and what leaves: below, rounding decides
@@ -22,7 +23,7 @@ CLEAR = 1e-5  # relative gap between what stays and what leaves: below, rounding
 
 def optimized(model: GeneratedCNN, chosen: dict[int, Cut], **options: Any) -> rs_compile.OptimizedModel:
     grid = {i: GridPrune(**vars(cut)) for i, cut in chosen.items()}
-    return rs_compile.optimize(model, rs_compile.Schedule(grid=grid), **{"backend": "eager", **options})
+    return handle_of(model, rs_compile.Schedule(grid=grid), **options)
 
 
 def sizes(model: GeneratedCNN) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import pickle
 import re
@@ -15,41 +16,78 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.graph.base import CompileError
+from passes.graph.base import CompileError, ScheduleError
+from passes.sites.grid_prune import Against, GridPrune, Mode, Order
+from passes.sites.retarget import Gap
+from passes.sites.score import Metric, Operation
 from passes.sites.site import Restore
-from rs_compile.errors import ScheduleError
-from rs_compile.grid_prune import Against, GridPrune, Mode, Order
-from rs_compile.schedule import Importance, Merger, Metric, Operation, Rounding, Schedule, removed
+from rs_compile import (
+    AttentionEntropy,
+    ClassAttention,
+    Lowest,
+    MeanAttention,
+    Random,
+    Shift,
+    Stream,
+    ToMe,
+    TopViM,
+    VidTLDR,
+    Ward,
+)
+from rs_compile.schedule import Rounding, Schedule, removed
+from rs_compile.schedule_json import our_version
+
+OURS = our_version()
 
 RATIOS = st.floats(min_value=0, max_value=1, exclude_min=True)
-SCHEDULES = st.builds(
-    Schedule,
-    keep=st.dictionaries(st.integers(0, 200), RATIOS, max_size=12),
-    operation=st.sampled_from(get_args(Operation)),
-    metric=st.sampled_from(get_args(Metric)),
-    with_skip=st.booleans(),
-    protected=st.none() | st.lists(st.integers(0, 20), max_size=4),
-    importance=st.sampled_from(get_args(Importance)),
-    lowest=st.booleans(),
-    merge=st.dictionaries(st.integers(201, 300), st.integers(0, 50) | st.floats(0, 1, exclude_max=True), max_size=4),
-    merger=st.sampled_from(get_args(Merger)),
-    size_bias=st.booleans(),
-    weighted_mean=st.booleans(),
-    restore=st.sampled_from(get_args(Restore)),
-    multiple_of=st.integers(1, 64),
-) | st.builds(
-    Schedule,
-    grid=st.dictionaries(
-        st.integers(0, 5),
-        st.builds(
-            GridPrune,
-            rows=st.integers(0, 9),
-            columns=st.integers(0, 9),
-            mode=st.sampled_from(get_args(Mode)),
-            order=st.sampled_from(get_args(Order)),
-            against=st.sampled_from(get_args(Against)),
-        ),
+FLAGS, SHIFTS = (
+    st.booleans(),
+    st.builds(
+        Shift,
+        of=st.sampled_from(get_args(Operation)),
+        metric=st.sampled_from(get_args(Metric)),
+        with_skip=st.booleans(),
     ),
+)
+MAPPED = st.sampled_from([ClassAttention(), MeanAttention(), AttentionEntropy(), TopViM(), Random()])
+SCORES = SHIFTS | MAPPED | st.builds(Lowest, SHIFTS | MAPPED)
+HOW = {"size_bias": FLAGS, "weighted_mean": FLAGS, "restore": st.sampled_from(get_args(Restore))}
+BY = st.one_of(*(st.builds(kind, **HOW) for kind in (Stream, ToMe, Ward))) | st.builds(VidTLDR, SHIFTS | MAPPED, **HOW)
+KEEP = st.dictionaries(st.integers(0, 200), RATIOS, min_size=1, max_size=12)
+MERGE = st.dictionaries(
+    st.integers(201, 300), st.integers(0, 50) | st.floats(0, 1, exclude_max=True), min_size=1, max_size=4
+)
+PROTECTED = st.none() | st.lists(st.integers(0, 20), max_size=4)
+SCHEDULES = (
+    st.builds(
+        Schedule,
+        keep=KEEP,
+        score=SCORES,
+        protected=PROTECTED,
+        rounding=st.sampled_from(get_args(Rounding)),
+        multiple_of=st.integers(1, 64),
+    )
+    | st.builds(Schedule, keep=KEEP, score=SCORES, merge=MERGE, by=BY)
+    | st.builds(
+        Schedule,
+        merge=MERGE,
+        by=BY,
+        gap=st.sampled_from(get_args(Gap)),
+    )
+    | st.builds(
+        Schedule,
+        grid=st.dictionaries(
+            st.integers(0, 5),
+            st.builds(
+                GridPrune,
+                rows=st.integers(0, 9),
+                columns=st.integers(0, 9),
+                mode=st.sampled_from(get_args(Mode)),
+                order=st.sampled_from(get_args(Order)),
+                against=st.sampled_from(get_args(Against)),
+            ),
+        ),
+    )
 )
 
 
@@ -134,22 +172,24 @@ def test_json_round_trip(schedule: Schedule) -> None:
 
 def test_json_is_readable() -> None:
     assert json.loads(Schedule({3: 0.5, 0: 0.8}, protected=(0,)).to_json()) == {
+        "version": 1,
+        "rs_compile": importlib.metadata.version("rs-compile"),
         "keep": {"0": 0.8, "3": 0.5},
-        "operation": "mlp",
-        "metric": "l2",
-        "with_skip": False,
+        "score": {"kind": "shift", "of": "mlp", "metric": "l2", "with_skip": False},
         "protected": [0],
-        "importance": "shift",
-        "lowest": False,
         "merge": {},
-        "merger": "stream",
-        "size_bias": True,
-        "weighted_mean": False,
-        "restore": "change",
         "grid": {},
         "gap": "compact",
         "rounding": "removed",
         "multiple_of": 1,
+    }
+    merged = json.loads(Schedule(merge={1: 3}, by=VidTLDR(Shift("attention"), size_bias=False)).to_json())
+    assert "score" not in merged and merged["by"] == {
+        "kind": "vid-tldr",
+        "size_bias": False,
+        "weighted_mean": False,
+        "restore": "change",
+        "importance": {"kind": "shift", "of": "attention", "metric": "l2", "with_skip": False},
     }
 
 
@@ -295,14 +335,9 @@ def test_refuses_a_block_index(block: Any) -> None:
             {"keep": 0.8},
             "keep is 0.8, not a mapping of block index to keep ratio; write keep={0: 0.8, 3: 0.8}, or",
         ),
-        ({"operation": "ffn"}, "unknown operation 'ffn'; write one of 'mlp', 'attention', 'block'"),
-        ({"metric": "L2"}, "unknown metric 'L2'; write one of 'l2', 'l1', 'cosine'"),
-        (
-            {"importance": []},
-            "unknown importance []; write one of 'shift', 'class-attention', 'mean-attention', 'attention-entropy'",
-        ),
-        ({"with_skip": 1}, "with_skip is 1; write True or False"),
-        ({"lowest": None}, "lowest is None; write True or False"),
+        ({"score": "shift"}, "score is 'shift'; write Shift(), Random() or another score of rs_compile"),
+        ({"score": Shift}, "score is <class 'passes.sites.importance.Shift'>; write Shift(), Random()"),
+        ({"by": "tome", "merge": {1: 3}}, "by is 'tome'; write Stream(), ToMe(), VidTLDR() or Ward()"),
         ({"protected": 1}, "protected is 1; write token indices like (0, 1), or None to find them"),
         ({"protected": "01"}, "protected is '01'; write token indices like (0, 1), or None to find them"),
         (
@@ -330,13 +365,33 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
         ('{"merge": {"0": 13, "0": 8}}', "key '0' stands twice in the schedule; keep one of them"),
         (
             '{"keep": {"0": 0.8}, "ratio": 1, "layer": 2}',
-            "unknown key 'layer', 'ratio' in the schedule; remove it, the keys are keep, operation, metric, "
-            "with_skip, protected, importance, lowest",
+            "unknown key 'layer', 'ratio' in the schedule; remove it, the keys are keep, score, protected, merge, by, ",
         ),
         ('{"keep": {"00": 0.8}}', "block index '00' in keep; write an integer of at least 0, counted from 0"),
         ('{"keep": {"0": NaN}}', "the keep ratio of block 0 is nan; write a number above 0 and at most 1"),
         ('{"keep": {"0": 0.8, "0": 0.7}}', "key '0' stands twice in the schedule; keep one of them"),
-        ('{"keep": {"0": 0.8}, "metric": "l3"}', "unknown metric 'l3'; write one of 'l2', 'l1', 'cosine'"),
+        (
+            '{"keep": {"0": 0.8}, "rs_compile": "9.1", "tint": 1}',
+            f"unknown key 'tint' in the schedule, which rs_compile 9.1 wrote (this is {OURS}); remove it, the keys",
+        ),
+        (
+            '{"keep": {"0": 0.8}, "rs_compile": "9.1", "version": 2}',
+            f"version 2 of the schedule, which rs_compile 9.1 wrote (this is {OURS}); write it anew in version 1",
+        ),
+        (
+            '{"keep": {"0": 0.8}, "score": {"kind": "shift", "metric": "l3"}}',
+            "unknown metric 'l3'; write one of 'l2', 'l1', 'cosine'",
+        ),
+        ('{"keep": {"0": 0.8}, "score": "shift"}', "score is 'shift'; write an object with a kind of 'shift', 'class-"),
+        ('{"keep": {"0": 0.8}, "score": {"kind": "x"}}', "score has the kind 'x'; write an object with a kind of"),
+        (
+            '{"keep": {"0": 0.8}, "score": {"kind": "random", "seed": 1}}',
+            "score 'random': unknown key 'seed'; write an object with the keys kind alone",
+        ),
+        (
+            '{"merge": {"0": 8}, "by": {"kind": "vid-tldr", "importance": {"kind": "lowest"}}}',
+            "importance is Lowest(score=Shift(of='mlp', metric='l2', with_skip=False)); write a score that is not",
+        ),
     ],
 )
 def test_from_json_refuses(text: str, message: str) -> None:
@@ -377,13 +432,43 @@ def test_refuses_a_merge(r: Any) -> None:
         ({"merge": {-1: 13}}, "block index -1 in merge; write an integer of at least 0, counted from 0"),
         ({"grid": {0: 8}}, "grid of stage 0 is 8; write GridPrune(rows=8, columns=8)"),
         ({"grid": {"a": GridPrune(1, 1)}}, "stage index 'a' in grid; write an integer of at least 0"),
-        ({"merger": "pitome"}, "unknown merger 'pitome'; write one of 'stream', 'tome', 'vid-tldr'"),
-        ({"size_bias": 1}, "size_bias is 1; write True or False"),
+        (
+            {"keep": {0: 0.8}, "by": ToMe()},
+            "by is ToMe(size_bias=True, weighted_mean=False, restore='change'), and noth",
+        ),
+        (
+            {"merge": {0: 8}, "score": Random()},
+            "score is Random(), and nothing reads it without keep or grid; remove it",
+        ),
+        ({"merge": {0: 8}, "rounding": "kept"}, "rounding is 'kept', and nothing reads it without keep; remove it"),
+        (
+            {"grid": {0: GridPrune(1, 1)}, "score": Shift("attention")},
+            "score is Shift(of='attention', metric='l2', with_skip=False), and a stage has no tokens or attention",
+        ),
+        ({"grid": {0: GridPrune(1, 1)}, "protected": (0,)}, "protected names tokens, and a stage has rows and columns"),
     ],
 )
 def test_refuses_what_cannot_go_together(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ScheduleError, match=says(text)):
         Schedule(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Shift(of="ffn"), "unknown of 'ffn'; write one of 'mlp', 'attention', 'block'"),
+        (lambda: Shift(metric="L2"), "unknown metric 'L2'; write one of 'l2', 'l1', 'cosine'"),
+        (lambda: Shift(with_skip=1), "with_skip is 1; write True or False"),
+        (lambda: Lowest(Lowest()), "Lowest of Lowest(score=Shift(of='mlp', metric='l2', with_skip=False)); write Low"),
+        (lambda: ToMe(size_bias=1), "size_bias is 1; write True or False"),
+        (lambda: Ward(weighted_mean=None), "weighted_mean is None; write True or False"),
+        (lambda: Stream(restore="keep"), "unknown restore 'keep'; write one of 'change', 'copy'"),
+        (lambda: VidTLDR("shift"), "importance is 'shift'; write a score that is not Lowest, like Shift()"),
+    ],
+)
+def test_refuses_a_score_or_a_merger(make: Any, text: str) -> None:
+    with pytest.raises(ScheduleError, match=says(text)):
+        make()
 
 
 @pytest.mark.parametrize(

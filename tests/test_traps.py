@@ -12,6 +12,7 @@ import timm
 import torch
 from generated import ATTENTIONS, Config, GeneratedViT
 from oracle import Pruning
+from schedules import pruning_of
 from torch import Tensor, nn
 
 import rs_compile
@@ -20,20 +21,10 @@ TOLERANCE = 2e-4
 APART = 0.01
 
 
-def schedule_of(pruning: Pruning) -> rs_compile.Schedule:
-    return rs_compile.Schedule(
-        keep=dict(pruning.keep),
-        operation=pruning.operation,
-        metric=pruning.metric,
-        with_skip=pruning.with_skip,
-        lowest=pruning.lowest,
-    )
-
-
 def check(config: Config, pruning: Pruning, batches: tuple[int, ...] = (3,)) -> None:
     """The compiled model equals the oracle, and differs from the dense model."""
     model = GeneratedViT(config)
-    compiled = rs_compile.optimize(model, schedule_of(pruning), backend="eager")
+    compiled = rs_compile.optimize(model, pruning_of(pruning), backend="eager")
     for batch in batches:
         images = model.images(batch)
         with torch.no_grad():
@@ -125,7 +116,7 @@ def test_ties_go_to_the_earlier_token(output: str, lowest: bool) -> None:
     pruning = Pruning({0: 0.6}, with_skip=True, lowest=lowest)
     wanted = model.forward_pruned(images, pruning)
     assert wanted.margin == 0
-    got = rs_compile.optimize(model, schedule_of(pruning), backend="eager")(images)
+    got = rs_compile.optimize(model, pruning_of(pruning), backend="eager")(images)
     oracle.assert_close(got, wanted.outputs, TOLERANCE, "ties")
 
 

@@ -10,6 +10,7 @@ import timm
 import torch
 import transformers
 import zoo
+from schedules import merger_of
 from torch import Tensor, nn
 
 import rs_compile
@@ -83,7 +84,7 @@ def test_on_by_default_where_tokens_leave_and_equal_to_the_pruned_model() -> Non
 def test_behind_a_merge_with_size_bias(merger: Any) -> None:
     entry = zoo.ZOO["deit_tiny"]
     model, x = entry.model().double(), entry.images(3).double()
-    schedule = Schedule(merge={0: 8, 1: 5}, merger=merger)
+    schedule = Schedule(merge={0: 8, 1: 5}, by=merger_of(merger))
     with torch.no_grad():
         whole, short = (optimize(model, schedule, backend="eager", drop_unread=drop) for drop in (False, None))
         close(short(x), whole(x))

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import randomise
+from schedules import handle_of
 from test_selective_scan import naive
 from torch import Tensor, nn
 
 from bench.models.vim import VisionMamba
-from rs_compile import Refusal, Schedule, explain, optimize
+from rs_compile import Refusal, Schedule, Shift, TopViM, VidTLDR, explain, optimize
 from rs_compile.models import ModelError, load_checkpoint
 from rs_compile.schedule import Gap, Rounding
 
@@ -139,7 +140,7 @@ def test_the_model_is_its_definition() -> None:
     [
         Schedule({0: 0.7, 1: 0.7, 2: 0.2}),
         Schedule({0: 0.7, 1: 0.7}, gap="decay"),
-        Schedule({0: 0.8, 1: 0.8}, rounding="kept", importance="top-vim"),
+        Schedule({0: 0.8, 1: 0.8}, rounding="kept", score=TopViM()),
     ],
     ids=["compact", "decay", "ToP-ViM"],
 )
@@ -168,7 +169,7 @@ def test_keeping_everything_is_bit_equal() -> None:
     model, x = tiny(), images()
     assert torch.equal(optimize(model, {0: 1.0}, backend="eager")(x), model(x))
     for gap in get_args(Gap):
-        forced = optimize(model, Schedule({0: 1.0}, gap=gap), backend="eager", force_insert=True)
+        forced = handle_of(model, Schedule({0: 1.0}, gap=gap), force_insert=True)
         assert torch.equal(forced(x), model(x))
 
 
@@ -251,9 +252,9 @@ def test_refusals() -> None:
         optimize(Transformer(), Schedule({0: 0.5}, gap="decay"), backend="eager")(x)
     assert 'use Schedule(gap="compact")' in str(e.value) and "x + self.down" in str(e.value)
     with pytest.raises(Refusal, match="block 0 has no mixer that ends in a linear layer, whose input ToP-ViM scores"):
-        optimize(Transformer(), Schedule({0: 0.5}, importance="top-vim"), backend="eager")(x)
+        optimize(Transformer(), Schedule({0: 0.5}, score=TopViM()), backend="eager")(x)
     with pytest.raises(Refusal, match="depends on the order of the tokens, which this merger changes") as e:
-        optimize(tiny(), Schedule({}, merge={0: 4}, merger="vid-tldr"), backend="eager")(images())
-    assert "vim.causal_conv1d.default" in str(e.value) and 'use Schedule(merger="stream")' in str(e.value)
+        optimize(tiny(), Schedule({}, merge={0: 4}, by=VidTLDR(Shift())), backend="eager")(images())
+    assert "vim.causal_conv1d.default" in str(e.value) and "use Schedule(by=Stream())" in str(e.value)
     with pytest.raises(Refusal, match="block 0 has no attention branch to score by"):
-        optimize(tiny(), Schedule({0: 0.5}, operation="attention"), backend="eager")(images())
+        optimize(tiny(), Schedule({0: 0.5}, score=Shift(of="attention")), backend="eager")(images())

@@ -153,7 +153,9 @@ def test_without_a_class_token_the_attention_is_the_mean(vit: Any) -> None:
     model = timm.create_model(
         "test_vit", img_size=32, num_classes=10, class_token=False, global_pool="avg", depth=2
     ).eval()
-    (layer,) = rs_compile.score_maps(model, IMAGES[..., :32], [1], operation="attention", metric="cosine").layers
+    (layer,) = rs_compile.score_maps(
+        model, IMAGES[..., :32], [1], shift=rs_compile.Shift(of="attention", metric="cosine")
+    ).layers
     assert layer.attention_kind == "mean attention" and layer.attention is not None
     torch.testing.assert_close(
         layer.attention.sum((1, 2)), torch.ones(3)
@@ -187,14 +189,16 @@ def test_kept_patches_are_the_compilers(vit: Any) -> None:
 def test_a_schedule_keeps_by_its_own_score() -> None:
     brightness = random_patches()
     images = patchwork(brightness)
-    schedule = rs_compile.Schedule({0: 0.5}, lowest=True)
+    schedule = rs_compile.Schedule({0: 0.5}, score=rs_compile.Lowest())
     (site,) = rs_compile.score_maps(Brightness().eval(), images, schedule=schedule).sites
     for kept, values in zip(site.kept, brightness, strict=True):
         assert kept.sum() == 30 and site.left == 31 and values[kept].max() < values[~kept].min()
 
 
 def test_of_merged_tokens_the_destinations_are_left(vit: Any) -> None:
-    (site,) = rs_compile.score_maps(vit, IMAGES, [0], schedule=rs_compile.Schedule(merge={0: 3}, merger="tome")).sites
+    (site,) = rs_compile.score_maps(
+        vit, IMAGES, [0], schedule=rs_compile.Schedule(merge={0: 3}, by=rs_compile.ToMe())
+    ).sites
     assert (site.left, site.of) == (6, 9) and site.kept.sum((1, 2)).tolist() == [5, 5, 5]
 
 
@@ -249,7 +253,7 @@ def test_refusals() -> None:
     with pytest.raises(rs_compile.CompileError, match="the schedule names block 7"):
         rs_compile.score_maps(model, images, [0], schedule={7: 0.5})
     with pytest.raises(rs_compile.ScheduleError, match="unknown metric 'l3'"):
-        rs_compile.score_maps(model, images, [0], metric=unknown)
+        rs_compile.score_maps(model, images, [0], shift=rs_compile.Shift(metric=unknown))
     with pytest.raises(rs_compile.Refusal, match="the model has no stage of residual convolutions"):
         rs_compile.score_maps(model, images, schedule=rs_compile.Schedule(grid={0: rs_compile.GridPrune(1, 1)}))
     with pytest.raises(rs_compile.Refusal, match="the model has no residual branch"):
@@ -329,13 +333,13 @@ def test_the_options_of_the_score_hold_for_the_schedule(
         raise rs_compile.CompileError("enough")
 
     monkeypatch.setattr("rs_compile.visualize.command.score_maps", record)
-    in_json = '{"keep": {"0": 0.5}, "operation": "attention", "with_skip": true}'
-    for more in (["--schedule", "0:0.5", "--operation", "attention", "--with-skip"], ["--schedule", in_json]):
+    in_json = '{"keep": {"0": 0.5}, "score": {"kind": "shift", "of": "attention", "with_skip": true}}'
+    for more in (["--schedule", "0:0.5", "--of", "attention", "--with-skip"], ["--schedule", in_json]):
         assert main(command(files, tmp_path / "o.html", *more)) == 2
-    wanted = rs_compile.Schedule({0: 0.5}, operation="attention", with_skip=True)
+    wanted = rs_compile.Schedule({0: 0.5}, score=rs_compile.Shift(of="attention", with_skip=True))
     for options in asked:
         assert options["schedule"] == wanted
-        assert (options["operation"], options["metric"], options["with_skip"]) == ("attention", "l2", True)
+        assert options["shift"] == wanted.score
     assert len(asked) == 2
 
 

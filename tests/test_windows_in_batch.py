@@ -187,7 +187,7 @@ def test_tokens_merge_within_their_window(restore: Restore) -> None:
         places = [pairs.left.index(stands[at]) for at in range(len(tokens))]
         stream[row] = short[0, places] if restore == "copy" else tokens + (short[0] - merged)[places]
     wanted = layers[5](layers[4](stream))
-    schedule = rs_compile.Schedule(merge={1: gone}, merger="stream", restore=restore)
+    schedule = rs_compile.Schedule(merge={1: gone}, by=rs_compile.Stream(restore=restore))
     handle = rs_compile.optimize(model, schedule, backend="eager")
     found = handle(images).feature_maps[-1]
     ours = found.reshape(B, -1, 2, 3, 2, 3).permute(0, 2, 4, 3, 5, 1).reshape(wanted.shape)

@@ -95,7 +95,7 @@ def _check(subject: Subject, model: nn.Module, given: Any, dense: Any, compiled:
     guard = protected_tokens(gm, blocks[sites[0]], None)
     row |= {"sites": sites, "protected": [guard.prefix, guard.suffix, *guard.extra]}
     exact, inputs = _float64(model, given)
-    schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP), operation="block")
+    schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP), score=rs_compile.Shift(of="block"))
     marks: list[float] = []
     handle = optimize(
         exact,

@@ -29,7 +29,7 @@ def add_choices(
 def methods_for(subject: Subject, names: Sequence[str], eager_everywhere: bool) -> list[Method]:
     """The methods of these names, with the subject's schedule."""
     return [
-        dense(name) if name in DENSE else pruned(name, subject.keep, subject.importance, eager_everywhere)
+        dense(name) if name in DENSE else pruned(name, subject.keep, subject.attention, eager_everywhere)
         for name in names
     ]
 

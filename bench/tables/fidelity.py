@@ -22,7 +22,20 @@ from bench.tables.measure import say
 from bench.tables.options import Setting, chosen
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.results import Results, Row, UsageError, environment
-from rs_compile import Schedule, optimize, plan
+from rs_compile import (
+    ClassAttention,
+    Lowest,
+    MeanAttention,
+    Random,
+    Schedule,
+    Shift,
+    Stream,
+    ToMe,
+    VidTLDR,
+    Ward,
+    optimize,
+    plan,
+)
 from rs_compile.models import build, read_image
 from rs_compile.planning import plans
 
@@ -38,27 +51,25 @@ DEFAULT: Sequence[Counts] = (
 )
 PRUNE: Ways = {
     "prune: MLP shift": lambda _, keep: Schedule(keep),
-    "prune: MLP shift, L1": lambda _, keep: Schedule(keep, metric="l1"),
-    "prune: MLP shift, cosine": lambda _, keep: Schedule(keep, metric="cosine"),
-    "prune: attention shift": lambda _, keep: Schedule(keep, operation="attention"),
-    "prune: block shift": lambda _, keep: Schedule(keep, operation="block"),
-    "prune: MLP shift, lowest kept": lambda _, keep: Schedule(keep, lowest=True),
-    "prune: class attention": lambda _, keep: Schedule(keep, importance="class-attention"),
-    "prune: mean attention": lambda _, keep: Schedule(keep, importance="mean-attention"),
-    "prune: random": lambda _, keep: Schedule(keep, importance="random"),
+    "prune: MLP shift, L1": lambda _, keep: Schedule(keep, score=Shift(metric="l1")),
+    "prune: MLP shift, cosine": lambda _, keep: Schedule(keep, score=Shift(metric="cosine")),
+    "prune: attention shift": lambda _, keep: Schedule(keep, score=Shift(of="attention")),
+    "prune: block shift": lambda _, keep: Schedule(keep, score=Shift(of="block")),
+    "prune: MLP shift, lowest kept": lambda _, keep: Schedule(keep, score=Lowest()),
+    "prune: class attention": lambda _, keep: Schedule(keep, score=ClassAttention()),
+    "prune: mean attention": lambda _, keep: Schedule(keep, score=MeanAttention()),
+    "prune: random": lambda _, keep: Schedule(keep, score=Random()),
 }
 MERGE: Ways = {
-    "ToMe": lambda r, _: Schedule(merge=r, merger="tome", size_bias=False),
-    "ToMe, size bias": lambda r, _: Schedule(merge=r, merger="tome"),
-    "vid-TLDR": lambda r, _: Schedule(merge=r, merger="vid-tldr", importance="attention-entropy", size_bias=False),
-    "vid-TLDR, size bias": lambda r, _: Schedule(merge=r, merger="vid-tldr", importance="attention-entropy"),
-    "vid-TLDR with MLP shift, size bias": lambda r, _: Schedule(merge=r, merger="vid-tldr"),
-    "vid-TLDR with attention shift, size bias": lambda r, _: Schedule(
-        merge=r, merger="vid-tldr", operation="attention"
-    ),
-    "stream": lambda r, _: Schedule(merge=r, size_bias=False),
+    "ToMe": lambda r, _: Schedule(merge=r, by=ToMe(size_bias=False)),
+    "ToMe, size bias": lambda r, _: Schedule(merge=r, by=ToMe()),
+    "vid-TLDR": lambda r, _: Schedule(merge=r, by=VidTLDR(size_bias=False)),
+    "vid-TLDR, size bias": lambda r, _: Schedule(merge=r, by=VidTLDR()),
+    "vid-TLDR with MLP shift, size bias": lambda r, _: Schedule(merge=r, by=VidTLDR(Shift())),
+    "vid-TLDR with attention shift, size bias": lambda r, _: Schedule(merge=r, by=VidTLDR(Shift(of="attention"))),
+    "stream": lambda r, _: Schedule(merge=r, by=Stream(size_bias=False)),
     "stream, size bias": lambda r, _: Schedule(merge=r),
-    "Ward, size bias": lambda r, _: Schedule(merge=r, merger="ward"),
+    "Ward, size bias": lambda r, _: Schedule(merge=r, by=Ward()),
 }
 WAYS: Ways = {**PRUNE, **MERGE}
 PHOTOGRAPHS = (

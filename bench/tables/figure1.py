@@ -36,7 +36,7 @@ from bench.tables.options import add_arguments as add_shared
 from bench.tables.options import add_data_arguments, chosen
 from bench.tables.results import Row, accuracy_of, first_process, shown
 from bench.tables.subjects import DEIT, UMT, Subject, deit, digits, umt_encoder
-from rs_compile import Schedule
+from rs_compile import Random, Schedule, Shift, ToMe, VidTLDR
 
 KEEPS, QUICK_KEEPS = (0.9, 0.8, 0.7, 0.5, 0.3), (0.8, 0.3)
 
@@ -44,11 +44,11 @@ KEEPS, QUICK_KEEPS = (0.9, 0.8, 0.7, 0.5, 0.3), (0.8, 0.3)
 Curve = Callable[[Subject, Mapping[int, float]], Schedule]
 CURVES: dict[str, Curve] = {
     OURS: lambda _, keep: Schedule(keep),
-    ATTENTION: lambda subject, keep: Schedule(keep, importance=subject.importance),
-    RANDOM: lambda _, keep: Schedule(keep, importance="random"),
-    VID_TLDR: lambda _, keep: Schedule(merge=_shares(keep), merger="vid-tldr", importance="attention-entropy"),
-    VID_TLDR_SHIFT: lambda _, keep: Schedule(merge=_shares(keep), merger="vid-tldr"),
-    TOME: lambda _, keep: Schedule(merge=_shares(keep), merger="tome"),
+    ATTENTION: lambda subject, keep: Schedule(keep, score=subject.attention),
+    RANDOM: lambda _, keep: Schedule(keep, score=Random()),
+    VID_TLDR: lambda _, keep: Schedule(merge=_shares(keep), by=VidTLDR()),
+    VID_TLDR_SHIFT: lambda _, keep: Schedule(merge=_shares(keep), by=VidTLDR(Shift())),
+    TOME: lambda _, keep: Schedule(merge=_shares(keep), by=ToMe()),
     STREAM: lambda _, keep: Schedule(merge=_shares(keep)),
 }
 HALF = 0.49  # of the tokens: matching pairs them, so that not more can merge at once

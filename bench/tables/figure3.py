@@ -7,6 +7,7 @@ import argparse
 from bench.tables.layer_plot import add_plot, run_figure
 from bench.tables.one_layer import Curves, Study, add_shared, deit_s, digits_vit, umt_b
 from bench.tables.options import add_data_arguments
+from rs_compile import Random, Shift
 
 BLOCKS = (0, 2, 4, 6, 8)
 ATTENTION, SHIFT, MLP_SHIFT, RANDOM = "attention score", "attention shift", "MLP shift", "random"
@@ -15,10 +16,10 @@ ATTENTION, SHIFT, MLP_SHIFT, RANDOM = "attention score", "attention shift", "MLP
 def curves(study: Study) -> Curves:
     """The paper's two, our default score, and chance."""
     return {
-        ATTENTION: {"importance": study.subject.importance},
-        SHIFT: {"operation": "attention"},
-        MLP_SHIFT: {},
-        RANDOM: {"importance": "random"},
+        ATTENTION: study.subject.attention,
+        SHIFT: Shift("attention"),
+        MLP_SHIFT: Shift(),
+        RANDOM: Random(),
     }
 
 

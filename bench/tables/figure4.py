@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.tables.pictures import Pictures
-from rs_compile import Schedule
+from rs_compile import Schedule, Shift
 
-_figure = Pictures("deit_base_patch16_224", "1,5,9", Schedule(operation="attention"))
+_figure = Pictures("deit_base_patch16_224", "1,5,9", Schedule(score=Shift(of="attention")))
 add_arguments, run = _figure.add_arguments, _figure.run

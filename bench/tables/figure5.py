@@ -9,6 +9,7 @@ from bench.tables.layer_plot import add_plot, run_figure
 from bench.tables.one_layer import Curves, add_shared, deit_s, digits_vit, umt_b
 from bench.tables.options import add_data_arguments
 from passes.sites.score import Metric, Operation
+from rs_compile import Shift
 
 BLOCKS = (0, 2, 4, 6, 8)
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     curves: Curves = {
-        name(operation, metric): {"operation": operation, "metric": metric, "with_skip": args.with_skip}
+        name(operation, metric): Shift(operation, metric, args.with_skip)
         for operation in get_args(Operation)
         for metric in get_args(Metric)
     }

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from passes.sites.score import Importance
-from rs_compile import Schedule, optimize
+from rs_compile import Lowest, OptimizedModel, Random, Schedule, Score, Shift, ToMe, VidTLDR
+from rs_compile.compiling import Options
 from rs_compile.optimize import Backend
 from rs_compile.timing import compiled
 
@@ -68,7 +68,8 @@ class Method:
         """
         if self.schedule is not None:
             # as published: papers count what the layers behind the last attention do with every token
-            return optimize(model, self.schedule, **{"backend": backend, "drop_unread": False, **self.options})
+            options = {"backend": backend, "drop_unread": False, **self.options}
+            return OptimizedModel(model, Options(self.schedule, **options))
         twin = with_attention(model, self.fused)
         return compiled(twin, backend) if self.compiled else twin
 
@@ -98,7 +99,7 @@ def dense(name: str) -> Method:
 def pruned(
     name: str,
     keep: Mapping[int, float],
-    importance: Importance,
+    attention: Score,
     eager_everywhere: bool = False,
     at: Mapping[str, Any] | None = None,
     multiple_of: int = 1,
@@ -108,16 +109,16 @@ def pruned(
     Args:
         name: "attention", "random", "lowest" or "ours".
         keep: block -> keep ratio.
-        importance: which attention score "attention" is: Eq. 2 with a class token, Eq. 3 without.
+        attention: which attention score "attention" is: Eq. 2 with a class token, Eq. 3 without.
         eager_everywhere: "attention" writes every block's attention out, as published baselines do, not
             only that of the blocks that are scored.
         at: see `Method`.
         multiple_of: of "ours", see `Schedule`.
     """
     schedule = {
-        ATTENTION: Schedule(keep, importance=importance),
-        RANDOM: Schedule(keep, importance="random"),
-        LOWEST: Schedule(keep, lowest=True),
+        ATTENTION: Schedule(keep, score=attention),
+        RANDOM: Schedule(keep, score=Random()),
+        LOWEST: Schedule(keep, score=Lowest()),
         OURS: Schedule(keep, multiple_of=multiple_of),
     }[name]
     options = {"explicit_attention": True} if eager_everywhere and name == ATTENTION else {}
@@ -134,9 +135,9 @@ def merging(name: str, merge: Mapping[int, int | float], at: Mapping[str, Any] |
         at: see `Method`.
     """
     schedule = {
-        VID_TLDR: Schedule(merge=merge, merger="vid-tldr", importance="attention-entropy"),
-        VID_TLDR_SHIFT: Schedule(merge=merge, merger="vid-tldr"),
-        TOME: Schedule(merge=merge, merger="tome"),
+        VID_TLDR: Schedule(merge=merge, by=VidTLDR()),
+        VID_TLDR_SHIFT: Schedule(merge=merge, by=VidTLDR(Shift())),
+        TOME: Schedule(merge=merge, by=ToMe()),
         STREAM: Schedule(merge=merge),
     }[name]
     published = {"explicit_attention": True, "backend": "eager"}

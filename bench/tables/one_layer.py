@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bench.tables.measure import fill, identity, measurable, results_of
 from bench.tables.methods import BASE, Method, dense
 from bench.tables.options import Setting, add_arguments
 from bench.tables.results import Results, Row
 from bench.tables.subjects import Subject, deit, digits, umt_encoder
-from rs_compile import Schedule
+from rs_compile import Schedule, Score
 
 COLUMNS = ("gflops", "accuracy")
 QUICK_BLOCKS = 2
 
-Curves = Mapping[str, Mapping[str, Any]]  # method -> arguments of Schedule
+Curves = Mapping[str, Score]  # by method
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Study:
     leave: int
     blocks: Sequence[int]
 
-    def method(self, name: str, block: int, arguments: Mapping[str, Any]) -> Method:
+    def method(self, name: str, block: int, score: Score) -> Method:
         """The method of a curve at a block."""
         # halfway between the ratios at which one token more, or one less, would leave
         keep = {block: 1 - (self.leave + 0.5) / self.tokens}
-        return Method(name, Schedule(keep, **arguments), at={"block": block})
+        return Method(name, Schedule(keep, score=score), at={"block": block})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.umt import SIZES, Size, VisionEncoder, load_checkpoint, umt
-from passes.sites.score import Importance
+from rs_compile import ClassAttention, MeanAttention, Score
 from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
 
@@ -36,7 +36,7 @@ class Subject:
         make: builds it in eval mode, fp32: random weights unless pretrained or a checkpoint.
         shape: of one sample.
         keep: block -> keep ratio, the table's schedule.
-        importance: its attention score, class attention (Eq. 2) or, without a class token, mean attention (Eq. 3).
+        attention: its attention score, class attention (Eq. 2) or, without a class token, mean attention (Eq. 3).
         batch: samples of a timed call, on a CPU and elsewhere (the paper's).
         paper: what the paper prints, by method and column.
         data: what its accuracy can be measured on, nothing where the paper's model has parts that are not here.
@@ -46,7 +46,7 @@ class Subject:
     make: Make
     shape: tuple[int, ...]
     keep: Mapping[int, float]
-    importance: Importance
+    attention: Score
     batch: tuple[int, int] = (1, 1)
     paper: Paper = field(default_factory=dict)
     data: Data = ""
@@ -70,7 +70,7 @@ def deit(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: 
         return build(f"deit_{size}_patch16_224", pretrained=pretrained, checkpoint=checkpoint)
 
     keep = dict.fromkeys(blocks, ratio)
-    return Subject(name, make, (3, side, side), keep, "class-attention", (16, 512), {} if quick else paper, "images")
+    return Subject(name, make, (3, side, side), keep, ClassAttention(), (16, 512), {} if quick else paper, "images")
 
 
 def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: bool, qa: bool) -> Subject:
@@ -96,7 +96,7 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
         make,
         (3, frames, side, side),
         keep,
-        "mean-attention",
+        MeanAttention(),
         (1, 20),
         {} if quick else paper,
         "" if qa else "videos",
@@ -110,7 +110,7 @@ def digits(blocks: tuple[int, ...], ratio: float) -> Subject:
         return load_pretrained_digits_vit() if pretrained else digits_vit().eval()
 
     keep = dict.fromkeys(blocks, ratio)
-    return Subject(DIGITS, make, (1, SIDE, SIDE), keep, "class-attention", (64, 64), data="digits")
+    return Subject(DIGITS, make, (1, SIDE, SIDE), keep, ClassAttention(), (64, 64), data="digits")
 
 
 def dual_encoder(path: str, blocks: tuple[int, ...], ratio: float, pretrained: bool) -> Subject:
@@ -125,4 +125,4 @@ def dual_encoder(path: str, blocks: tuple[int, ...], ratio: float, pretrained: b
         return copy.deepcopy(tower)
 
     keep = dict.fromkeys(blocks, ratio)
-    return Subject(path, make, (3, side, side), keep, "class-attention", (12, 240), data="videos")
+    return Subject(path, make, (3, side, side), keep, ClassAttention(), (12, 240), data="videos")

@@ -24,8 +24,8 @@ from bench.tables.options import Setting, add_data_arguments
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.results import Results, Row, shown
 from bench.tables.subjects import Paper, Subject
-from rs_compile import Schedule
-from rs_compile.grid_prune import GridPrune
+from passes.sites.grid_prune import GridPrune
+from rs_compile import Schedule, Shift
 from rs_compile.models import build
 from rs_compile.timing import Call, interleaved
 
@@ -86,7 +86,7 @@ def resnet(name: str, quick: bool) -> Subject:
         return build(kind, pretrained=pretrained, checkpoint=checkpoint)
 
     paper = {} if quick else PAPER[name]
-    return Subject(name, make, (3, side, side), {}, "shift", (16, 256), paper, "images")
+    return Subject(name, make, (3, side, side), {}, Shift(), (16, 256), paper, "images")
 
 
 @torch.no_grad()

@@ -22,9 +22,10 @@ from bench.tables.one_layer import (
 )
 from bench.tables.options import add_data_arguments
 from bench.tables.results import accuracy_of, shown
+from rs_compile import Lowest, Shift
 
 TOP, BOTTOM = "top half", "bottom half"
-CURVES = {TOP: {}, BOTTOM: {"lowest": True}}
+CURVES = {TOP: Shift(), BOTTOM: Lowest()}
 BLOCKS = (0, 2, 4, 6, 8, 10)  # the paper's L1, L3, ..., L11
 PAPER = {
     TOP: dict(zip(BLOCKS, (76.3, 76.1, 78.5, 79.4, 78.5, 78.9), strict=True)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.umt import Size, VisionEncoder, umt
-from passes.sites.score import Importance
+from rs_compile import ClassAttention, MeanAttention, Score
 
 SIDE, QUICK_SIDE = 224, 64
 WORDS = 256  # tokens of BERT's input
@@ -27,7 +27,7 @@ class Network:
         make: builds it, small where its argument says so, in eval mode.
         inputs: of so many samples, for the small one or not; floating ones are of the sweep's dtype.
         blocks: after which tokens leave.
-        importance: of the attention-score baseline: Eq. 2 with a class token that is no input, Eq. 3 without.
+        attention: the score of the attention-score baseline: Eq. 2 with a class token that is no input, Eq. 3 without.
         written_out: the largest batch for which attention is written out; None for any. The map of 2352 tokens
             is 266 MB a sample in float32, several times over.
     """
@@ -36,7 +36,7 @@ class Network:
     make: Callable[[bool], nn.Module]
     inputs: Callable[[int, bool], Tensor]
     blocks: tuple[int, ...] = (0, 3, 6)
-    importance: Importance = "class-attention"
+    attention: Score = ClassAttention()
     written_out: int | None = None
 
 
@@ -92,9 +92,9 @@ NETWORKS = {
             _transformers("CLIPVisionModel", "CLIPVisionConfig", image_size=SIDE, patch_size=16, **_CLIP),
             _images,
         ),
-        Network("UMT-B", _umt, _clips, blocks=(0, 1, 2), importance="mean-attention", written_out=4),
+        Network("UMT-B", _umt, _clips, blocks=(0, 1, 2), attention=MeanAttention(), written_out=4),
         _timm("DINOv3-S", "vit_small_patch16_dinov3"),
         _timm("BEiT-B", "beit_base_patch16_224"),
-        Network("BERT-base", _transformers("BertModel", "BertConfig"), _words, importance="mean-attention"),
+        Network("BERT-base", _transformers("BertModel", "BertConfig"), _words, attention=MeanAttention()),
     )
 }

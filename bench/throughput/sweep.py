@@ -76,12 +76,12 @@ def methods_of(
     found = [dense(COMPILED), *(dense(name) for name in names if name in {*DENSE, COMPILED_WRITTEN} - {COMPILED})]
     first = dict.fromkeys(network.blocks, keeps[0])
     if ATTENTION in names:
-        found.append(pruned(ATTENTION, first, network.importance, at={"keep": keeps[0]}))
+        found.append(pruned(ATTENTION, first, network.attention, at={"keep": keeps[0]}))
     if OURS in names:
         for keep, multiple in product(keeps, multiples):
             at = {"keep": keep} | ({"multiple_of": multiple} if multiple > 1 else {})
             blocks = dict.fromkeys(network.blocks, keep)
-            found.append(pruned(OURS, blocks, network.importance, at=at, multiple_of=multiple))
+            found.append(pruned(OURS, blocks, network.attention, at=at, multiple_of=multiple))
     if STREAM in names:
         shares = dict.fromkeys(network.blocks, round(1 - keeps[0], 9))
         found.append(merging(STREAM, shares, at={"keep": keeps[0]}))

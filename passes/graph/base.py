@@ -23,6 +23,10 @@ class CompileError(Exception):
     """Anything this compiler refuses to do. The message says what to do instead."""
 
 
+class ScheduleError(CompileError, ValueError):
+    """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""
+
+
 class PassError(CompileError):
     """A pass broke its contract: a fault of the compiler, not of the model."""
 

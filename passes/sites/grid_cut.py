@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,15 +16,13 @@ from passes.graph.base import CompileError, Pass, PassResult, Refusal
 from passes.graph.fake import evaluate
 from passes.graph.splice import fake, fake_mode, splice
 from passes.network.stages import Stage
+from passes.sites.grid_prune import GridPrune
 from passes.sites.grid_select import kept_cells, kept_lines, score_map, spread, take
-from passes.sites.score import Metric
+from passes.sites.importance import Lowest, Random, Score, Shift
 from passes.sites.select import MANY
 
 CUTS = "cuts"  # gm.meta key: by stage the rows and columns kept, which broadcast to [B, H', W']
 MAPS = "maps"  # gm.meta key: by stage the map before the cut and after it
-
-Mode = Literal["line", "token"]
-Against = Literal["shortcut", "first-block", "sum"]
 
 
 @dataclass(frozen=True)
@@ -36,25 +34,14 @@ class CutGrid(Pass):
 
     Args:
         stage: after which; its nodes must be in the graph.
-        rows, columns: how many leave.
-        mode: "line", whole rows and columns; "token", cells of each row, then of each column.
-        rows_first: in mode "line", columns are scored on the rows that stay.
-        against: what the output is compared with, see `rs_compile.GridPrune`.
-        metric: distance over the channels.
-        random: random scores, a baseline.
-        lowest: the lowest scores stay, a baseline.
+        cut: how much leaves, and how.
+        score: the shift, whose metric counts; `Random` or the `Lowest` of either are baselines.
         compact_outputs: the caller wants short outputs, which a map has no form for.
     """
 
     stage: Stage
-    rows: int
-    columns: int
-    mode: Mode = "line"
-    rows_first: bool = False
-    against: Against = "shortcut"
-    metric: Metric = "l2"
-    random: bool = False
-    lowest: bool = False
+    cut: GridPrune
+    score: Score = Shift()
     compact_outputs: bool = False
 
     def call(self, gm: GraphModule) -> PassResult:
@@ -86,7 +73,7 @@ class CutGrid(Pass):
 
     def _check(self) -> None:
         height, width = self.stage.grid
-        for name, left, there in (("rows", self.rows, height), ("columns", self.columns, width)):
+        for name, left, there in (("rows", self.cut.rows, height), ("columns", self.cut.columns, width)):
             if left >= there:
                 raise CompileError(
                     f"{left} {name} are to leave stage {self.stage.index}, which has {there} {name}; "
@@ -97,16 +84,18 @@ class CutGrid(Pass):
         """The score map [B, H, W] of the stage, at the graph's insertion point."""
         output, blocks = self.stage.output, self.stage.blocks
         sums, shape = self.stage.sums, self.stage.as_map
+        by = self.score.score if isinstance(self.score, Lowest) else self.score
+        against, metric = self.cut.against, by.metric if isinstance(by, Shift) else "l2"
 
         def score(*values: Tensor) -> Tensor:
             maps = [shape(v) for v in values]
-            return score_map(list(zip(maps[::2], maps[1::2], strict=True)), self.metric)
+            return score_map(list(zip(maps[::2], maps[1::2], strict=True)), metric)
 
-        if self.random:
+        if isinstance(by, Random):
             return splice(graph, "score", lambda x: torch.rand_like(x[:, 0], dtype=torch.float32), output)
-        if self.against == "shortcut":
+        if against == "shortcut":
             return splice(graph, "score", score, sums, self.stage.shortcut)
-        if self.against == "sum":
+        if against == "sum":
             return splice(graph, "score", score, *[n for b in blocks for n in (b.output, b.shortcut)])
         if len(blocks) == 1:
             raise Refusal(
@@ -118,10 +107,11 @@ class CutGrid(Pass):
 
     def _select(self, score: Tensor, many: bool) -> tuple[Tensor, Tensor]:
         height, width = self.stage.grid
-        rows, columns = height - self.rows, width - self.columns
-        if self.mode == "line":
-            return kept_lines(score, rows, columns, self.rows_first, self.lowest, many)
-        return kept_cells(score, rows, columns, self.lowest)
+        cut, lowest = self.cut, self.score.lowest
+        rows, columns = height - cut.rows, width - cut.columns
+        if cut.mode == "line":
+            return kept_lines(score, rows, columns, cut.order == "rows-first", lowest, many)
+        return kept_cells(score, rows, columns, lowest)
 
 
 def _whole(axes: GridAxes) -> dict[Node, Node]:

@@ -1,51 +1,37 @@
-"""A score for every token of a block's stream, spliced into the graph."""
+"""What tokens are scored by: representation shift, and the baselines it is compared with."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.axes.gather import tokens_first
-from passes.graph.base import Refusal
+from passes.graph.base import Refusal, ScheduleError
 from passes.graph.layout import Batch, Layout, expr, tokens_in
 from passes.graph.ops import shape_of
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.sites import score
+from passes.sites.choice import check_choice, check_flag
 from passes.sites.explicit_attention import write_out
 
-_OF_MAP = {
-    "class-attention": score.class_attention,
-    "mean-attention": score.mean_attention,
-    "attention-entropy": score.attention_entropy,
-}
 
+class Score(ABC):
+    """How important each token is; tokens of the highest score stay."""
 
-@dataclass(frozen=True)
-class Scoring:
-    """Which score.
-
-    Args:
-        operation: whose representation shift: of the MLP, the attention, or the whole block.
-        metric, with_skip: the distance, and whether F includes the skip.
-        importance: "shift" or a baseline.
-    """
-
-    operation: score.Operation = "mlp"
-    metric: score.Metric = "l2"
-    with_skip: bool = False
-    importance: score.Importance = "shift"
+    kind: ClassVar[str]  # its name in JSON and in tables
+    lowest: ClassVar[bool] = False  # whether the tokens of the lowest score stay
 
     @property
     def known_after(self) -> Literal["attention", "mlp"]:
-        """Behind which branch of a block the score can be computed."""
-        if self.importance == "shift":
-            return "attention" if self.operation == "attention" else "mlp"
-        return "mlp" if self.importance == "top-vim" else "attention"
+        """Behind which branch of a block it can be computed."""
+        return "mlp"
 
+    @abstractmethod
     def insert(
         self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
     ) -> Node:
@@ -55,27 +41,48 @@ class Scoring:
             at: the stream whose tokens are scored.
             layout: of that stream.
             prefix: tokens that always stay in front.
-            guard: of importance "shift": tokens to mark as protected, see `score.shift`.
+            guard: of `Shift`: tokens to mark as protected, see `score.shift`.
 
         Raises:
             Refusal: the block has no such branch, or its attention no map to read.
         """
-        if self.importance == "random":
-            return splice(gm.graph, "score", lambda x: score.random_score(tokens_first(x, layout)), at)
-        if self.importance == "top-vim":
-            gated = block.gated()
-            if gated is None:
-                raise Refusal(
-                    f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
-                    block.output,
-                    'use Schedule(importance="shift"), which any block has',
-                )
-            return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
-        if self.importance != "shift":
-            return self._of_attention(gm, block, layout, prefix)
+
+
+@dataclass(frozen=True)
+class Shift(Score):
+    """Representation shift s = D(F(x), x) (paper, section 3 and Eq. 4).
+
+    Args:
+        of: the layer F: "mlp" and "attention" compare that branch's output with the stream that it is computed from
+            and added to, "block" the block's output with its input, skips included. Where a sum weighs its stream,
+            alpha * x + f(x), the stream is x, not scaled, unless f reads alpha * x.
+        metric: D, the distance over the channels: "l2" unsquared, "l1", or "cosine", 1 - cos.
+        with_skip: compare x + F(x), not F(x), with x; a block's shift has its skips in any case.
+
+    Raises:
+        ScheduleError: an unknown word, with those that there are.
+    """
+
+    kind: ClassVar[str] = "shift"
+    of: score.Operation = "mlp"
+    metric: score.Metric = "l2"
+    with_skip: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("of", self.of, get_args(score.Operation))
+        check_choice("metric", self.metric, get_args(score.Metric))
+        check_flag("with_skip", self.with_skip)
+
+    @property
+    def known_after(self) -> Literal["attention", "mlp"]:
+        return "attention" if self.of == "attention" else "mlp"
+
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
         after, before = self._between(block)
         _check_every_token(block, at, layout, after, before)
-        skip = self.with_skip and self.operation != "block"
+        skip = self.with_skip and self.of != "block"
 
         def shift(a: Tensor, b: Tensor, protected: Tensor | None) -> Tensor:
             a = a + b if skip else a  # not the block's sum: beside a parallel branch that holds more
@@ -85,18 +92,63 @@ class Scoring:
 
     def _between(self, block: Block) -> tuple[Node, Node]:
         """F(x) and x."""
-        if self.operation == "block":
+        if self.of == "block":
             return block.output, block.entry
-        branch = block.mlp if self.operation == "mlp" else block.attention
+        branch = block.mlp if self.of == "mlp" else block.attention
         if branch is None:
             raise Refusal(
                 f"block {block.index} has no attention branch to score by",
                 block.output,
-                'use Schedule(operation="mlp")',
+                'use Schedule(score=Shift(of="mlp"))',
             )
         return branch.term, branch.stream
 
-    def _of_attention(self, gm: GraphModule, block: Block, layout: Layout, prefix: int) -> Node:
+
+@dataclass(frozen=True)
+class Random(Score):
+    """A random number a token, of torch's own generator: what a score must beat."""
+
+    kind: ClassVar[str] = "random"
+
+    @property
+    def known_after(self) -> Literal["attention", "mlp"]:
+        return "attention"
+
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
+        return splice(gm.graph, "score", lambda x: score.random_score(tokens_first(x, layout)), at)
+
+
+@dataclass(frozen=True)
+class TopViM(Score):
+    """Of state-space models: the mean over channels of max(0, y) of the gated mixer output y (ToP-ViM)."""
+
+    kind: ClassVar[str] = "top-vim"
+
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
+        gated = block.gated()
+        if gated is None:
+            raise Refusal(
+                f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
+                block.output,
+                "use Schedule(score=Shift()), which any block has",
+            )
+        return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
+
+
+class _OfAttention(Score):
+    """A score that reads the attention map of the block, which is then written out."""
+
+    @abstractmethod
+    def of_map(self, attention: Tensor) -> Tensor:
+        """Scores [B, N] of a map [B, H, N, N]."""
+
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
         op = block.attention_op()
         if op is None or not by_sample(op, layout):
             raise Refusal(
@@ -104,16 +156,90 @@ class Scoring:
                 if op is None
                 else f"the attention of block {block.index} is not on [batch, heads, tokens, channels]",
                 block.output,
-                'use Schedule(importance="shift"), which needs no attention map',
+                "use Schedule(score=Shift()), which needs no attention map",
             )
-        if self.importance == "class-attention" and prefix == 0:
+        self.check(block, prefix)
+        _check_every_token(block, block.output, layout, block.attention.term if block.attention else op)
+        return splice(gm.graph, "score", self.of_map, write_out(gm, op))
+
+    @property
+    def known_after(self) -> Literal["attention", "mlp"]:
+        return "attention"
+
+    def check(self, block: Block, prefix: int) -> None:
+        """Refuses where there is no such score."""
+
+
+@dataclass(frozen=True)
+class ClassAttention(_OfAttention):
+    """The attention of the class token to each token, heads averaged (paper, Eq. 2)."""
+
+    kind: ClassVar[str] = "class-attention"
+
+    def of_map(self, attention: Tensor) -> Tensor:
+        return score.class_attention(attention)
+
+    def check(self, block: Block, prefix: int) -> None:
+        if prefix == 0:
             raise Refusal(
                 "class attention needs a class token in front",
                 block.output,
-                'use Schedule(importance="mean-attention") or "shift"',
+                "use Schedule(score=MeanAttention()) or Shift()",
             )
-        _check_every_token(block, block.output, layout, block.attention.term if block.attention else op)
-        return splice(gm.graph, "score", _OF_MAP[self.importance], write_out(gm, op))
+
+
+@dataclass(frozen=True)
+class MeanAttention(_OfAttention):
+    """The attention that each token receives, heads and queries averaged (paper, Eq. 3)."""
+
+    kind: ClassVar[str] = "mean-attention"
+
+    def of_map(self, attention: Tensor) -> Tensor:
+        return score.mean_attention(attention)
+
+
+@dataclass(frozen=True)
+class AttentionEntropy(_OfAttention):
+    """The negative entropy of each token's attention, heads averaged first (vid-TLDR's saliency)."""
+
+    kind: ClassVar[str] = "attention-entropy"
+
+    def of_map(self, attention: Tensor) -> Tensor:
+        return score.attention_entropy(attention)
+
+
+@dataclass(frozen=True)
+class Lowest(Score):
+    """The tokens of the lowest score stay: a baseline that shows what the score is worth.
+
+    Args:
+        score: whose lowest.
+
+    Raises:
+        ScheduleError: it is no score, or another `Lowest`.
+    """
+
+    kind: ClassVar[str] = "lowest"
+    lowest: ClassVar[bool] = True
+    score: Score = Shift()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.score, Score) or self.score.lowest:
+            raise ScheduleError(f"Lowest of {self.score!r}; write Lowest(Shift()), or another score in it")
+
+    @property
+    def known_after(self) -> Literal["attention", "mlp"]:
+        return self.score.known_after
+
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
+        return self.score.insert(gm, block, at, layout, prefix)
+
+
+SCORES: dict[str, type[Score]] = {
+    c.kind: c for c in (Shift, ClassAttention, MeanAttention, AttentionEntropy, TopViM, Random, Lowest)
+}
 
 
 def _check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) -> None:
@@ -123,7 +249,7 @@ def _check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) 
         raise Refusal(
             f"tokens that left before block {block.index} come back inside of it, and not all have a score",
             stream,
-            'use Schedule(operation="mlp"), or let tokens leave after another block',
+            'use Schedule(score=Shift(of="mlp")), or prune after another block',
         )
 
 

@@ -19,7 +19,7 @@ from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.padding import insert_padding
 from passes.network.protected import Protected
-from passes.sites.importance import Scoring
+from passes.sites.importance import Score, Shift
 from passes.sites.select import MANY, keep_highest, protected_mask, way
 from passes.sites.site import SITE, Site, put_back
 
@@ -32,8 +32,7 @@ class InsertSelection(Pass):
         block: after which; its nodes must be in the graph.
         keep: how many tokens stay, protected ones included.
         protected: which always stay.
-        scoring: the score.
-        lowest: keep the lowest scores (a baseline).
+        score: by which they are chosen.
         earlier: index nodes of the sites that this sequence already went through.
         sizes: how many of the model's tokens each stands for, [B, N], once some merged.
         size_bias, weighted_mean: see `Site`.
@@ -43,8 +42,7 @@ class InsertSelection(Pass):
     block: Block
     keep: int
     protected: Protected
-    scoring: Scoring = Scoring()
-    lowest: bool = False
+    score: Score = Shift()
     earlier: tuple[Node, ...] = ()
     sizes: Node | None = None
     size_bias: bool = True
@@ -64,8 +62,8 @@ class InsertSelection(Pass):
             many = gm.meta.get(MANY, False) or sequences_per_sample(stream) > 1
             in_score = self._marks_in_score(stream, tokens, padding, many)
             marked = guard if in_score else None
-            scores = self.scoring.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
-            select = partial(keep_highest, keep=self.keep, lowest=self.lowest, many=many)
+            scores = self.score.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
+            select = partial(keep_highest, keep=self.keep, lowest=self.score.lowest, many=many)
             index = splice(
                 graph, "select", lambda s, g, p: select(s, g, padding=p), scores, None if in_score else guard, padding
             )
@@ -101,5 +99,5 @@ class InsertSelection(Pass):
 
     def _marks_in_score(self, stream: Node, tokens: Tokens, padding: Node | None, many: bool) -> bool:
         """Whether the kernel of the score takes the mask; elsewhere it costs more there, or other scores come first."""
-        plain = self.scoring.importance == "shift" and not self.lowest and padding is None
+        plain = isinstance(self.score, Shift) and padding is None
         return plain and way(stream.meta["val"].device, tokens.dense, many) != "topk"

@@ -19,17 +19,17 @@ from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites import matching
-from passes.sites.importance import Scoring, by_sample
-from passes.sites.insert_merge import merge_point
+from passes.sites.importance import Shift, by_sample
+from passes.sites.mergers import Ward
 from passes.sites.select import protected_mask
-from passes.sites.site import SITE, Restore, Site, put_merged_back
+from passes.sites.site import SITE, Site, put_merged_back
 
 
 @dataclass(frozen=True)
 class InsertWard(Pass):
     """Merges queries, keys, values and the residual stream around them by one place map, into size-weighted means.
 
-    By itself it changes no result, unless `restore` is "copy". What has an entry per token otherwise (a mask, a gate
+    By itself it changes no result, unless it restores copies. What has an entry per token otherwise (a mask, a gate
     on the branch) follows the destination.
 
     Args:
@@ -38,7 +38,7 @@ class InsertWard(Pass):
         protected: which neither merge nor are merged into.
         before: the block that leads to this one, whose MLP's shift weighs the tokens; None for equal weights.
         since: the site between that MLP and this block, if there is one.
-        restore, size_bias, weighted_mean: see `Site`.
+        by: what becomes of the merged tokens.
         earlier, sizes: see `InsertMerge`.
     """
 
@@ -47,15 +47,13 @@ class InsertWard(Pass):
     protected: Protected
     before: Block | None = None
     since: Site | None = None
-    restore: Restore = "change"
+    by: Ward = Ward()
     earlier: tuple[Node, ...] = ()
     sizes: Node | None = None
-    size_bias: bool = True
-    weighted_mean: bool = False
 
     def call(self, gm: GraphModule) -> PassResult:
         graph, p = gm.graph, self.protected
-        stream = merge_point(self.block, "ward", Scoring())
+        stream = self.by.point(self.block)
         layout, batch = stream_layout(stream, p.prefix, p.suffix)
         tokens = sequence_in(layout)
         assert tokens is not None and self.block.attention is not None
@@ -85,7 +83,7 @@ class InsertWard(Pass):
                 graph, "merge", merged, stream, *inputs, shift, self.sizes, *earlier
             )
             whole = {n: splice(graph, "merge", torch.ops.aten.alias.default, n) for n in inputs}
-            full = put_merged_back(graph, layout, stream, short, short, place, self.restore)
+            full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore)
         for n in (sizes, *heads):  # read once the network is retargeted
             n.meta[ALIVE] = True
         for user in users:
@@ -102,10 +100,10 @@ class InsertWard(Pass):
             tokens.dense - self.r - p.prefix - p.suffix,
             beside={whole[n]: (of, h) for n, of, h in zip(inputs, layouts, heads, strict=True)},
             place=place,
-            restore=self.restore,
+            restore=self.by.restore,
             sizes=sizes,
-            size_bias=self.size_bias,
-            weighted_mean=self.weighted_mean,
+            size_bias=self.by.size_bias,
+            weighted_mean=self.by.weighted_mean,
         )
         return PassResult(gm, rewrites=1)
 
@@ -133,7 +131,7 @@ class InsertWard(Pass):
         return Refusal(
             f"Ward merges queries, keys and values, and block {self.block.index} {reason}",
             node,
-            'use Schedule(merger="stream"), which merges after the complete block',
+            "use Schedule(by=Stream()), which merges after the complete block",
         )
 
     def _shift(self, gm: GraphModule, stream: Node, layout: Layout) -> Node | None:
@@ -141,7 +139,7 @@ class InsertWard(Pass):
         if self.before is None:
             return None
         at = stream if self.since is None else self.since.stream
-        shift = Scoring().insert(gm, self.before, at, layout, self.protected.prefix)
+        shift = Shift().insert(gm, self.before, at, layout, self.protected.prefix)
         if self.since is None:
             return shift
         return splice(gm.graph, "score", lambda s, i: s.gather(1, i), shift, self.since.index)

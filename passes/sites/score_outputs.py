@@ -14,7 +14,7 @@ from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites.grid_cut import CutGrid
-from passes.sites.importance import Scoring
+from passes.sites.importance import Score
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class ScoreOutputs(Pass):
         wanted: blocks, the tokens of theirs that are protected, and by what to score.
     """
 
-    wanted: tuple[tuple[Block, Protected, Scoring], ...]
+    wanted: tuple[tuple[Block, Protected, Score], ...]
 
     def call(self, gm: GraphModule) -> PassResult:
         scores: list[Node] = []
-        for block, protected, scoring in self.wanted:
+        for block, protected, score in self.wanted:
             layout, _ = stream_layout(block.output, protected.prefix, protected.suffix)
             with gm.graph.inserting_before(block.output.next):
-                scores.append(scoring.insert(gm, block, block.output, layout, protected.prefix))
+                scores.append(score.insert(gm, block, block.output, layout, protected.prefix))
         _give(gm, scores)
         return PassResult(gm, rewrites=len(scores))
 

@@ -12,18 +12,18 @@ from passes.graph.base import CompileError, Refusal
 from passes.network.branches import Block, tokens_of
 from passes.network.padding import masking
 from passes.network.protected import Protected
-from passes.sites.importance import Scoring
+from passes.sites.importance import Score, Shift
 from passes.sites.insert import InsertSelection
-from passes.sites.insert_merge import InsertMerge, Merger, merge_point
+from passes.sites.insert_merge import InsertMerge
 from passes.sites.insert_ward import InsertWard
 from passes.sites.matching import most
+from passes.sites.mergers import Merger, Stream, Ward
 from passes.sites.retarget import Gap
-from passes.sites.site import Restore
 
 
 @dataclass(frozen=True)
 class Prune:
-    """After which block how many tokens stay, and how they are chosen.
+    """After which block how many tokens stay, and by which score.
 
     Args:
         block: 0-based.
@@ -34,8 +34,7 @@ class Prune:
 
     block: int
     kept: Callable[[int], int]
-    scoring: Scoring = Scoring()
-    lowest: bool = False
+    score: Score = Shift()
     protected: tuple[int, ...] | None = None
     force: bool = False
 
@@ -47,17 +46,14 @@ class Merge:
     Args:
         block: 0-based.
         gone: from the number of tokens, protected ones included, how many merge away.
-        merger, scoring: see `InsertMerge`.
+        by: which merge, where, and what becomes of them.
         protected: positions that neither merge nor are merged into, besides those found.
-        restore: what merged tokens get back, see `Site`.
     """
 
     block: int
     gone: Callable[[int], int]
-    merger: Merger = "stream"
-    scoring: Scoring = Scoring()
+    by: Merger = Stream()
     protected: tuple[int, ...] | None = None
-    restore: Restore = "change"
 
 
 @dataclass(frozen=True)
@@ -65,15 +61,11 @@ class Behind:
     """What happens behind the sites, and to the attention.
 
     Args:
-        size_bias: attention adds the log of how many tokens a key stands for.
-        weighted_mean: a mean over tokens weighs them by that number.
         explicit: write out every attention as softmax(Q K^T) V, as published baselines run.
         gap: what scans do where tokens are gone, see `RetargetTokens`.
         drop_unread: nothing is computed for tokens that nobody reads behind the last attention.
     """
 
-    size_bias: bool = True
-    weighted_mean: bool = False
     explicit: bool = False
     gap: Gap = "compact"
     drop_unread: bool = False
@@ -106,7 +98,7 @@ def pass_for(
             return None
         if isinstance(padded, Refusal):
             raise padded
-        return InsertSelection(block, keep, guard, p.scoring, p.lowest, padded=padded)
+        return InsertSelection(block, keep, guard, p.score, padded=padded)
     gone, able = p.gone(length), most(length, guard.prefix, guard.suffix, len(guard.extra))
     if gone > able:
         raise CompileError(
@@ -123,11 +115,11 @@ def pass_for(
         )
     if not gone:
         return None
-    if p.merger == "ward":
-        return InsertWard(block, gone, guard, restore=p.restore)
-    return InsertMerge(block, gone, guard, p.merger, p.scoring, p.restore)
+    if isinstance(p.by, Ward):
+        return InsertWard(block, gone, guard, by=p.by)
+    return InsertMerge(block, gone, guard, p.by)
 
 
 def place_of(p: Prune | Merge, block: Block) -> Node:
     """The stream value that tokens leave."""
-    return merge_point(block, p.merger, p.scoring) if isinstance(p, Merge) else block.output
+    return p.by.point(block) if isinstance(p, Merge) else block.output

@@ -15,7 +15,7 @@ from passes.network.patch_grid import PatchGrid, find_grid
 from passes.network.protected import Protected
 from passes.network.prunable import protected_tokens
 from passes.pipeline import SELECTIONS
-from passes.sites.importance import Scoring
+from passes.sites.importance import ClassAttention, MeanAttention, Score, Shift
 from passes.sites.score_outputs import KeptOutputs, ScoreOutputs
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
@@ -23,25 +23,24 @@ from rs_compile.visualize.layers import LayerMaps, Say, SiteMap, over_grid
 
 
 def block_layers(
-    gm: GraphModule, blocks: Sequence[Block], chosen: Sequence[int], shift: Scoring, images: Tensor
+    gm: GraphModule, blocks: Sequence[Block], chosen: Sequence[int], shift: Shift, images: Tensor
 ) -> tuple[LayerMaps, ...]:
     """The maps of blocks; changes the graph to what computes them."""
     grids = {i: patches(gm, blocks[i]) for i in chosen}
-    wanted: list[tuple[Block, Protected, Scoring]] = []
+    wanted: list[tuple[Block, Protected, Score]] = []
     for i in chosen:
         guard = protected_tokens(gm, blocks[i], None)
         wanted.append((blocks[i], guard, shift))
         if blocks[i].attention_op() is not None:
-            attention = Scoring(importance="class-attention" if guard.prefix else "mean-attention")
-            wanted.append((blocks[i], guard, attention))
+            wanted.append((blocks[i], guard, ClassAttention() if guard.prefix else MeanAttention()))
     scores = [s.float().cpu() for s in ScoreOutputs(tuple(wanted))(gm).gm(images)]
     layers: dict[int, LayerMaps] = {}
-    for (block, _, scoring), values in zip(wanted, scores, strict=True):
+    for (block, _, score), values in zip(wanted, scores, strict=True):
         i, found = block.index, over_grid(values, grids[block.index])
-        if scoring is shift:
+        if score is shift:
             layers[i] = LayerMaps(i, block.where, grids[i], found)
         else:
-            kind = scoring.importance.replace("-", " ")
+            kind = score.kind.replace("-", " ")
             layers[i] = LayerMaps(i, block.where, grids[i], layers[i].shift, found, kind)
     return tuple(layers.values())
 

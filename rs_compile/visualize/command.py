@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from passes.graph.base import CompileError
+from passes.sites.importance import Shift
 from rs_compile.models import load_images
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.layers import Say, ScoreMaps
@@ -106,9 +107,7 @@ def visualize(
         images.to(like.device, like.dtype),
         layers,
         schedule=schedule,
-        operation=schedule.operation,
-        metric=schedule.metric,
-        with_skip=schedule.with_skip,
+        shift=schedule.score if isinstance(schedule.score, Shift) else Shift(),
         progress=say,
     )
     photos, names = seen(images, model), tuple(str(path) for path in paths)

@@ -13,8 +13,7 @@ from passes.network.branches import find_blocks, find_branches
 from passes.network.patch_grid import map_grid
 from passes.network.stages import find_stages
 from passes.pipeline import check_blocks, prepare
-from passes.sites.importance import Scoring
-from passes.sites.score import Metric, Operation
+from passes.sites.importance import Shift
 from rs_compile.errors import named
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.blocks import block_layers, block_sites, patches
@@ -30,9 +29,7 @@ def score_maps(
     layers: Sequence[int] | None = None,
     *,
     schedule: Schedule | Mapping[int, float] | None = None,
-    operation: Operation = "mlp",
-    metric: Metric = "l2",
-    with_skip: bool = False,
+    shift: Shift = Shift(),
     progress: Say | None = None,
 ) -> ScoreMaps:
     """Scores of a model's blocks, or of a CNN's stages, over images, by the nodes that `optimize` selects by.
@@ -42,15 +39,13 @@ def score_maps(
         images: as the model wants them, [B, channels, height, width].
         layers: blocks or stages, 0-based, as in `Schedule`; None for all.
         schedule: what is left after each of its sites, by its own score, is in `sites`; None for none.
-        metric: the distance of the representation shift to show, as in `Schedule`.
-        operation, with_skip: the same; blocks only. A stage is compared with what its `GridPrune` says.
+        shift: the representation shift to show. A stage is compared with what its `GridPrune` says, by the metric.
         progress: called with a line of text at each stage.
 
     Raises:
         CompileError: a block or stage that does not exist.
         Refusal: the model has neither, or they cannot be traced to rows and columns of the images.
     """
-    Schedule(operation=operation, metric=metric, with_skip=with_skip)  # checks the words
     plan = Schedule.of(schedule) if schedule is not None else Schedule()
     say = progress or (lambda _: None)
     gm = prepare(model, (images,), {}, lower=True, say=say).gm
@@ -61,15 +56,15 @@ def score_maps(
         check_stages(stages, list(plan.grid))
         chosen = _chosen(layers, len(stages), "stage")
         grids = {i: map_grid(gm, stages[i].output) for i in plan.grid}  # before the graph is changed
-        found = stage_layers(gm, stages, chosen, metric, plan, images)
+        found = stage_layers(gm, stages, chosen, shift, plan, images)
         sites = stage_sites(model, images, plan, grids, say) if plan.prunes else ()
-        return ScoreMaps(size, "stage", f"stage shift, {metric}", found, sites)
+        return ScoreMaps(size, "stage", f"stage shift, {shift.metric}", found, sites)
     check_blocks(gm, blocks, find_branches(gm), [*plan.keep, *plan.merge] or [0])
     chosen = _chosen(layers, len(blocks), "block")
     grids = {i: patches(gm, blocks[i]) for i in (*plan.keep, *plan.merge)}
-    found = block_layers(gm, blocks, chosen, Scoring(operation, metric, with_skip), images)
-    name = {"mlp": "MLP", "attention": "attention", "block": "block"}[operation]
-    text = f"{name} shift, {metric}" + (", with skip" if with_skip else "")
+    found = block_layers(gm, blocks, chosen, shift, images)
+    name = {"mlp": "MLP", "attention": "attention", "block": "block"}[shift.of]
+    text = f"{name} shift, {shift.metric}" + (", with skip" if shift.with_skip else "")
     sites = block_sites(model, images, plan, grids, say) if plan.prunes else ()
     return ScoreMaps(size, "block", text, found, sites)
 

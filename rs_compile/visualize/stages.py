@@ -11,21 +11,20 @@ from torch.fx import GraphModule
 from passes.network.patch_grid import PatchGrid, map_grid
 from passes.network.stages import Stage
 from passes.sites.grid_cut import CUTS, CutGrid
-from passes.sites.score import Metric
+from passes.sites.grid_prune import GridPrune
+from passes.sites.importance import Shift
 from passes.sites.score_outputs import CutOutputs, StageScoreOutputs
-from rs_compile.grid_prune import GridPrune
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.layers import LayerMaps, Say, SiteMap
 
 
 def stage_layers(
-    gm: GraphModule, stages: Sequence[Stage], chosen: Sequence[int], metric: Metric, schedule: Schedule, images: Tensor
+    gm: GraphModule, stages: Sequence[Stage], chosen: Sequence[int], shift: Shift, schedule: Schedule, images: Tensor
 ) -> tuple[LayerMaps, ...]:
     """The maps of stages, against what the schedule compares them with; changes the graph to what computes them."""
     grids = [map_grid(gm, stages[i].output) for i in chosen]
-    against = [schedule.grid.get(i, GridPrune()).against for i in chosen]
-    cuts = [CutGrid(stages[i], 0, 0, against=a, metric=metric) for i, a in zip(chosen, against, strict=True)]
+    cuts = [CutGrid(stages[i], schedule.grid.get(i, GridPrune()), shift) for i in chosen]
     scores = StageScoreOutputs(tuple(cuts))(gm).gm(images)
     return tuple(
         LayerMaps(i, stages[i].where, grid, values.float().cpu())

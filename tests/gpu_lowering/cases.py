@@ -10,8 +10,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import float16
 from torch.fx import GraphModule
 
+from passes.sites.mergers import MERGERS
 from rs_compile import GridPrune, Schedule
-from rs_compile.schedule import Merger
 
 DEPTH, WIDTH, HEADS = 4, 384, 6
 SITES = (0, 1, 2)  # blocks after which tokens leave
@@ -22,8 +22,8 @@ def kept() -> Schedule:
     return Schedule(keep=dict.fromkeys(SITES, 0.95))
 
 
-def merged(merger: Merger = "stream") -> Schedule:
-    return Schedule(merge=dict.fromkeys(SITES, 0.1), merger=merger)
+def merged(merger: str = "stream") -> Schedule:
+    return Schedule(merge=dict.fromkeys(SITES, 0.1), by=MERGERS[merger]())
 
 
 def cut(mode: Literal["line", "token"]) -> Schedule:

@@ -13,11 +13,11 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from rs_compile import Schedule, optimize
+from rs_compile import Schedule, Stream, optimize
 
 pytestmark = [pytest.mark.cuda, pytest.mark.inductor]
 
-SCHEDULES = [Schedule(keep={0: 0.8, 1: 0.8, 2: 0.8}), Schedule(merge={0: 0.1, 1: 0.1}, size_bias=True)]
+SCHEDULES = [Schedule(keep={0: 0.8, 1: 0.8, 2: 0.8}), Schedule(merge={0: 0.1, 1: 0.1}, by=Stream(size_bias=True))]
 
 
 def model(side: int = 14, heads: int = 6) -> nn.Module:

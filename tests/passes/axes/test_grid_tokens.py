@@ -16,8 +16,8 @@ from passes.graph.base import Refusal
 from passes.network.branches import find_blocks, find_branches
 from passes.network.prunable import prunable
 from passes.pipeline import prune
-from passes.sites.steps import Behind, Merge, Prune
-from rs_compile import explain
+from passes.sites.steps import Merge, Prune
+from rs_compile import Stream, explain
 
 ROWS, COLUMNS = 2, 3
 
@@ -157,8 +157,8 @@ def test_insertion_alone_is_bit_equal() -> None:
 def test_merged_on_a_grid() -> None:
     """Each copy comes back with its destination's value, and a second merge counts what the first one did."""
     model, x = Net("ggg").eval(), sample()
-    first, second = Merge(0, lambda n: 2, restore="copy"), Merge(1, lambda n: 1, restore="copy")
-    one = prune(prepared(model), [first], behind=Behind(size_bias=True)).gm(x)[0]
+    first, second = Merge(0, lambda n: 2, Stream(restore="copy")), Merge(1, lambda n: 1, Stream(restore="copy"))
+    one = prune(prepared(model), [first]).gm(x)[0]
     two = prune(prepared(model), [first, second]).gm(x)[0]
     for found, left in ((one, 4), (two, 3)):
         assert found.shape == (B, 8, ROWS, COLUMNS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from passes.axes.token_axis import stream_layout
 from passes.graph.layout import show
 from passes.network.branches import blocks_of, find_blocks, find_branches
-from rs_compile import Refusal, Schedule, explain, optimize
+from rs_compile import ClassAttention, MeanAttention, Refusal, Schedule, Stream, ToMe, VidTLDR, explain, optimize
 
 N, HEADS = 12, 2
 
@@ -63,13 +63,13 @@ def packed() -> Tensor:
 
 SCHEDULES = [
     {0: 0.5, 1: 0.6},
-    Schedule(keep={0: 0.5}, importance="class-attention"),
-    Schedule(keep={1: 0.5}, importance="mean-attention"),
+    Schedule(keep={0: 0.5}, score=ClassAttention()),
+    Schedule(keep={1: 0.5}, score=MeanAttention()),
     Schedule(keep={0: 0.5, 1: 0.5}, protected=(5,)),
     Schedule(merge={0: 3, 1: 2}),
-    Schedule(merge={0: 3, 1: 2}, merger="tome"),
-    Schedule(merge={0: 3}, merger="vid-tldr", importance="attention-entropy"),
-    Schedule(merge={0: 3}, keep={1: 0.5}, weighted_mean=True),
+    Schedule(merge={0: 3, 1: 2}, by=ToMe()),
+    Schedule(merge={0: 3}, by=VidTLDR()),
+    Schedule(merge={0: 3}, keep={1: 0.5}, by=Stream(weighted_mean=True)),
 ]
 
 

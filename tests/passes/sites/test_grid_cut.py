@@ -13,9 +13,9 @@ from oracle_cnn import Cut
 from torch import Tensor, nn
 
 import rs_compile
+from passes.sites.grid_prune import GridPrune
 from passes.sites.grid_select import spread
-from rs_compile import Schedule
-from rs_compile.grid_prune import GridPrune
+from rs_compile import Lowest, MeanAttention, Random, Schedule, Shift
 
 CONFIG = Config("basic", (1, 2), (2, 1), 4, (12, 9), 3, "batch", "mean", False, 0)
 
@@ -268,8 +268,8 @@ def test_a_grid_prune_asked_of_a_transformer_and_the_reverse() -> None:
 
 def test_scores_that_no_stage_has() -> None:
     grid = {0: GridPrune(1, 1)}
-    with pytest.raises(rs_compile.ScheduleError, match="importance='mean-attention' reads attention"):
-        rs_compile.optimize(pooled(), Schedule(grid=grid, importance="mean-attention"), backend="eager")(images())
+    with pytest.raises(rs_compile.ScheduleError, match="a stage has no tokens or attention to score"):
+        rs_compile.optimize(pooled(), Schedule(grid=grid, score=MeanAttention()), backend="eager")(images())
     with pytest.raises(rs_compile.ScheduleError, match="protected names tokens"):
         rs_compile.optimize(pooled(), Schedule(grid=grid, protected=(1,)), backend="eager")(images())
     with pytest.raises(rs_compile.Refusal, match="stage 1 has one block, whose output is the stage's"):
@@ -286,8 +286,8 @@ def test_baselines_keep_other_lines() -> None:
     grid = {0: GridPrune(4, 3)}
     with torch.no_grad():
         outputs = [
-            rs_compile.optimize(pooled(), Schedule(grid=grid, **how), backend="eager")(images())
-            for how in ({}, {"lowest": True}, {"metric": "l1"}, {"importance": "random"})
+            rs_compile.optimize(pooled(), Schedule(grid=grid, score=score), backend="eager")(images())
+            for score in (Shift(), Lowest(), Shift(metric="l1"), Random())
         ]
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[3])
     assert all(out.shape == (2, 8) for out in outputs)

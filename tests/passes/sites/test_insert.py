@@ -19,7 +19,7 @@ from passes.network.branches import Block as Found
 from passes.network.branches import find_blocks
 from passes.network.protected import Protected
 from passes.sites import score
-from passes.sites.importance import Scoring
+from passes.sites.importance import ClassAttention, Lowest, MeanAttention, Random, Score, Shift
 from passes.sites.insert import InsertSelection
 from passes.sites.site import SITE, Site
 
@@ -46,8 +46,7 @@ def inserted(
     model: nn.Module, at: int = 0, keep: int = 4, guard: Protected = NONE, **options: Any
 ) -> tuple[GraphModule, Site]:
     gm = graph(model)
-    scoring = Scoring(**{k: options.pop(k) for k in ("operation", "metric", "with_skip", "importance") if k in options})
-    gm = InsertSelection(find_blocks(gm)[at], keep, guard, scoring, **options)(gm).gm
+    gm = InsertSelection(find_blocks(gm)[at], keep, guard, **options)(gm).gm
     return gm, gm.meta[SITE]
 
 
@@ -107,7 +106,8 @@ def between(found: Found, operation: str, with_skip: bool) -> tuple[Node, Node]:
 )
 @torch.no_grad()
 def test_the_tokens_that_stay(model: nn.Module, operation: Any, metric: Any, with_skip: bool, lowest: bool) -> None:
-    gm, site = inserted(model, at=1, operation=operation, metric=metric, with_skip=with_skip, lowest=lowest)
+    by = Shift(operation, metric, with_skip)
+    gm, site = inserted(model, at=1, score=Lowest(by) if lowest else by)
     found = find_blocks(graph(model))[1]  # the same names in a graph without selections
     nodes = {n.name: n for n in gm.graph.nodes}
     after, before, index = values(gm, *(nodes[n.name] for n in between(found, operation, with_skip)), site.index)
@@ -115,11 +115,11 @@ def test_the_tokens_that_stay(model: nn.Module, operation: Any, metric: Any, wit
     assert torch.equal(index, wanted)
 
 
-@pytest.mark.parametrize("importance", ["class-attention", "mean-attention"])
+@pytest.mark.parametrize("by", [ClassAttention(), MeanAttention()])
 @torch.no_grad()
-def test_attention_scores(model: nn.Module, importance: Any) -> None:
-    guard = Protected(1, 0) if importance == "class-attention" else NONE
-    gm, site = inserted(model, guard=guard, importance=importance)
+def test_attention_scores(model: nn.Module, by: Score) -> None:
+    guard = Protected(1, 0) if by == ClassAttention() else NONE
+    gm, site = inserted(model, guard=guard, score=by)
     # in another graph, where attention is still one op
     op = graph(model).graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)[0]
     query, key = (next(n for n in gm.graph.nodes if n.name == arg.name) for arg in op.args[:2])
@@ -134,7 +134,7 @@ def test_attention_scores(model: nn.Module, importance: Any) -> None:
 @torch.no_grad()
 def test_random_scores_differ_by_run_and_sample(model: nn.Module) -> None:
     torch.manual_seed(0)
-    gm, site = inserted(model, importance="random")
+    gm, site = inserted(model, score=Random())
     runs = {str(values(gm, site.index)[0].tolist()) for _ in range(4)}
     assert len(runs) > 1
     (index,) = values(gm, site.index)
@@ -168,14 +168,14 @@ def test_what_cannot_be_scored() -> None:
 
     model = Stack(OnlyMLP())
     with pytest.raises(Refusal) as refusal:
-        inserted(model, operation="attention")
+        inserted(model, score=Shift("attention"))
     assert refusal.value.reason == "block 0 has no attention branch to score by"
-    assert refusal.value.way_out == 'use Schedule(operation="mlp")'
+    assert refusal.value.way_out == 'use Schedule(score=Shift(of="mlp"))'
     with pytest.raises(Refusal) as refusal:
-        inserted(model, importance="mean-attention")
+        inserted(model, score=MeanAttention())
     assert refusal.value.reason == "block 0 has no single attention op to take a map from"
-    assert refusal.value.way_out == 'use Schedule(importance="shift"), which needs no attention map'
+    assert refusal.value.way_out == "use Schedule(score=Shift()), which needs no attention map"
     with pytest.raises(Refusal) as refusal:
-        inserted(Stack(Block()), importance="class-attention")
+        inserted(Stack(Block()), score=ClassAttention())
     assert refusal.value.reason == "class attention needs a class token in front"
-    assert refusal.value.way_out == 'use Schedule(importance="mean-attention") or "shift"'
+    assert refusal.value.way_out == "use Schedule(score=MeanAttention()) or Shift()"

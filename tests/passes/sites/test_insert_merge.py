@@ -22,12 +22,12 @@ from passes.graph.ops import SDPA
 from passes.network.branches import find_blocks
 from passes.network.protected import Protected
 from passes.sites.explicit_attention import write_out
-from passes.sites.importance import Scoring
-from passes.sites.insert_merge import InsertMerge, Merger
+from passes.sites.importance import ClassAttention, Shift
+from passes.sites.insert_merge import InsertMerge
+from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR
 from passes.sites.site import SITE, Site
 
-ENTROPY = Scoring(importance="attention-entropy")
-MERGERS: list[tuple[Merger, Scoring]] = [("stream", Scoring()), ("tome", Scoring()), ("vid-tldr", ENTROPY)]
+MERGERS = [Stream, ToMe, VidTLDR]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def inserted(graph: GraphModule, r: int, **options: Any) -> tuple[GraphModule, S
     return gm, gm.meta[SITE]
 
 
-@pytest.mark.parametrize(("merger", "scoring"), MERGERS)
+@pytest.mark.parametrize("merger", MERGERS)
 @torch.no_grad()
-def test_a_site(graph: GraphModule, merger: Merger, scoring: Scoring) -> None:
-    gm, site = inserted(graph, 2, merger=merger, scoring=scoring, restore="copy")
+def test_a_site(graph: GraphModule, merger: type[Merger]) -> None:
+    gm, site = inserted(graph, 2, by=merger(restore="copy"))
     assert site.place is not None and site.sizes is not None and site.left == N - 2 - 1
     stream, short, full, index, place, sizes = values(
         gm, site.stream, site.short, site.full, site.index, site.place, site.sizes
@@ -57,40 +57,30 @@ def test_a_site(graph: GraphModule, merger: Merger, scoring: Scoring) -> None:
             assert torch.equal(full[b, t], short[b, place[b, t]])
         alone = [i for i in range(N - 2) if (place[b] == i).sum() == 1]
         assert all(torch.equal(short[b, i], stream[b, index[b, i]]) and sizes[b, i] == 1 for i in alone)
-    if merger != "vid-tldr":
+    if merger is not VidTLDR:
         assert sizes.sum(1).tolist() == [N] * B
         torch.testing.assert_close((short * sizes.unsqueeze(-1)).sum(1), stream.sum(1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("merger", "scoring"), MERGERS)
+@pytest.mark.parametrize("merger", MERGERS)
 @torch.no_grad()
-def test_a_merge_alone_is_bit_equal(graph: GraphModule, merger: Merger, scoring: Scoring) -> None:
+def test_a_merge_alone_is_bit_equal(graph: GraphModule, merger: type[Merger]) -> None:
     """Every token has its own value until its destination changes."""
-    gm, site = inserted(graph, 3, merger=merger, scoring=scoring)
+    gm, site = inserted(graph, 3, by=merger())
     stream, full, short = values(gm, site.stream, site.full, site.short)
     assert torch.equal(stream, full)
     assert len({tuple(row) for row in short[0].tolist()}) == N - 3
-    if scoring is not ENTROPY:  # which writes the attention out, to read its map
+    if merger is not VidTLDR:  # which writes the attention out, to read its map
         assert torch.equal(gm(sample())[0], graph(sample())[0])
 
 
 def test_where_each_merger_merges(graph: GraphModule) -> None:
     block = find_blocks(graph)[0]
     assert block.attention is not None
-    names = {
-        (merger, scoring.importance, scoring.operation): inserted(graph, 1, merger=merger, scoring=scoring)[
-            1
-        ].stream.name
-        for merger, scoring in [*MERGERS, ("vid-tldr", Scoring()), ("vid-tldr", Scoring("attention"))]
-    }
+    by: list[Merger] = [Stream(), ToMe(), VidTLDR(), VidTLDR(Shift()), VidTLDR(Shift("attention"))]
+    names = [inserted(graph, 1, by=merger)[1].stream.name for merger in by]
     between, after = block.attention.add.name, block.output.name
-    assert names == {
-        ("stream", "shift", "mlp"): after,
-        ("tome", "shift", "mlp"): between,
-        ("vid-tldr", "attention-entropy", "mlp"): between,
-        ("vid-tldr", "shift", "mlp"): after,
-        ("vid-tldr", "shift", "attention"): between,
-    }
+    assert names == [after, between, between, after, between]
 
 
 @torch.no_grad()
@@ -131,15 +121,15 @@ def vit(**config: Any) -> tuple[nn.Module, Tensor]:
         (1, 7, (3, 4), "block 0 is to merge 7 of 17 tokens away, and at most 6 can"),
     ],
 )
-@pytest.mark.parametrize("merger", ["stream", "tome"])
-def test_more_than_may_merge(merger: Merger, prefix: int, r: Any, protected: Any, words: str) -> None:
+@pytest.mark.parametrize("by", [Stream(), ToMe()])
+def test_more_than_may_merge(by: Merger, prefix: int, r: Any, protected: Any, words: str) -> None:
     with pytest.raises(CompileError, match=words + ": one of two, protected ones never; merge fewer there"):
-        run(*vit(prefix=prefix, output="mean"), merge={0: r}, merger=merger, protected=protected)
+        run(*vit(prefix=prefix, output="mean"), merge={0: r}, by=by, protected=protected)
 
 
 def test_as_many_as_may_merge_do() -> None:
     model, images = vit(prefix=1)
-    report = rs_compile.plan(model, rs_compile.Schedule(merge={0: 8, 1: 4}, merger="tome"), images)
+    report = rs_compile.plan(model, rs_compile.Schedule(merge={0: 8, 1: 4}, by=rs_compile.ToMe()), images)
     assert [row.tokens_out for row in report.blocks[:2]] == [9, 5]
 
 
@@ -161,17 +151,17 @@ def test_prune_and_merge_in_one_block() -> None:
 
 
 @pytest.mark.parametrize("parallel", ["left", "inner"])
-@pytest.mark.parametrize(("merger", "importance"), [("tome", "shift"), ("vid-tldr", "attention-entropy")])
-def test_no_place_between_attention_and_mlp(merger: Merger, importance: Any, parallel: str) -> None:
+@pytest.mark.parametrize("by", [ToMe(), VidTLDR()])
+def test_no_place_between_attention_and_mlp(by: Merger, parallel: str) -> None:
     with pytest.raises(Refusal) as refusal:
-        run(*vit(parallel=parallel), merge={0: 2}, merger=merger, importance=importance)
-    assert refusal.value.reason == f"{merger} merges between attention and MLP, and block 0 has no such place"
-    assert refusal.value.way_out == 'use Schedule(merger="stream"), which merges after the complete block'
+        run(*vit(parallel=parallel), merge={0: 2}, by=by)
+    assert refusal.value.reason == f"{by.kind} merges between attention and MLP, and block 0 has no such place"
+    assert refusal.value.way_out == "use Schedule(by=Stream()), which merges after the complete block"
 
 
 def test_class_attention_without_a_class_token() -> None:
     with pytest.raises(Refusal) as refusal:
-        run(*vit(prefix=0, output="mean"), merge={0: 2}, merger="vid-tldr", importance="class-attention")
+        run(*vit(prefix=0, output="mean"), merge={0: 2}, by=VidTLDR(ClassAttention()))
     assert refusal.value.reason == "class attention needs a class token in front"
 
 
@@ -179,15 +169,15 @@ def test_class_attention_without_a_class_token() -> None:
 def test_samples_and_heads_folded_into_one_dimension(attention: str) -> None:
     """A map [B H, N, N] has a row for each head, not each sample: reading it would weigh by the wrong sample."""
     with pytest.raises(Refusal, match="the attention of block 0 is not on") as refusal:
-        run(*vit(attention=attention), merge={0: 2}, merger="vid-tldr", importance="attention-entropy")
-    assert refusal.value.way_out == 'use Schedule(importance="shift"), which needs no attention map'
+        run(*vit(attention=attention), merge={0: 2}, by=VidTLDR())
+    assert refusal.value.way_out == "use Schedule(score=Shift()), which needs no attention map"
     with pytest.raises(Refusal, match="the attention of block 0 is not on"):
-        run(*vit(attention=attention), keep={0: 0.7}, importance="class-attention")
+        run(*vit(attention=attention), keep={0: 0.7}, score=ClassAttention())
     with pytest.raises(Refusal, match="ToMe compares keys, and block 0 has no single attention on"):
-        run(*vit(attention=attention), merge={0: 2}, merger="tome")
+        run(*vit(attention=attention), merge={0: 2}, by=ToMe())
     with pytest.raises(Refusal, match="this attention is not on"):
         run(*vit(attention=attention), merge={0: 2})
-    run(*vit(attention=attention), merge={0: 2}, size_bias=False)
+    run(*vit(attention=attention), merge={0: 2}, by=Stream(size_bias=False))
 
 
 class Causal(nn.Module):
@@ -218,4 +208,4 @@ def test_causal_attention_with_size_bias() -> None:
     with pytest.raises(Refusal) as refusal:
         run(model, sample(), merge={0: 2})
     assert refusal.value.reason == "causal attention, in which a merged token would stand at two places"
-    assert refusal.value.way_out == "use Schedule(size_bias=False), or prune instead of merging"
+    assert refusal.value.way_out == "use Schedule(by=Stream(size_bias=False)), or prune instead of merging"

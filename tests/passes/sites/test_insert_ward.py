@@ -128,9 +128,9 @@ def test_a_gate_on_the_branch_follows_the_destination(late: bool) -> None:
     torch.manual_seed(1)
     model = Stack(Gated(late), Block(), head=lambda x: x[:, 0]).eval()
     x, block = sample(), model.blocks[0]
-    got = rs_compile.optimize(model, rs_compile.Schedule(merge={0: 2}, merger="ward", protected=(0,)), backend="eager")(
-        x
-    )
+    got = rs_compile.optimize(
+        model, rs_compile.Schedule(merge={0: 2}, protected=(0,), by=rs_compile.Ward()), backend="eager"
+    )(x)
     gm = prepared(model, x)
     site_gm, site = inserted(gm, 2)
     heads = [short for _, short in site.beside.values()]
@@ -149,7 +149,7 @@ def test_a_gate_on_the_branch_follows_the_destination(late: bool) -> None:
 def test_the_report_counts_tokens_where_they_merge() -> None:
     """The block's own norm and queries see every token; after a pruned block, those that it left."""
     model = GeneratedViT(Config(depth=4, grid=(4, 5), prefix=1))
-    schedule = rs_compile.Schedule({0: 0.8}, merge={1: 4, 3: 2}, merger="ward")
+    schedule = rs_compile.Schedule({0: 0.8}, merge={1: 4, 3: 2}, by=rs_compile.Ward())
     report = rs_compile.plan(model, schedule, model.images(2))
     assert [(row.tokens_in, row.tokens_out) for row in report.blocks] == [(21, 17), (17, 13), (13, 13), (13, 11)]
     assert "merging: ward, size bias in attention as a mask" in str(report)
@@ -160,13 +160,13 @@ def test_the_report_counts_tokens_where_they_merge() -> None:
 
 def run(model: nn.Module, x: Tensor, **schedule: Any) -> None:
     with torch.no_grad():
-        rs_compile.optimize(model, rs_compile.Schedule(**schedule, merger="ward"), backend="eager")(x)
+        rs_compile.optimize(model, rs_compile.Schedule(**schedule, by=rs_compile.Ward()), backend="eager")(x)
 
 
 def refused(model: nn.Module, x: Tensor, **schedule: Any) -> str:
     with pytest.raises(Refusal) as refusal:
         run(model, x, **schedule)
-    assert refusal.value.way_out == 'use Schedule(merger="stream"), which merges after the complete block'
+    assert refusal.value.way_out == "use Schedule(by=Stream()), which merges after the complete block"
     return refusal.value.reason
 
 

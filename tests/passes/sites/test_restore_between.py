@@ -18,11 +18,11 @@ from passes.graph.base import Refusal
 from passes.network.branches import find_blocks, find_branches
 from passes.network.prunable import Answer, prunable
 from passes.pipeline import prune
-from passes.sites.importance import Scoring
 from passes.sites.outcome import Compiled
 from passes.sites.restore import TokenOutput
 from passes.sites.sizes import KEY_SIZES
 from passes.sites.steps import Merge, Prune
+from rs_compile import Shift, Stream
 
 WINDOW = 3
 Head = Callable[[Tensor, list[Tensor]], Any]
@@ -176,7 +176,7 @@ def test_short_outputs() -> None:
 def test_what_merged_counts_one_token_again() -> None:
     """Behind the window each token stands for itself, with its destination's value."""
     model, x = Net("ggwg", lambda x, streams: (streams[1], x)), sample()
-    gm = made(model, [Merge(0, lambda n: 2, restore="copy")]).gm
+    gm = made(model, [Merge(0, lambda n: 2, Stream(restore="copy"))]).gm
     attentions = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     biased = [n for n in attentions if n.args[3:4] not in ((), (None,)) or n.kwargs.get("attn_mask") is not None]
     assert biased == attentions[1:2] and not any(KEY_SIZES in n.meta for n in attentions[2:])
@@ -227,9 +227,9 @@ def test_tokens_back_in_the_middle_of_a_block() -> None:
     compiled = prune(copy.deepcopy(gm), sites({0: 4}))
     assert [b.tokens_in for b in compiled.blocks] == [6, 4, 6, 6] and compiled.gm(x)[0].shape == x.shape
     with pytest.raises(Refusal) as refusal:
-        prune(gm, [Prune(0, lambda n: 4), Prune(1, lambda n: 3, Scoring(operation="block"))])
+        prune(gm, [Prune(0, lambda n: 4), Prune(1, lambda n: 3, Shift("block"))])
     assert refusal.value.reason == "tokens that left before block 1 come back inside of it, and not all have a score"
-    assert refusal.value.way_out == 'use Schedule(operation="mlp"), or let tokens leave after another block'
+    assert refusal.value.way_out == 'use Schedule(score=Shift(of="mlp")), or prune after another block'
 
 
 @torch.no_grad()

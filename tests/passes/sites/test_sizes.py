@@ -219,7 +219,7 @@ def test_inductor_takes_the_flash_kernel_with_the_mask() -> None:
     torch._dynamo.reset()
     model = GeneratedViT(Config(depth=3, width=32, heads=2, prefix=1))
     images = model.images(2)
-    schedule = rs_compile.Schedule(merge={0: 4}, weighted_mean=True)
+    schedule = rs_compile.Schedule(merge={0: 4}, by=rs_compile.Stream(weighted_mean=True))
     got, code = run_and_get_code(rs_compile.optimize(model, schedule), images)
     lines = [line for text in code for line in text.splitlines()]
     calls = [line for line in lines if "= torch.ops.aten._scaled_dot_product_flash_attention_for_cpu" in line]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
 
-from rs_compile.errors import ScheduleError
+from passes.graph.base import ScheduleError
+from passes.sites.choice import check_choice
 
 Mode = Literal["line", "token"]
 Order = Literal["together", "rows-first"]
@@ -44,5 +45,4 @@ class GridPrune:
                 raise ScheduleError(f"{name} is {value!r}; write how many leave, an integer of at least 0")
             object.__setattr__(self, name, int(value))
         for name, allowed in (("mode", Mode), ("order", Order), ("against", Against)):
-            if (value := getattr(self, name)) not in get_args(allowed):
-                raise ScheduleError(f"unknown {name} {value!r}; write one of {', '.join(map(repr, get_args(allowed)))}")
+            check_choice(name, getattr(self, name), get_args(allowed))
