@@ -124,9 +124,7 @@ class Schedule:
         }
         if name := next((name for name, is_unread in unread.items() if is_unread), ""):
             needs = {"by": "merge", "score": "keep or grid", "rounding": "keep"}[name]
-            raise ScheduleError(
-                f"{name} is {getattr(self, name)!r}, and nothing reads it without {needs}; remove it"
-            )
+            raise ScheduleError(f"{name} is {getattr(self, name)!r}, and nothing reads it without {needs}; remove it")
         if self.grid:
             self._check_grid()
         if self.grid and (self.keep or self.merge):

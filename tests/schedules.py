@@ -19,9 +19,9 @@ def handle_of(model: nn.Module, schedule: Schedule, **options: Any) -> Optimized
     return OptimizedModel(model, Options(schedule, **{"backend": "eager", **options}))
 
 
-def score_of(importance: str = "shift", operation: str = "mlp", metric: str = "l2", with_skip: bool = False) -> Score:
+def score_of(importance: str, operation: Any, metric: Any, with_skip: bool) -> Score:
     if importance == "shift":
-        return Shift(operation, metric, with_skip)  # type: ignore[arg-type]
+        return Shift(operation, metric, with_skip)
     return SCORES[importance]()
 
 
@@ -37,11 +37,7 @@ def pruning_of(pruning: Pruning) -> Schedule:
 
 def merging_of(how: Merging) -> Schedule:
     score = score_of(how.importance, how.operation, how.metric, how.with_skip)
-    options = {"size_bias": how.size_bias, "weighted_mean": how.weighted_mean, "restore": how.restore}
-    return Schedule(
-        keep=dict(how.keep),
-        **({"score": score} if how.keep else {}),  # type: ignore[arg-type]
-        protected=how.extra or None,
-        merge=dict(how.merge),
-        by=merger_of(how.merger, score, **options),
-    )
+    options: dict[str, Any] = {"size_bias": how.size_bias, "weighted_mean": how.weighted_mean, "restore": how.restore}
+    by = merger_of(how.merger, score, **options)
+    pruned: dict[str, Any] = {"keep": dict(how.keep), "score": score} if how.keep else {}
+    return Schedule(**pruned, protected=how.extra or None, merge=dict(how.merge), by=by)

@@ -137,7 +137,7 @@ def test_another_score_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     real = rs_compile.Schedule
 
     def other(**options: Any) -> rs_compile.Schedule:
-        return real(**{**options, "operation": "mlp"})
+        return real(**{**options, "score": rs_compile.Shift()})
 
     monkeypatch.setattr(checking.rs_compile, "Schedule", other)
     row = check(_tiny())
@@ -165,7 +165,7 @@ def test_another_choice_of_rows_is_found_out(subject: Subject, monkeypatch: pyte
     assert found["result"] == GRID and found["error"] < 1e-9
 
     real = rs_compile.Schedule
-    monkeypatch.setattr(checking.rs_compile, "Schedule", lambda grid: real(grid=grid, lowest=True))
+    monkeypatch.setattr(checking.rs_compile, "Schedule", lambda grid: real(grid=grid, score=rs_compile.Lowest()))
     row = check(subject)
     assert row["result"] == WRONG and "hand-made twin" in row["detail"]
 

@@ -58,7 +58,7 @@ class RetargetTokens(Pass):
             raise Refusal(
                 "depends on the order of the tokens, which this merger changes",
                 in_turn,
-                'use Schedule(merger="stream"), which keeps it, or prune instead of merging',
+                "use Schedule(by=Stream()), which keeps it, or prune instead of merging",
             )
         decaying = [n for n, t in axis.transfers.items() if self.gap == "decay" and t.decay is not None]
         if self.gap == "decay" and not decaying:
@@ -163,7 +163,7 @@ class _Emitter:
             raise Refusal(
                 "attention that is not scaled_dot_product_attention takes no size bias",
                 node,
-                "use Schedule(size_bias=False), or prune instead of merging",
+                "use Schedule(by=Stream(size_bias=False)), or prune instead of merging",
             )
         elif node.target in MEANS and self.site.weighted_mean and transfer.mixes and layout is not None:
             tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))

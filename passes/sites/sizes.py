@@ -151,7 +151,7 @@ def check_biasable(node: Node, pairs: Layout, one_sample: bool) -> None:
         one_sample: the stream has no dimension for samples.
     """
     given: dict[str, Any] = arguments(node)
-    way_out = "use Schedule(size_bias=False), or prune instead of merging"
+    way_out = "use Schedule(by=Stream(size_bias=False)), or prune instead of merging"
     if given["is_causal"]:
         raise Refusal("causal attention, in which a merged token would stand at two places", node, way_out)
     if given["dropout_p"]:
