@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def test_a_rule_for_an_op_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(registry, "TOKEN_RULES", dict(registry.TOKEN_RULES))
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "register_token_rule" in c)
     exec(code, {})
     model, x = Model(), torch.randn(3, 6, 8)
@@ -44,6 +44,6 @@ def test_a_rule_for_an_op_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(optimized(x), torch.cat(wanted))
     linears, mean = 2 * 8 * 16, 16
     assert optimized.report().macs == (linears + mean) * 6 + (linears + mean) * 3
-    registry._RULES.pop(torch.ops.mine.running_mean.default)
+    registry.TOKEN_RULES.pop(torch.ops.mine.running_mean.default)
     with pytest.raises(Refusal, match="no rule says what this op does to a shorter sequence of tokens"):
         optimize(model, {0: 0.5}, backend="eager")(x)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from passes.axes.rules.registry import Untransferable
 from passes.graph.layout import expr
+from passes.graph.ops import checked_operator
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,19 @@ def grid_rules_for(*ops: Any) -> Callable[[Rule], Rule]:
         return rule
 
     return add
+
+
+def register_grid_rule(op: Any, rule: Rule) -> None:
+    """Says what an op does to the rows and columns of a map, for custom ops and for ops that have no rule yet.
+
+    Args:
+        op: one overload, all of an op, or what `torch.library.custom_op` returned.
+        rule: takes the fx node and `GridAxes`, returns a `Follow`, or raises `Untransferable(reason)`.
+
+    Raises:
+        TypeError: `op` is no op.
+    """
+    GRID_RULES[checked_operator(op)] = rule
 
 
 def carried(node: Node, axes: GridAxes) -> Grid:

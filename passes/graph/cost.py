@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from passes.graph.base import CompileError, Skip, op_name
 from passes.graph.cost_rules import RULES, CostFn, Count
-from passes.graph.ops import operator_of
+from passes.graph.ops import checked_operator
 
 __all__ = ["Cost", "Count", "count", "register_cost"]
 
@@ -83,10 +83,7 @@ def register_cost(op: Any, fn: CostFn) -> None:
     Raises:
         TypeError: op is no operator.
     """
-    target = operator_of(op)
-    if not isinstance(target, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
-        raise TypeError(f"{op!r} is no operator; pass torch.ops.<namespace>.<name>")
-    RULES[str(target)] = fn
+    RULES[str(checked_operator(op))] = fn
 
 
 def count(gm: GraphModule) -> Cost:

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from passes.graph.layout import expr
@@ -116,14 +116,16 @@ def aten_name(node: Node) -> str:
     return node.target._schema.name.removeprefix("aten::").rstrip("_")
 
 
-def operator_of(op: Any) -> Any:
-    """What nodes of graphs have as their target where `op` was called: of a `torch.library.custom_op` its op."""
-    return getattr(op, "_opoverload", op)
+def checked_operator(op: Any) -> Any:
+    """What nodes of graphs have as their target where `op` was called: of a `torch.library.custom_op` its op.
 
-
-def is_operator(op: Any) -> bool:
-    """Whether it is an op of `torch.ops`, one overload or all of them."""
-    return isinstance(op, OpOverload | OpOverloadPacket)
+    Raises:
+        TypeError: it is no op of `torch.ops`.
+    """
+    target = getattr(op, "_opoverload", op)
+    if not isinstance(target, OpOverload | OpOverloadPacket | HigherOrderOperator):
+        raise TypeError(f"{op!r} is no op; pass torch.ops.<namespace>.<name> or what torch.library.custom_op returned")
+    return target
 
 
 def shape_of(node: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from passes.graph.base import CompileError
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, plain, tokens_in
-from passes.graph.ops import is_operator, operator_of, shape_of
+from passes.graph.ops import checked_operator, shape_of
 
 
 class Untransferable(CompileError):
@@ -90,7 +90,7 @@ class Context:
 
 
 Rule: TypeAlias = Callable[[Node, Context], Transfer]
-_RULES: dict[Any, Rule] = {}
+TOKEN_RULES: dict[Any, Rule] = {}
 
 
 def register_token_rule(op: Any, rule: Rule) -> None:
@@ -104,21 +104,18 @@ def register_token_rule(op: Any, rule: Rule) -> None:
     Raises:
         TypeError: `op` is no op.
     """
-    target = operator_of(op)
-    if not is_operator(target):
-        raise TypeError(f"{op!r} is no op; pass torch.ops.<namespace>.<name> or what torch.library.custom_op returned")
-    _RULES[target] = rule
+    TOKEN_RULES[checked_operator(op)] = rule
 
 
 def rule_for(target: Any) -> Rule | None:
     """The rule of an op: its own, its class's, its packet's, or the pointwise rule where torch tags it so."""
-    if target in _RULES or type(target) in _RULES:
-        return _RULES.get(target) or _RULES[type(target)]
+    if target in TOKEN_RULES or type(target) in TOKEN_RULES:
+        return TOKEN_RULES.get(target) or TOKEN_RULES[type(target)]
     if isinstance(target, torch._ops.OpOverload):
-        if target.overloadpacket in _RULES:
-            return _RULES[target.overloadpacket]
+        if target.overloadpacket in TOKEN_RULES:
+            return TOKEN_RULES[target.overloadpacket]
         if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
-            return _RULES["pointwise"]
+            return TOKEN_RULES["pointwise"]
     return None
 
 
@@ -127,7 +124,7 @@ def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
 
     def add(rule: Rule) -> Rule:
         for op in ops:
-            _RULES[op] = rule
+            TOKEN_RULES[op] = rule
         return rule
 
     return add

@@ -125,7 +125,7 @@ def test_a_rule_that_promises_too_much(
     rule: Callable[[Node, Any], Transfer], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rewritten op is run on fake tensors and held against the layout of its rule."""
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(registry, "TOKEN_RULES", dict(registry.TOKEN_RULES))
     register_token_rule(aten.relu.default, rule)
     gm = graph_of(lambda x: x.relu())
     site = leave_at_input(gm, keep=3 if "2*B" in reason else 4)

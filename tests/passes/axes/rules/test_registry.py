@@ -67,7 +67,7 @@ def broken(node: Any, ctx: Context) -> Transfer:
 def test_custom_op(
     custom: Any, rule: registry.Rule | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(registry, "TOKEN_RULES", dict(registry.TOKEN_RULES))
     if rule is not None:
         register_token_rule(custom.default, rule)
     x = sample()
@@ -80,7 +80,7 @@ def test_custom_op(
 
 
 def test_a_rule_may_stand_for_all_overloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(registry, "TOKEN_RULES", dict(registry.TOKEN_RULES))
     register_token_rule(aten.sort, lambda node, ctx: Transfer(None))
     assert registry.rule_for(aten.sort.default) is registry.rule_for(aten.sort.stable)
     with pytest.raises(TypeError, match=r"^'sort' is no op; pass torch\.ops\.<namespace>\.<name> or what "):
@@ -90,7 +90,7 @@ def test_a_rule_may_stand_for_all_overloads(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_rule_for_what_custom_op_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(registry, "TOKEN_RULES", dict(registry.TOKEN_RULES))
 
     @torch.library.custom_op("rs_rules::running_sum", mutates_args=())
     def running_sum(x: torch.Tensor) -> torch.Tensor:
