@@ -294,7 +294,8 @@ def optimize(
         model: a vision model with residual MLP branches; its parameters are shared, not copied.
         schedule: after which blocks which share of the tokens stays, `{0: 0.8, 3: 0.8}` or a `Schedule`.
         backend: whatever `torch.compile` takes, or "eager" for the rewritten graph uncompiled.
-        mode, options: `torch.compile`'s; of Inductor's options both together, `options` first.
+        mode: `torch.compile`'s.
+        options: `torch.compile`'s; of Inductor's, those given go before the mode's.
         token_outputs: an output that carries tokens is given back at full length, each pruned token with the
             residual-stream value it left with ("restore"), or as a `TokenOutput` of the short sequence
             and the kept positions ("compact").

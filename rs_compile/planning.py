@@ -31,8 +31,10 @@ def plan(
     Model and inputs may be on the meta device, so that a large model's GFLOPs need neither memory nor time.
 
     Args:
-        model, schedule: see `optimize`.
-        args, kwargs: see `explain`.
+        model: see `optimize`.
+        schedule: see `optimize`.
+        args: see `explain`.
+        kwargs: see `explain`.
         options: other arguments of `optimize`, except backend, mode, guard and verify; `method` names one to plan.
 
     Raises:
@@ -48,7 +50,8 @@ def plans(handles: Sequence[OptimizedModel], args: Any, kwargs: Mapping[str, Any
 
     Args:
         handles: of the same model, uncompiled (backend "eager").
-        args, kwargs: see `explain`.
+        args: see `explain`.
+        kwargs: see `explain`.
 
     Yields:
         The report of each, in order.

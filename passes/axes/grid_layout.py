@@ -21,8 +21,8 @@ class Grid:
     """Where a value holds the rows and columns of the map that was cut.
 
     Args:
-        rows, columns: the dimensions, the same one where they are folded into it; None for an axis that a
-            reduction ended.
+        rows: the dimension of the rows; None where a reduction ended it.
+        columns: that of the columns; the same one where both are folded into it.
         step: rows and columns of the cut map from one row or column of this value to the next.
         start: the row and column of the cut map that this value's first ones are centred on.
         mixed: a cell depends on other cells of the cut map.

@@ -49,7 +49,9 @@ class Transfer:
             over tokens any more.
         aligned: inputs that pair up with tokens by position and are gathered first, with the layout that
             they broadcast to (right-aligned, as broadcasting does).
-        target, args, kwargs: the op to emit, where it differs; `Extent` and `Position` become sizes.
+        target: the op to emit, where it is another.
+        args: its arguments, where they differ; `Extent` and `Position` become sizes.
+        kwargs: its keyword arguments, likewise.
         beside: inputs that pair up with tokens and are read with an entry for each, with the same.
         mixes: a token's result depends on other tokens.
         ordered: and on the order that they come in (a scan, a convolution, causal attention).
