@@ -45,7 +45,8 @@ def compile_graph(
     """
     gm = flattened(gm)
     if backend != "inductor":
-        return torch.compile(gm, backend=backend, mode=mode, options=None if given is None else dict(given))
+        more: dict[str, Any] = {} if given is None else {"options": dict(given)}
+        return torch.compile(gm, backend=backend, mode=mode, **more)
     options = {**inductor_options(gm, mode), **(given or {})}
     told: dict[str, Any] = {"options": options} if options else {"mode": mode}
     compiled = torch.compile(gm, backend=backend, **told)

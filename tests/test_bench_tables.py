@@ -20,7 +20,7 @@ from bench.tables import measure, table2, table4, table5
 from bench.tables.methods import dense, pruned, with_attention
 from bench.tables.one_layer import deit_s, umt_b
 from bench.tables.subjects import deit, umt_encoder
-from rs_compile import ClassAttention, Lowest, Schedule
+from rs_compile import ClassAttention, Lowest, MeanAttention, Random, Schedule, Shift
 from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.schedule import removed
 
@@ -242,14 +242,14 @@ def test_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_methods_are_the_models_own_and_schedules() -> None:
     subject = deit("DeiT-S", (0, 3, 6), 0.8, {}, quick=True)
-    assert pruned("attention", subject.keep, subject.importance).schedule == Schedule(
+    assert pruned("attention", subject.keep, subject.attention).schedule == Schedule(
         {0: 0.8, 3: 0.8, 6: 0.8}, score=ClassAttention()
     )
-    assert umt_encoder("UMT-B", (0,), 0.8, {}, quick=True, qa=False).importance == "mean-attention"
-    assert pruned("lowest", subject.keep, "random").schedule == Schedule(subject.keep, score=Lowest())
-    everywhere = pruned("attention", subject.keep, "class-attention", eager_everywhere=True)
+    assert umt_encoder("UMT-B", (0,), 0.8, {}, quick=True, qa=False).attention == MeanAttention()
+    assert pruned("lowest", subject.keep, Random()).schedule == Schedule(subject.keep, score=Lowest())
+    everywhere = pruned("attention", subject.keep, ClassAttention(), eager_everywhere=True)
     assert everywhere.options == {"explicit_attention": True}
-    assert not pruned("ours", subject.keep, "class-attention", eager_everywhere=True).options
+    assert not pruned("ours", subject.keep, ClassAttention(), eager_everywhere=True).options
     assert [(m.fused, m.compiled) for m in map(dense, ("base", "base-sdpa", "base-compiled"))] == [
         (False, False),
         (True, False),
@@ -273,7 +273,7 @@ def test_attention_of_the_base(subject: Any) -> None:
 
 def test_as_many_tokens_leave_as_the_paper_says() -> None:
     for study, block in ((deit_s(40, (0,)), 0), (deit_s(98, (0,)), 4), (umt_b(1100, (0,)), 2)):
-        schedule = study.method("ours", block, {}).schedule
+        schedule = study.method("ours", block, Shift()).schedule
         assert schedule is not None and removed(study.tokens, schedule.keep[block]) == study.leave
 
 

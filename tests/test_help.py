@@ -86,4 +86,4 @@ finally:
 
 
 def test_choices_are_those_of_the_scores() -> None:
-    assert get_args(Operation) == arguments.OPERATIONS and get_args(Metric) == arguments.METRICS
+    assert get_args(Operation) == arguments.LAYERS_OF_SHIFT and get_args(Metric) == arguments.METRICS

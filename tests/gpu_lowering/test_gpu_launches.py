@@ -57,6 +57,7 @@ def behind(launches: list[str], site: int) -> list[str]:
     return launches[first + 1 : last]
 
 
+@pytest.mark.slow
 def test_the_dense_transformer_launches_nothing_to_spare() -> None:
     """The baseline: a block's end is one kernel, the residual add and the next norm."""
     launches = dense(197).launches
@@ -78,6 +79,7 @@ def test_unread_tokens_take_three_more_launches_in_all() -> None:
     check_all_on_the_gpu(generated, DEPTH)
 
 
+@pytest.mark.slow
 def test_three_more_launches_a_site_above_512_tokens() -> None:
     generated = pruned(577)
     # block by block as at 197 tokens: the dense graph's launches do not depend on N
@@ -99,6 +101,7 @@ def test_score_select_gather_are_three_kernels() -> None:
         assert "add_expand_gather_native_layer_norm" in gather
 
 
+@pytest.mark.slow
 def test_above_512_tokens_selecting_takes_a_call() -> None:
     for site in SITES:
         score, *select, gather = behind(pruned(577).launches, site)
@@ -107,7 +110,7 @@ def test_above_512_tokens_selecting_takes_a_call() -> None:
         assert "add_expand_gather_native_layer_norm" in gather
 
 
-@pytest.mark.parametrize("tokens", [197, 577])
+@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_the_score_takes_the_prefix_mask(tokens: int) -> None:
     """One kernel reads the terms of the residual sum and stores what is selected by: NaN where a token is protected."""
     code = sources(pruned(tokens))
@@ -118,12 +121,13 @@ def test_the_score_takes_the_prefix_mask(tokens: int) -> None:
         assert not any("nan" in text for text in select)
 
 
-@pytest.mark.parametrize("tokens", [197, 577])
+@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_tokens_are_gathered_once_a_site(tokens: int) -> None:
     assert sum("gather" in launch for launch in pruned(tokens).launches) == len(SITES)
 
 
-@pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [197, 577])
 def test_many_samples_are_not_sorted(tokens: int) -> None:
     """Three launches a site for any N: score, every two scores compared, positions put in order."""
     generated = generate(transformer(tokens, kept(), samples=1024), batch=1024)
@@ -182,7 +186,7 @@ def test_merging_at_the_inputs_of_attention(tokens: int) -> None:
     assert not [launch for launch in launches if "sort" in launch]
 
 
-@pytest.mark.parametrize("mode", ["line", "token"])
+@pytest.mark.parametrize("mode", ["line", pytest.param("token", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) -> None:
     """The score in the last add and ReLU of the stage. Lines, three launches a site: the means of both, the selection
@@ -198,6 +202,7 @@ def test_rows_and_columns_of_a_cnn(tokens: int, mode: Literal["line", "token"]) 
     assert len([launch for launch in launches if "sort" in launch]) == len(SITES) * (mode == "line")
 
 
+@pytest.mark.slow
 def test_lines_of_many_samples_are_not_sorted() -> None:
     """One launch more a site than for few: there are a row and a column of means for each sample."""
     generated = generate(cnn(197, cut("line"), samples=512), batch=512)
