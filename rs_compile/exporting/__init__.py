@@ -1,0 +1,6 @@
+"""A rewritten model as a file that other runtimes load: `rs_compile.export`, and what such a file says of itself."""
+
+from rs_compile.exporting.export import export
+from rs_compile.exporting.metadata import Info, info
+
+__all__ = ["Info", "export", "info"]
