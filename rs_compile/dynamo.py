@@ -54,9 +54,7 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **told: Any) -> Call
             "rs_compile.optimize(model, schedule), which takes what concerns the whole model"
         )
     if "schedule" not in options:
-        raise ScheduleError(
-            'torch.compile was told no schedule; write options={"schedule": {0: 0.8, 3: 0.8, 6: 0.8}}'
-        )
+        raise ScheduleError('torch.compile was told no schedule; write options={"schedule": {0: 0.8, 3: 0.8, 6: 0.8}}')
     held = [_is_weight(node, given) for node, given in zip(_inputs(gm), example_inputs, strict=True)]
     model = DynamoGraph(gm, held, _cut(gm))
     optimized = optimize(model, options.pop("schedule"), **options)

@@ -250,9 +250,9 @@ class OptimizedModel(nn.Module):
 
     def _followed(self, call: Call) -> Any:
         """What torch.export sees: the rewritten graph of an earlier call, on the tensors that it put in place."""
-        rest = self._state().rest
+        now = self._state()
         for (state, *key), plan in self._plans.items():
-            if plan is not _BY_SIZE and state.rest == rest and tuple(key[: len(call.key)]) == call.key:
+            if plan is not _BY_SIZE and now.traced_as(state) and tuple(key[: len(call.key)]) == call.key:
                 return traced(plan.graphs, self._model, call.leaves)
         raise not_exported()
 

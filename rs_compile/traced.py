@@ -32,7 +32,7 @@ def traced(graphs: Graphs, model: nn.Module, leaves: Sequence[Any]) -> Any:
 
 
 class _OnModel(Interpreter):
-    """Runs a captured graph with the model's own parameters: torch.export puts others in their place while it traces."""
+    """Runs a captured graph on the parameters that the model has now: torch.export replaces them while it traces."""
 
     def __init__(self, gm: GraphModule, model: nn.Module) -> None:
         super().__init__(gm)

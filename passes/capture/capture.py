@@ -68,7 +68,8 @@ def capture(
     # an empty batch would make the number of samples a constant
     some = [x.new_zeros(2, *x.shape[1:]) if r and not len(x) else x for x, r in zip(leaves, runs, strict=True)]
     held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
-    few = [over and held is None and not fixed_batch for over in runs]  # what is held fast may say how much there is of everything else
+    # what is held fast may say how much there is of everything else
+    few = [over and held is None and not fixed_batch for over in runs]
     try:
         first = first_run(model, some, spec, few)
     except Exception as error:

@@ -32,7 +32,7 @@ def export(
     """Writes the rewritten model into a file that runs without rs_compile.
 
     The number of samples stays open where the model's code does not fix it; image size and dtype are the example's. A
-    `TokenOutput` is a plain tuple in the file. ONNX and OpenVINO give the outputs flat, under the model's names for them.
+    `TokenOutput` is a plain tuple in the file. ONNX and OpenVINO give the outputs flat, under the model's names.
 
     Args:
         fast: what `optimize` returned, in eval mode; one of its methods, `fast.forward_features`, works as well.

@@ -1,0 +1,137 @@
+"""Rewritten models in other runtimes: the same tokens stay, and merge, there."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runtimes import encoder, far, images, run_executorch, run_onnx, run_openvino
+from torch import Tensor, nn
+
+import rs_compile
+from passes.sites.select import keep_highest
+from rs_compile import Schedule
+from rs_compile.exporting.formats import onnx_program
+from rs_compile.exporting.program import Exported
+
+PRUNED = Schedule({0: 0.8, 1: 0.7})
+SCHEDULES = {
+    "pruned": PRUNED,
+    "class attention": Schedule({0: 0.8}, importance="class-attention"),
+    "stream": Schedule(merge={0: 3, 1: 3}),
+    "tome": Schedule(merge={0: 3, 1: 3}, merger="tome"),
+    "vid-tldr": Schedule(merge={0: 3}, merger="vid-tldr"),
+    "ward": Schedule(merge={0: 3, 1: 3}, merger="ward"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", SCHEDULES)
+def test_onnx_runtime(tmp_path: Path, how: str) -> None:
+    fast, path = rs_compile.optimize(encoder(), SCHEDULES[how], backend="eager"), tmp_path / "m.onnx"
+    said = rs_compile.export(fast, images(2), path)
+    for batch in (1, 3):
+        found, wanted = run_onnx(path, images(batch)), fast(images(batch))
+        assert far(found["logits"], wanted["logits"]) < 1e-5
+        assert far(found["tokens_0"], wanted["tokens"][0]) < 1e-5
+    assert rs_compile.info(path) == said and said.content["format"] == "onnx"
+
+
+def test_attention_stays_one_op(tmp_path: Path) -> None:
+    import onnx
+
+    path = tmp_path / "m.onnx"
+    rs_compile.export(rs_compile.optimize(encoder(), PRUNED), images(2), path)
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    assert ops.count("Attention") == 3 and "Softmax" not in ops
+
+
+class Keeps(nn.Module):
+    """Positions of the six highest of nine scores, the first one protected."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return keep_highest(scores, torch.arange(9) == 0, 6)
+
+
+class Sorts(nn.Module):
+    """Positions in a stable order, the highest first, and the lowest first."""
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        down = scores.sort(dim=1, descending=True, stable=True).indices
+        return down, scores.sort(dim=1, stable=True).indices
+
+
+TIES = torch.tensor(
+    [
+        [0.0, 0.0, -0.0, 0.0, 0.0, 0.0, -0.0, 0.0, 0.0],
+        [0.0, 1.0, 2.0, 1.0, 1.0, 1.0, 3.0, 1.0, 1.0],
+        [0.0, 1.0, 1.0 + 2**-23, 1.0, 1.0 - 2**-24, 1.0, 1e-45, 0.0, 1.0],
+        [-5.0, math.nan, math.inf, 3e38, -math.inf, math.inf, -3e38, math.nan, 0.0],
+    ]
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", [Keeps(), Sorts()], ids=["keeps", "sorts"])
+def test_ties_and_what_is_not_finite(tmp_path: Path, module: nn.Module) -> None:
+    """In ONNX Runtime and in OpenVINO, at batch 4 and one by one."""
+    rows = TIES if isinstance(module, Keeps) else TIES[:3]  # what is sorted elsewhere is finite
+    program = torch.export.export(module, (rows,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    names = ("a",) if isinstance(module, Keeps) else ("a", "b")
+    path = tmp_path / "m.onnx"
+    report = rs_compile.plan(encoder(), {}, images(2))
+    onnx_program(Exported(program, report, 0, names)).save(str(path))
+    for scores in (rows, *rows.split(1)):
+        wanted = module(scores)
+        wanted = (wanted,) if isinstance(wanted, Tensor) else wanted
+        for run in (run_onnx, run_openvino):
+            found = run(path, scores)
+            assert [found[name].tolist() for name in names] == [w.tolist() for w in wanted], run.__name__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["pruned", "ward"])
+def test_openvino(tmp_path: Path, how: str) -> None:
+    fast, path = rs_compile.optimize(encoder(), SCHEDULES[how], backend="eager"), tmp_path / "m.xml"
+    said = rs_compile.export(fast, images(2), path)
+    for batch in (1, 3):
+        assert far(run_openvino(path, images(batch))["logits"], fast(images(batch))["logits"]) < 1e-4
+    assert rs_compile.info(path) == said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+
+
+@torch.no_grad()
+def test_openvino_with_half_weights(tmp_path: Path) -> None:
+    """Half of the bytes; values rounded to float16."""
+    fast = rs_compile.optimize(encoder(), PRUNED, backend="eager")
+    rs_compile.export(fast, images(2), tmp_path / "m.xml")
+    rs_compile.export(fast, images(2), tmp_path / "half.xml", half_weights=True)
+    whole, half = ((tmp_path / name).stat().st_size for name in ("m.bin", "half.bin"))
+    assert half < 0.6 * whole
+    difference = far(run_openvino(tmp_path / "half.xml", images(3))["logits"], fast(images(3))["logits"])
+    assert 0 < difference < 2e-2
+
+
+@torch.no_grad()
+def test_executorch(tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="pip install 'rs-compile[executorch]'")
+    fast, path = rs_compile.optimize(encoder(), PRUNED, backend="eager"), tmp_path / "m.pte"
+    said = rs_compile.export(fast, images(3), path)
+    for batch in (1, 3):
+        assert far(run_executorch(path, images(batch))[0], fast(images(batch))["logits"]) < 1e-4
+    assert rs_compile.info(path) == said
+
+
+@pytest.mark.inductor
+@torch.no_grad()
+def test_aot_inductor(tmp_path: Path) -> None:
+    fast, path = rs_compile.optimize(encoder(), PRUNED, backend="eager"), tmp_path / "m.pt2"
+    said = rs_compile.export(fast, images(2), path, format="aot-inductor")
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for batch in (1, 3):
+        found, wanted = loaded(images(batch)), fast(images(batch))
+        assert far(found["logits"], wanted["logits"]) < 1e-5
+        assert far(found["tokens"][0], wanted["tokens"][0]) < 1e-5
+    assert rs_compile.info(path) == said
