@@ -69,16 +69,36 @@ def executorch(exported: Exported, path: Path, text: str) -> None:
     """ExecuTorch's program, what XNNPACK takes lowered to it."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
 
     try:
-        edge = to_edge_transform_and_lower(
-            exported.program, partitioner=[XnnpackPartitioner()], constant_methods={KEY: text}
-        )
+        program = _without_sorts(exported.program)
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods={KEY: text})
         made = edge.to_executorch()
     except Exception as error:
         raise refused("ExecuTorch", error, exported.program, _OTHER) from error
+    used = {
+        f"{op.name}.{op.overload}".rstrip(".") for p in made.executorch_program.execution_plan for op in p.operators
+    }
+    if missing := sorted(used - set(Runtime.get().operator_registry.operator_names)):
+        error = LookupError(f"its runtime has no kernel for {', '.join(missing)}")
+        raise refused("ExecuTorch", error, exported.program, _OTHER)
     with path.open("wb") as file:
         made.write_to_file(file)
+
+
+def _without_sorts(program: ExportedProgram) -> ExportedProgram:
+    """The same with kept positions sorted by topk: ExecuTorch's runtime has no sort. They differ, so none is a tie."""
+    program = _own(program)
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.sort.default):
+        values = node.args[0].meta["val"]
+        dim = node.args[1] if len(node.args) > 1 else -1
+        down = bool(node.args[2]) if len(node.args) > 2 else False
+        if values.dtype is torch.int64:
+            node.target = torch.ops.aten.topk.default
+            node.args, node.kwargs = (node.args[0], int(values.shape[dim]), dim, down, True), {}
+    program.graph_module.recompile()
+    return program
 
 
 def onnx_program(exported: Exported) -> Any:
@@ -111,8 +131,7 @@ def onnx_program(exported: Exported) -> Any:
 def _whole_masks(program: ExportedProgram) -> ExportedProgram:
     """The same with attention masks that have a row for each query: runtimes do not take one row for all."""
     attention = torch.ops.aten.scaled_dot_product_attention.default
-    program = copy.copy(program)
-    program._graph_module = copy.deepcopy(program.graph_module)
+    program = _own(program)
     for node in program.graph.find_nodes(op="call_function", target=attention):
         mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
         query = node.args[0].meta["val"]
@@ -125,6 +144,13 @@ def _whole_masks(program: ExportedProgram) -> ExportedProgram:
         whole.meta = {**mask.meta, "val": torch.ops.aten.expand.default(mask.meta["val"], sizes)}
         node.replace_input_with(mask, whole)
     program.graph_module.recompile()
+    return program
+
+
+def _own(program: ExportedProgram) -> ExportedProgram:
+    """The same with a graph of its own, on the same parameters."""
+    program = copy.copy(program)
+    program._graph_module = copy.deepcopy(program.graph_module)
     return program
 
 
