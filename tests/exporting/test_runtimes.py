@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,37 @@ def test_aot_inductor(tmp_path: Path) -> None:
         assert far(found["logits"], wanted["logits"]) < 1e-5
         assert far(found["tokens"][0], wanted["tokens"][0]) < 1e-5
     assert rs_compile.info(path) == said
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@torch.no_grad()
+def test_aot_inductor_from_cpp(tmp_path: Path) -> None:
+    """The package run by a program without Python, batch 1 and 3."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    fast, package, program = rs_compile.optimize(encoder(), PRUNED), tmp_path / "m.pt2", tmp_path / "loader"
+    rs_compile.export(fast, images(2), package, format="aot-inductor")
+    libraries = library_paths()
+    subprocess.run(
+        [
+            *("g++", "-std=c++20", "-O0", str(Path(__file__).with_name("loader.cpp")), "-o", str(program)),
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            *(f"-I{path}" for path in include_paths()),
+            *(f"-L{path}" for path in libraries),
+            *(f"-Wl,-rpath,{path}" for path in libraries),
+            *("-ltorch", "-ltorch_cpu", "-lc10"),
+        ],
+        check=True,
+    )
+    for batch in (1, 3):
+        x, out = tmp_path / "x.pt", tmp_path / "out.pt"
+        x.write_bytes(torch._C._pickle_save(images(batch)))
+        subprocess.run([program, package, x, out], check=True)
+        assert far(torch._C._pickle_load_obj(out.read_bytes()), encoder_logits(batch)) < 1e-5
+
+
+def encoder_logits(batch: int) -> Tensor:
+    """What the pruned model gives, uncompiled."""
+    logits: Tensor = rs_compile.optimize(encoder(), PRUNED, backend="eager")(images(batch))["logits"]
+    return logits
