@@ -121,7 +121,7 @@ def caller(
     path = folder / ("dense" if schedule is None else "pruned")
     if runtime == "aot-inductor":
         export(fast, example, path.with_suffix(".pt2"), format="aot-inductor")
-        return torch._inductor.aoti_load_package(str(path.with_suffix(".pt2")))  # type: ignore[no-any-return]
+        return torch._inductor.aoti_load_package(str(path.with_suffix(".pt2")))
     if runtime == "onnxruntime":
         export(fast, example, path.with_suffix(".onnx"))
         return _onnx(path.with_suffix(".onnx"), precision)

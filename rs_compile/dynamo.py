@@ -78,6 +78,8 @@ class DynamoGraph(nn.Module):
         cut: why there may be more of the model than this graph; "" where there is not.
     """
 
+    graph: GraphModule
+
     def __init__(self, graph: GraphModule, held: Sequence[bool], cut: str = "") -> None:
         super().__init__()
         self.__dict__["graph"] = graph  # not a child: its weights are not to be found twice

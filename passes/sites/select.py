@@ -139,8 +139,9 @@ def _ordered_keys(score: Tensor, rank: Tensor) -> Tensor:
     """float64 that compare as the scores do, NaN above all, and equal scores as their rank: `topk` mixes up equals.
 
     A float32 has 24 bits, so of two neighbours the larger is larger by at least 2^-24 of itself; the last bits of a
-    float64 are the rank's, below 2^27. No bits are read, which ONNX has no op for.
+    float64 are the rank's, below 2^27. No bits are read, which ONNX has no op for; and rounded to float32, as OpenVINO
+    computes, keys still compare as the scores do.
     """
-    score = torch.nan_to_num(score.double(), nan=2.0**300, posinf=2.0**200, neginf=-(2.0**200))
+    score = torch.nan_to_num(score.double() * 0.25, nan=2.0**127, posinf=2.0**126, neginf=-(2.0**126))
     least = 2.0**-240  # for ranks of zeros; far below the last bit of anything else
     return score + (score.abs() + least) * (rank.double() * 2.0**-52)

@@ -38,7 +38,10 @@ def aot_inductor(exported: Exported, path: Path, text: str) -> None:
 
 
 def onnx(exported: Exported, path: Path, text: str) -> None:
-    """ONNX of opset 23, where attention is one op; weights above 2 GB beside it, in `FILE.data`."""
+    """ONNX of opset 23, where attention is one op; weights above 2 GB beside it, in `FILE.data`.
+
+    For OpenVINO write `.xml`: it reads ONNX's TopK without the order of equal values.
+    """
     made = onnx_program(exported)
     made.model.metadata_props[KEY] = text
     made.save(str(path))
@@ -61,8 +64,22 @@ def openvino(exported: Exported, path: Path, text: str, half: bool = False) -> N
     finally:
         for file in made.parent.glob(f"{made.name}*"):
             file.unlink()
+    _ties_in_order(model)
     model.set_rt_info(text, [KEY])
     ov.save_model(model, str(path), compress_to_fp16=half)
+
+
+def _ties_in_order(model: Any) -> None:
+    """Has TopK give the earlier of equal values first, as ONNX says and OpenVINO's reader of ONNX forgets."""
+    from openvino import opset11
+
+    for op in model.get_ops():
+        if op.get_type_name() == "TopK":
+            told = op.get_attributes()
+            kind = told["index_element_type"]
+            topk = opset11.topk(*op.input_values(), told["axis"], told["mode"], "value", kind, stable=True)
+            for old, new in zip(op.outputs(), topk.outputs(), strict=True):
+                old.replace(new)
 
 
 def executorch(exported: Exported, path: Path, text: str) -> None:
@@ -81,8 +98,8 @@ def executorch(exported: Exported, path: Path, text: str) -> None:
         f"{op.name}.{op.overload}".rstrip(".") for p in made.executorch_program.execution_plan for op in p.operators
     }
     if missing := sorted(used - set(Runtime.get().operator_registry.operator_names)):
-        error = LookupError(f"its runtime has no kernel for {', '.join(missing)}")
-        raise refused("ExecuTorch", error, exported.program, _OTHER)
+        lacks = LookupError(f"its runtime has no kernel for {', '.join(missing)}")
+        raise refused("ExecuTorch", lacks, exported.program, _OTHER)
     with path.open("wb") as file:
         made.write_to_file(file)
 
@@ -103,7 +120,9 @@ def _without_sorts(program: ExportedProgram) -> ExportedProgram:
 
 def onnx_program(exported: Exported) -> Any:
     """torch.onnx's program, before it is saved."""
-    from onnxscript import opset23 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset23
 
     def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         # of equal values the earlier comes first in TopK, so it is a stable sort

@@ -83,9 +83,10 @@ def program_of(handle: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> E
     for leaf, over in zip(given, runs, strict=True):
         if open_batch and over:
             dynamic[leaf] = {0: Dim.AUTO}
-    args, kwargs = pytree.tree_unflatten(given, spec)
+    examples, by_name = pytree.tree_unflatten(given, spec)
+    rewritten = _Rewritten(handle._entry, graphs)
     with named("export"), torch.no_grad():
-        program = torch.export.export(_Rewritten(handle._entry, graphs), args, kwargs or None, dynamic_shapes=dynamic)
+        program = torch.export.export(rewritten, examples, by_name or None, dynamic_shapes=dynamic)
     literal = [
         node.name
         for node in program.graph.find_nodes(op="placeholder")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rs_compile
 from passes.sites.select import keep_highest
 from rs_compile import Schedule
-from rs_compile.exporting.formats import onnx_program
+from rs_compile.exporting.formats import onnx, openvino
 from rs_compile.exporting.program import Exported
 
 PRUNED = Schedule({0: 0.8, 1: 0.7})
@@ -41,19 +41,19 @@ def test_onnx_runtime(tmp_path: Path, how: str) -> None:
 
 
 def test_attention_stays_one_op(tmp_path: Path) -> None:
-    import onnx
+    import onnx as library
 
     path = tmp_path / "m.onnx"
     rs_compile.export(rs_compile.optimize(encoder(), PRUNED), images(2), path)
-    ops = [node.op_type for node in onnx.load(path).graph.node]
+    ops = [node.op_type for node in library.load(path).graph.node]
     assert ops.count("Attention") == 3 and "Softmax" not in ops
 
 
 class Keeps(nn.Module):
-    """Positions of the six highest of nine scores, the first one protected."""
+    """Positions of the six highest of nine scores, the first and the last protected."""
 
     def forward(self, scores: Tensor) -> Tensor:
-        return keep_highest(scores, torch.arange(9) == 0, 6)
+        return keep_highest(scores, torch.arange(9) % 8 == 0, 6)
 
 
 class Sorts(nn.Module):
@@ -70,6 +70,7 @@ TIES = torch.tensor(
         [0.0, 1.0, 2.0, 1.0, 1.0, 1.0, 3.0, 1.0, 1.0],
         [0.0, 1.0, 1.0 + 2**-23, 1.0, 1.0 - 2**-24, 1.0, 1e-45, 0.0, 1.0],
         [-5.0, math.nan, math.inf, 3e38, -math.inf, math.inf, -3e38, math.nan, 0.0],
+        [-5.0, math.inf, math.nan, math.inf, math.inf, math.inf, 3.4e38, math.inf, 0.0],
     ]
 )
 
@@ -77,18 +78,19 @@ TIES = torch.tensor(
 @torch.no_grad()
 @pytest.mark.parametrize("module", [Keeps(), Sorts()], ids=["keeps", "sorts"])
 def test_ties_and_what_is_not_finite(tmp_path: Path, module: nn.Module) -> None:
-    """In ONNX Runtime and in OpenVINO, at batch 4 and one by one."""
+    """In ONNX Runtime and in OpenVINO, all rows at once and one by one."""
     rows = TIES if isinstance(module, Keeps) else TIES[:3]  # what is sorted elsewhere is finite
     program = torch.export.export(module, (rows,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     names = ("a",) if isinstance(module, Keeps) else ("a", "b")
-    path = tmp_path / "m.onnx"
     report = rs_compile.plan(encoder(), {}, images(2))
-    onnx_program(Exported(program, report, 0, names)).save(str(path))
+    exported = Exported(program, report, 0, names)
+    onnx(exported, tmp_path / "m.onnx", "")
+    openvino(exported, tmp_path / "v.xml", "")
     for scores in (rows, *rows.split(1)):
         wanted = module(scores)
         wanted = (wanted,) if isinstance(wanted, Tensor) else wanted
-        for run in (run_onnx, run_openvino):
-            found = run(path, scores)
+        for run, file in ((run_onnx, "m.onnx"), (run_openvino, "v.xml")):
+            found = run(tmp_path / file, scores)
             assert [found[name].tolist() for name in names] == [w.tolist() for w in wanted], run.__name__
 
 
