@@ -15,11 +15,10 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
-from passes.graph.base import CompileError, PassResult, Refusal
+from passes.graph.base import CompileError, PassResult, Refusal, ScheduleError
 from passes.network.branches import blocks_of, find_branches
 from passes.network.stages import find_stages
 from rs_compile.compiling import Graphs
-from rs_compile.errors import ScheduleError
 from rs_compile.optimize import OptimizedModel, optimize
 from rs_compile.schedule import Schedule
 from rs_compile.signature import Call

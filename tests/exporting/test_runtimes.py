@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 import rs_compile
 from passes.sites.select import keep_highest
-from rs_compile import Schedule
+from rs_compile import ClassAttention, Schedule, ToMe, VidTLDR, Ward
 from rs_compile.exporting.formats import onnx, openvino
 from rs_compile.exporting.program import Exported
 
 PRUNED = Schedule({0: 0.8, 1: 0.7})
 SCHEDULES = {
     "pruned": PRUNED,
-    "class attention": Schedule({0: 0.8}, importance="class-attention"),
+    "class attention": Schedule({0: 0.8}, score=ClassAttention()),
     "stream": Schedule(merge={0: 3, 1: 3}),
-    "tome": Schedule(merge={0: 3, 1: 3}, merger="tome"),
-    "vid-tldr": Schedule(merge={0: 3}, merger="vid-tldr"),
-    "ward": Schedule(merge={0: 3, 1: 3}, merger="ward"),
+    "tome": Schedule(merge={0: 3, 1: 3}, by=ToMe()),
+    "vid-tldr": Schedule(merge={0: 3}, by=VidTLDR()),
+    "ward": Schedule(merge={0: 3, 1: 3}, by=Ward()),
 }
 
 
