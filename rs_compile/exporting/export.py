@@ -41,11 +41,11 @@ def export(
         format: "aot-inductor" for a compiled .pt2 instead of torch.export's; else the ending's.
         example_kwargs: the keyword inputs.
         half_weights: store weights as float16 (OpenVINO).
-        name: the model's, for the file's metadata; None for its class.
+        name: the model's, for the file's metadata; its class if not given.
         notes: what else the metadata should say.
 
     Returns:
-        What the file says of itself, `rs_compile.info(path)`. With it weights above 2 GB of ONNX are in `FILE.data`.
+        What the file says of itself, as `rs_compile.info(path)` reads it.
 
     Raises:
         ExportError: the format, the file or the model's state does not fit, or the exporter refuses an op.
@@ -69,7 +69,11 @@ def export(
     )
     write = partial(openvino, half=half_weights) if chosen == "openvino" else found.write
     # beside the target: a rename is then whole or not at all
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    try:
+        beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise ExportError(f"no file can be written in {target.parent}: {error.strerror}") from error
+    with beside as folder:
         made = Path(folder) / target.name
         write(exported, made, said.to_json())
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):  # the file itself comes last

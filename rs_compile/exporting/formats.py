@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,18 +56,16 @@ def openvino(exported: Exported, path: Path, text: str, half: bool = False) -> N
     """
     import openvino as ov
 
-    made = path.with_suffix(".onnx")
-    onnx_program(exported).save(str(made))
-    try:
-        model = ov.convert_model(str(made))
-    except Exception as error:
-        raise refused("OpenVINO", error, exported.program, _OTHER) from error
-    finally:
-        for file in made.parent.glob(f"{made.name}*"):
-            file.unlink()
-    _ties_in_order(model)
-    model.set_rt_info(text, [KEY])
-    ov.save_model(model, str(path), compress_to_fp16=half)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "model.onnx"
+        onnx_program(exported).save(str(made))
+        try:
+            model = ov.convert_model(str(made))
+        except Exception as error:
+            raise refused("OpenVINO", error, exported.program, _OTHER) from error
+        _ties_in_order(model)
+        model.set_rt_info(text, [KEY])
+        ov.save_model(model, str(path), compress_to_fp16=half)
 
 
 def _ties_in_order(model: Any) -> None:
@@ -175,23 +174,18 @@ def _own(program: ExportedProgram) -> ExportedProgram:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its writer, the ending of its files, and the packages that write it.
-
-    Args:
-        rest: endings of the files beside it.
-    """
+    """A format: its writer, the ending of its files, and the packages that write it."""
 
     write: Writer
     suffix: str
     packages: tuple[str, ...] = ()
-    rest: tuple[str, ...] = ()
 
 
 FORMATS = {
     "torch.export": Format(torch_export, ".pt2"),
     "aot-inductor": Format(aot_inductor, ".pt2"),
-    "onnx": Format(onnx, ".onnx", ("onnx", "onnxscript"), (".onnx.data",)),
-    "openvino": Format(openvino, ".xml", ("onnx", "onnxscript", "openvino"), (".bin",)),
+    "onnx": Format(onnx, ".onnx", ("onnx", "onnxscript")),
+    "openvino": Format(openvino, ".xml", ("onnx", "onnxscript", "openvino")),
     "executorch": Format(executorch, ".pte", ("executorch",)),
 }
 

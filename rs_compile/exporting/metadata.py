@@ -17,7 +17,7 @@ from rs_compile.report import Report
 from rs_compile.schedule import Schedule
 
 KEY = "rs_compile"  # under which a file holds it
-_TEXT = 40  # characters up to which a value is shown on the line of its name
+_WRITER = ("version", "rs_compile")  # in a schedule's JSON, what wrote it
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Info:
         lengths = [row["tokens_out"] for row in c["report"]["blocks"]]
         lines = [
             f"{c['model']}, {c['format']}: {c['report']['signature']}",
-            f"schedule: {json.dumps({k: v for k, v in c['schedule'].items() if v})}",
+            f"schedule: {json.dumps({k: v for k, v in c['schedule'].items() if v and k not in _WRITER})}",
             f"{len(rows)} blocks or stages, tokens behind each: {' '.join(map(str, lengths))}"
             if lengths
             else f"{len(rows)} stages",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rs_compile
 from passes.sites.select import keep_highest
-from rs_compile import ClassAttention, Schedule, ToMe, VidTLDR, Ward
+from rs_compile import ClassAttention, ExportError, Schedule, ToMe, VidTLDR, Ward
 from rs_compile.exporting.formats import onnx, openvino
 from rs_compile.exporting.program import Exported
 
@@ -124,6 +124,10 @@ def test_executorch(tmp_path: Path) -> None:
     said = rs_compile.export(fast, images(3), path)
     for batch in (1, 3):
         assert far(run_executorch(path, images(batch))[0], fast(images(batch))["logits"]) < 1e-4
+    assert rs_compile.info(path) == said
+    merges = rs_compile.optimize(encoder(), SCHEDULES["stream"], backend="eager")
+    with pytest.raises(ExportError, match="ExecuTorch failed: LookupError: its runtime has no kernel for aten::sort"):
+        rs_compile.export(merges, images(3), path)
     assert rs_compile.info(path) == said
 
 
