@@ -11,6 +11,7 @@ import pytest
 import torch
 from runtimes import Encoder, encoder, images
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import rs_compile
 from passes.graph.base import CompileError, Refusal
@@ -23,6 +24,7 @@ OPTIONS: dict[str, Any] = {"schedule": SCHEDULE, "backend": "eager"}
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
+    counters.clear()
     yield
     torch.compiler.reset()
 
@@ -71,7 +73,7 @@ def test_dynamic() -> None:
     fast = compiled(model, dynamic=True)
     for x in (images(2), images(3), torch.randn(2, 3, 48, 48)):
         same(fast(x), optimized(model, x), model, x)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()
