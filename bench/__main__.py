@@ -45,6 +45,7 @@ COMMANDS = {
     "compile-time": "bench.compile_time",
     "throughput": "bench.throughput.command",
     "costs": "bench.costs",
+    "runtimes": "bench.runtimes",
     "coverage": "bench.coverage.command",
 }
 

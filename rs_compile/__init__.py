@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from passes.sites.restore import TokenOutput
     from rs_compile.errors import OutputError
     from rs_compile.explain import explain
+    from rs_compile.exporting import ExportError, Info, export, info
     from rs_compile.optimize import OptimizedModel, optimize
     from rs_compile.planning import plan
     from rs_compile.report import Explanation, Report
@@ -46,7 +47,9 @@ __all__ = [
     "ClassAttention",
     "CompileError",
     "Explanation",
+    "ExportError",
     "GridPrune",
+    "Info",
     "InputError",
     "Lowest",
     "MeanAttention",
@@ -68,6 +71,8 @@ __all__ = [
     "VidTLDR",
     "Ward",
     "explain",
+    "export",
+    "info",
     "optimize",
     "plan",
     "register_cost",
@@ -96,6 +101,7 @@ _HOMES = {
     "passes.axes.rules": ("register_token_rule",),
     "rs_compile.errors": ("OutputError",),
     "rs_compile.explain": ("explain",),
+    "rs_compile.exporting": ("ExportError", "Info", "export", "info"),
     "rs_compile.optimize": ("OptimizedModel", "optimize"),
     "rs_compile.planning": ("plan",),
     "rs_compile.report": ("Explanation", "Report"),

@@ -1,4 +1,6 @@
-"""The command line: `rs-compile demo | explain | bench | run | visualize`. Results on stdout, progress on stderr.
+"""The command line: `rs-compile demo | explain | bench | run | visualize | export | info`.
+
+Results on stdout, progress on stderr.
 
 Exit codes: 0 done, 2 something that the user can mend (the message says how), 130 interrupted. What the commands do
 is in `rs_compile.commands`, imported once the arguments are read, so that a help text waits for nothing.
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from rs_compile.arguments import (
     DTYPES,
+    EXPORTS,
     LAYERS,
     LAYERS_OF_SHIFT,
     METRICS,
@@ -90,6 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     add_backend(sub, "eager")
     add_json(sub)
 
+    sub = add("export", "Write a pruned timm model into a file for another runtime.")
+    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+    _add_weights(sub, required=False)
+    add_model_options(sub)
+    add_schedule(sub)
+    sub.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".pt2 (torch.export), .onnx, .xml (OpenVINO) or .pte (ExecuTorch)",
+    )
+    sub.add_argument("--format", choices=EXPORTS, help="aot-inductor compiles the .pt2; the file's ending if not given")
+    sub.add_argument("--half-weights", action="store_true", help="weights as float16 (OpenVINO)")
+    add_json(sub)
+
+    sub = add("info", "What a file of export says of itself: schedule, model, report, versions.")
+    sub.add_argument("file", metavar="FILE", type=Path)
+    add_json(sub)
+
     text = (
         "Draw score maps over images beside the attention, and which patches a schedule leaves; images as the model "
         "sees them, resized and cropped, and each map in its own colours, from its lowest score to one that 2% reach."
@@ -118,7 +142,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_images(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     sub.add_argument("--model", required=True, help="timm's name for it")
-    weights = sub.add_mutually_exclusive_group(required=True)
+    _add_weights(sub, required=True)
+
+
+def _add_weights(sub: argparse.ArgumentParser, required: bool) -> None:
+    weights = sub.add_mutually_exclusive_group(required=required)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local .safetensors, .pth or .pt weights")
     weights.add_argument("--pretrained", action="store_true", help="weights from timm's hub, or its cache")
 

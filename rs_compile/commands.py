@@ -20,6 +20,8 @@ from passes.graph.base import CompileError
 from passes.sites.importance import Shift
 from rs_compile import arguments, comparison, demo, models, timing
 from rs_compile.explain import explain
+from rs_compile.exporting import export, info
+from rs_compile.exporting.formats import format_of
 from rs_compile.optimize import optimize
 from rs_compile.predict import predict
 from rs_compile.schedule import Schedule
@@ -115,6 +117,34 @@ def _run(args: argparse.Namespace) -> None:
     give(str(result), result.to_json, args.json)
 
 
+def _export(args: argparse.Namespace) -> None:
+    schedule = schedule_of(args.schedule)
+    format_of(args.output, args.format)  # before the model is built
+    weights = "the hub's" if args.pretrained else str(args.checkpoint or "random")
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args)
+        inputs = torch.randn(2, *models.input_size(model, args.img_size), generator=torch.Generator().manual_seed(0))
+        say(f"writing {args.output}")
+        said = export(
+            optimize(model, schedule),
+            inputs,
+            args.output,
+            format=args.format,
+            half_weights=args.half_weights,
+            name=args.model,
+            notes={"weights": weights},
+        )
+    if weights == "random":
+        print("rs-compile: the weights are random; pass --pretrained or --checkpoint FILE", file=sys.stderr)
+    give(str(said), said.to_json, args.json)
+
+
+def _info(args: argparse.Namespace) -> None:
+    said = info(args.file)
+    give(str(said), said.to_json, args.json)
+
+
 def _visualize(args: argparse.Namespace) -> None:
     visualize.check_output(args.output)
     layers = visualize.parse_layers(args.layers)
@@ -204,4 +234,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bench": _bench,
     "run": _run,
     "visualize": _visualize,
+    "export": _export,
+    "info": _info,
 }

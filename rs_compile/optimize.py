@@ -42,7 +42,8 @@ from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
 from rs_compile.signature import Call, batch_sizes, check_inputs, in_words, many_samples
 from rs_compile.state import State, StateReader, autocast_state
-from rs_compile.surroundings import check_model, hooked_inside, refuse_watchers
+from rs_compile.surroundings import check_model, exporting, hooked_inside, not_exported, refuse_watchers
+from rs_compile.traced import traced
 
 # one capture at a time in the process: torch.export swaps a model's parameters for fake ones while it runs
 _CAPTURING = threading.RLock()
@@ -60,6 +61,8 @@ class OptimizedModel(nn.Module):
     Parameters, buffers and submodules are the model's own, shared both ways: `half`, `to`, `train`, `requires_grad_`,
     `load_state_dict` on either act on both. Attributes that are set on the handle are its own.
     """
+
+    _fixed_batch = False  # whether the model is right for one number of samples only
 
     def __init__(self, model: nn.Module, options: Options, entry: Entry | None = None) -> None:
         super().__init__()
@@ -90,6 +93,8 @@ class OptimizedModel(nn.Module):
         """
         refuse_watchers()
         call = self._read(args, kwargs)
+        if exporting():
+            return self._followed(call)
         leaves = call.leaves
         plan = self._find(call)
         if plan is None:
@@ -180,7 +185,7 @@ class OptimizedModel(nn.Module):
         self._entry.training = self._model.training
         ambient = dict(autocast_state())
         self._say("capturing the model")
-        gm = capture(self._entry, call.args, call.kwargs, call.constant)
+        gm = capture(self._entry, call.args, call.kwargs, call.constant, self._fixed_batch)
         first = gm.meta.pop(FIRST_RUN)
         gm.meta[MANY] = many_samples(call.leaves, batched(call.leaves, call.constant))
         why = check_faithful(self._entry, gm, first, call.leaves, call.key[1]) if verify else ""
@@ -235,6 +240,21 @@ class OptimizedModel(nn.Module):
             unread_flops=c.unread,
         )
         return Rewritten(c.gm, report)
+
+    def _graphs_for(self, args: Any, kwargs: Any) -> tuple[Call, Graphs]:
+        """What inputs like these are rewritten to, with nothing compiled."""
+        call = self._read(args, kwargs)
+        with _CAPTURING, named("optimize"):
+            plan, verify = self._find(call), self._options.verify
+            return call, plan.graphs if plan is not None else self._rewrite(call, self._prepare(call, verify), verify)
+
+    def _followed(self, call: Call) -> Any:
+        """What torch.export sees: the rewritten graph of an earlier call, on the tensors that it put in place."""
+        now = self._state()
+        for (state, *key), plan in self._plans.items():
+            if plan is not _BY_SIZE and now.traced_as(state) and tuple(key[: len(call.key)]) == call.key:
+                return traced(plan.graphs, self._model, call.leaves)
+        raise not_exported()
 
     def _find(self, call: Call) -> Program | None:
         key = (self._state(), *call.key)

@@ -119,7 +119,7 @@ def many_samples(leaves: Sequence[Any], runs: Sequence[bool]) -> bool:
         runs: which leaves run over samples, `batched`.
     """
     return any(
-        over and leaf.shape[0] > FEW and leaf.device.type != "cpu" for leaf, over in zip(leaves, runs, strict=True)
+        over and leaf.device.type != "cpu" and leaf.shape[0] > FEW for leaf, over in zip(leaves, runs, strict=True)
     )
 
 

@@ -23,6 +23,7 @@ _TENSORS = ("_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _TABLES = frozenset(vars(nn.Module())) - {"training"}  # read by themselves, or of no effect on a forward pass
 _IGNORED = _TABLES - {*_TENSORS, "_modules", *_HOOKS}
+_PATCHED = ("__call__", "__getattr__")  # of nn.Module, by torch.fx
 _DEPTH = 3  # of containers in attributes
 _RECENT = 8  # states that a model may go back to without being compared in full at every call
 _KIND = operator.attrgetter("dtype", "device", "requires_grad", "shape")
@@ -63,6 +64,14 @@ class State:
             and self._hash == other._hash
             and (self.identities, self.rest, self.autocast) == (other.identities, other.rest, other.autocast)
         )
+
+    def traced_as(self, other: State) -> bool:
+        """Whether other differs only by what torch.fx puts in place while it traces: tensors, and two methods."""
+
+        def own(state: State) -> list[Any]:
+            return [e for e in state.rest if not (isinstance(e, tuple) and e[:1] and e[0] in _PATCHED)]
+
+        return own(self) == own(other)
 
 
 class StateReader:

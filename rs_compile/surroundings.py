@@ -9,7 +9,7 @@ from torch.nn.modules import module as _modules
 from passes.graph.base import Refusal
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_GRAPH = "call it once, then torch.export.export(fast.graph_module(), inputs): flat inputs, and a flat tuple of outputs"
+_EXPORT = 'rs_compile.export(fast, inputs, "model.pt2"), or another file: .onnx, .xml, .pte'
 
 
 def check_model(model: object, handle: type[nn.Module]) -> None:
@@ -42,13 +42,10 @@ def refuse_watchers() -> None:
     """Refuses a call inside of what would record or change more, or less, than the model's own modules.
 
     Raises:
-        Refusal: torch.jit.trace or torch.export is following the call, or a global hook is registered.
+        Refusal: torch.jit.trace is following the call, or a global hook is registered.
     """
     if torch._C._get_tracing_state() is not None:
-        raise Refusal("torch.jit.trace cannot follow an optimized model", None, _GRAPH)
-    # the flag is the whole process's, and other threads may serve meanwhile; modes are a thread's own
-    if torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack():
-        raise Refusal("torch.export cannot follow an optimized model", None, _GRAPH)
+        raise Refusal("torch.jit.trace cannot follow an optimized model", None, _EXPORT)
     for table in _GLOBAL:
         for hook in list(vars(_modules)[table].values()):
             if not (getattr(hook, "__module__", None) or "").startswith("torch."):  # torch's own count and watch
@@ -59,6 +56,21 @@ def refuse_watchers() -> None:
                     "remove it, or register it on the model's own modules with module.register_forward_hook, "
                     "which are captured with their hooks",
                 )
+
+
+def exporting() -> bool:
+    """Whether torch.export is following the call."""
+    # the flag is the whole process's, and other threads may serve meanwhile; modes are a thread's own
+    return torch.compiler.is_exporting() and bool(torch._C._len_torch_dispatch_stack())
+
+
+def not_exported() -> Refusal:
+    """What is said to torch.export where nothing was rewritten yet: a capture inside of another one is impossible."""
+    return Refusal(
+        "torch.export cannot follow an optimized model through its first call with inputs like these",
+        None,
+        f"call it once before, in the same mode, fast(*inputs); or {_EXPORT}",
+    )
 
 
 def hooked_inside(model: nn.Module) -> list[str]:

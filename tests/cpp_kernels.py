@@ -13,7 +13,7 @@ _ALIAS = re.compile(r"auto (\w+_ptr\d+) = (\w+_ptr\d+);")
 _LOOP = re.compile(r"for\(int64_t (x\d+)=static_cast<int64_t>\(0L\); x\d+<static_cast<int64_t>\((\d+)L\)")
 _ACCESS = re.compile(r"(\w+_ptr\d+)(?: \+ |\[)static_cast<int64_t>\(([^;]*?)\)[,\])]")
 
-_BYTES = {"float": 4, "at::BFloat16": 2, "int64_t": 8, "bool": 1}
+_BYTES = {"float": 4, "at::BFloat16": 2, "int64_t": 8, "double": 8, "bool": 1}
 
 
 @dataclass(frozen=True)

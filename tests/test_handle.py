@@ -95,17 +95,27 @@ def test_gradients_are_compiled_for() -> None:
 
 
 def test_tracers_are_told_what_to_trace() -> None:
-    """And the way out works."""
+    """And what torch.export is given after a call is what a call gives."""
     _, images, fast, wanted = made()
-    with pytest.raises(Refusal, match=r"torch.export cannot follow an optimized model\n.*export\(fast.graph_module"):
+    with pytest.raises(Refusal, match=r"torch.export cannot follow.*first call.*\n  way out: call it once before"):
         torch.export.export(fast, (images,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(Refusal, match=r"torch.jit.trace cannot follow an optimized model\n  way out: call it once"):
+        with pytest.raises(Refusal, match=r"torch.jit.trace cannot follow an optimized model\n  way out: rs_compile.e"):
             torch.jit.trace(fast, images)
+    eager = fast(images)
+    exported = torch.export.export(fast, (images,), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),))
+    assert torch.equal(exported.module()(images), eager)
+    oracle.assert_close(exported.module()(images[:1]), wanted[:1], TOLERANCE, "exported, one sample")
+    assert set(exported.state_dict) == set(fast.state_dict())
+
+
+def test_torch_export_is_given_no_graph_of_another_mode() -> None:
+    _, images, fast, _ = made()
     fast(images)
-    exported = torch.export.export(fast.graph_module(), (images,)).module()
-    oracle.assert_close(exported(images)[0], wanted, TOLERANCE, "exported")
+    fast.train()
+    with pytest.raises(Refusal, match="call it once before, in the same mode"):
+        torch.export.export(fast, (images,))
 
 
 def test_models_that_are_no_code_are_refused() -> None:

@@ -23,6 +23,8 @@ RS_COMPILE = {
     "explain": "Where tokens could leave a timm model",
     "bench": "Time a pruned timm model",
     "run": "Classify images with a timm model",
+    "export": "Write a pruned timm model into a file",
+    "info": "What a file of export says of itself",
     "visualize": "from its lowest score to one that 2% reach.",
 }
 EVALUATE = {"images": "Top-1 and top-5", "retrieval": "R@1/5/10 of a dual encoder"}

@@ -35,7 +35,11 @@ def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]
 
 
 def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], constant: Collection[int] = ()
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    constant: Collection[int] = (),
+    fixed_batch: bool = False,
 ) -> GraphModule:
     """Captures `model` for inputs like these, whatever their batch size, after it ran once on two samples of them.
 
@@ -52,6 +56,7 @@ def capture(
         model: any module; it is not changed, but for what its own code changes when it is called.
         args, kwargs: example inputs. Tensors whose first size is the batch size run over samples.
         constant: flat input leaves that the graph has the values of; it takes them, and does not read them.
+        fixed_batch: the model is right for this number of samples only.
 
     Raises:
         CaptureError: the model does not run on these inputs, torch.export gives up, or the model's code keeps
@@ -63,14 +68,15 @@ def capture(
     # an empty batch would make the number of samples a constant
     some = [x.new_zeros(2, *x.shape[1:]) if r and not len(x) else x for x, r in zip(leaves, runs, strict=True)]
     held = HeldFast(model, {i: leaves[i] for i in constant}) if constant else None
-    few = [over and held is None for over in runs]  # what is held fast may say how much there is of everything else
+    # what is held fast may say how much there is of everything else
+    few = [over and held is None and not fixed_batch for over in runs]
     try:
         first = first_run(model, some, spec, few)
     except Exception as error:
         raise does_not_run(model, error, leaves, spec) from error
     check_loaded(model, leaves, first.why)
     exported = None
-    if held is None:
+    if held is None and not fixed_batch:
         # export would take a batch of one for a constant
         doubled = [
             torch.cat([leaf, leaf]) if over and leaf.shape[0] == 1 else leaf

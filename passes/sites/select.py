@@ -44,7 +44,8 @@ def way(device: torch.device, count: int, many: bool) -> Way:
         return "topk"
     if many:
         return "compares"
-    return "sorts" if count <= _IN_REGISTERS else "topk"
+    without = device.type == "mps"  # float64, which the keys of topk are
+    return "sorts" if without or count <= _IN_REGISTERS else "topk"
 
 
 def shortest_row(device: torch.device) -> int:
@@ -135,7 +136,12 @@ def _finite(score: Tensor, lowest: bool) -> Tensor:
 
 
 def _ordered_keys(score: Tensor, rank: Tensor) -> Tensor:
-    """int64 that compare as the scores do, NaN above all, and equal scores as their rank: `topk` mixes up equals."""
-    score = torch.where(score == 0, 0.0, score)  # no -0.0
-    bits = score.view(torch.int32).long()
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) * 2**32 + rank
+    """float64 that compare as the scores do, NaN above all, and equal scores as their rank: `topk` mixes up equals.
+
+    A float32 has 24 bits, so of two neighbours the larger is larger by at least 2^-24 of itself; the last bits of a
+    float64 are the rank's, below 2^27. No bits are read, which ONNX has no op for; and rounded to float32, as OpenVINO
+    computes, keys still compare as the scores do.
+    """
+    score = torch.nan_to_num(score.double() * 0.25, nan=2.0**127, posinf=2.0**126, neginf=-(2.0**126))
+    least = 2.0**-240  # for ranks of zeros; far below the last bit of anything else
+    return score + (score.abs() + least) * (rank.double() * 2.0**-52)
