@@ -45,6 +45,7 @@ COMMANDS = {
     "compile-time": "bench.compile_time",
     "throughput": "bench.throughput.command",
     "costs": "bench.costs",
+    "gpu": "bench.gpu.command",
     "coverage": "bench.coverage.command",
 }
 

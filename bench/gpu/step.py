@@ -1,0 +1,59 @@
+"""One step in a process of its own: `python -m bench.gpu.step NAME OUT DEVICE TINY`, started by the runner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.journal import CANNOT, CannotRun, rows_file, said
+from bench.gpu.plan import STEPS, TINY_STEPS, Setting, Step
+from bench.gpu.rows import reason_of
+from bench.tables.results import Results, environment
+
+
+def main(name: str, out: Path, setting: Setting) -> int:
+    """Measures a step's rows into its file; what it said last on stderr is why it failed."""
+    step = (TINY_STEPS if setting.tiny else STEPS)[name]
+    try:
+        results = Results(rows_file(out, name), environment(name, vars(setting)))
+        work(step, setting, results)
+    except CannotRun as error:
+        print(said(str(error)), file=sys.stderr, flush=True)
+        return CANNOT
+    except Exception as error:
+        traceback.print_exc()
+        print(said(reason_of(error)), file=sys.stderr, flush=True)
+        return 1
+    if failed := [row for row in results.rows if row.get("failed")]:
+        print(said(f"{len(failed)} of {len(results.rows)} rows: {failed[0]['failed']}"), file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def work(step: Step, setting: Setting, results: Results) -> None:
+    """Measures what the results lack."""
+    import torch
+
+    from bench.tables.options import usable
+
+    usable(setting.device)
+    with torch.no_grad():
+        module: Any = import_module(step.module)
+        module.measure(step, setting, results)
+
+
+def _end_with_the_runner() -> None:
+    """The runner holds the other end of stdin; when it is gone, whatever ended it, so is this step."""
+    sys.stdin.buffer.read()
+    os.killpg(os.getpgid(0), signal.SIGKILL)  # with compilers and workers that the step started
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), Setting(sys.argv[3], sys.argv[4] == "1")))
