@@ -107,7 +107,8 @@ def first_call(side: str, quick: bool, device: torch.device) -> float:
     float32 on a CPU, float16 elsewhere, where float32 has no flash attention.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    model, images = (made.to(device, dtype) for made in deit(12, quick))
+    model, images = deit(12, quick)
+    model, images = model.to(device, dtype), images.to(device, dtype)
     backend = "eager" if quick else "inductor"
     wait = wait_for(device)
     wait()

@@ -1,8 +1,8 @@
 """Every claim about GPUs, measured by one command: kernels, launches, speed, memory, compile time, open questions.
 
-A plan of steps, the most telling first, each in a process of its own with a time limit. What a step has measured is kept
-after every row; `results.json`, `RESULTS.md` and `report.html` are written after every step. Stopped at any moment, the same
-command goes on: with what was never run, then with what ran out of time, then with what failed.
+A plan of steps, the most telling first, each in a process of its own with a time limit. What a step has measured is
+kept after every row; `results.json`, `RESULTS.md` and `report.html` are written after every step. Stopped at any
+moment, the same command goes on: with what was never run, then with what ran out of time, then with what failed.
 Models have random weights; nothing is downloaded.
 """
 

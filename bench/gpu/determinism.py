@@ -1,4 +1,4 @@
-"""Merging adds values by `scatter_add`, on CUDA in no fixed order: how much results differ, what a fixed order costs."""
+"""Merging adds by `scatter_add`, on CUDA in no fixed order: how much results differ, and what a fixed order costs."""
 
 from __future__ import annotations
 

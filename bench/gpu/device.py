@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def measure(step: Step, setting: Setting, results: Results) -> None:
     side = TINY_SIDE if setting.tiny else SIDE
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        fill_row(results, {"row": name}, lambda dtype=dtype: speed(side, dtype, device, setting.rounds))
+        fill_row(results, {"row": name}, partial(speed, side, dtype, device, setting.rounds))
 
 
 def what(device: torch.device) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What the first call takes, of the pruned and of the dense model, from cold and from warm caches: `bench compile-time`'s."""
+"""What first calls take, of the pruned and of the dense model, from cold and from warm caches, as `compile-time` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: whether `mode="reduce-overhead"` records a rewritten model, is right when it replays, and what it gives."""
+"""CUDA graphs: whether `mode="reduce-overhead"` records a rewritten model, replays it rightly, and what that gives."""
 
 from __future__ import annotations
 

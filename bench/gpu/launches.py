@@ -73,7 +73,8 @@ def cases(tiny: bool) -> list[Case]:
 def network(case: Case, tiny: bool) -> nn.Module:
     """A ViT of four blocks, or a residual CNN, narrow where it is tiny."""
     if CNN in case.name:
-        return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10).eval()
+        kind: Any = BasicBlock  # timm's annotation asks for one of its instances
+        return ResNet(kind, (1, 1, 1, 1), num_classes=10).eval()
     width, heads = (48, 3) if tiny else (384, 6)
     options: dict[str, Any] = {"img_size": case.side, "depth": DEPTH, "embed_dim": width, "num_heads": heads}
     return timm.create_model("vit_small_patch16_224", num_classes=10, **options).eval()
@@ -131,8 +132,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         else:
             verdicts.append(f"{row['case']}: {more} launches more than dense; predicted were {row['predicted']}")
     notes = [
-        f"{len(SITES)} sites. The kernels of a product depend on its shape: cuBLAS may split one into several launches, "
-        "which the prediction counts as one."
+        f"{len(SITES)} sites. The kernels of a product depend on its shape: cuBLAS may split one into several "
+        "launches, which the prediction counts as one."
     ]
     if any(not row["compiled"] for row in of.values()):
         notes.insert(0, "Not compiled here: ops are counted, not launches, and the prediction says nothing of them.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -90,6 +91,8 @@ def run_step(step: Step, setting: Setting, out: Path, left: float, title: str, s
     environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
     )
+    if not setting.on_cuda:
+        environ.setdefault("OMP_NUM_THREADS", "1")  # threads of small models wait for each other
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -122,10 +125,8 @@ def run_step(step: Step, setting: Setting, out: Path, left: float, title: str, s
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a step's process and all that it started, which are a group of their own."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # all gone
-        pass
     process.wait()
     if process.stdin is not None:
         process.stdin.close()

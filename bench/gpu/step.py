@@ -50,7 +50,8 @@ def work(step: Step, setting: Setting, results: Results) -> None:
 
 def _end_with_the_runner() -> None:
     """The runner holds the other end of stdin; when it is gone, whatever ended it, so is this step."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the process ends
+        pass
     os.killpg(os.getpgid(0), signal.SIGKILL)  # with compilers and workers that the step started
 
 

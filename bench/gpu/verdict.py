@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from rs_compile.timing import Spread
 
@@ -47,7 +48,7 @@ def by_size(a: str, b: str, better: Sequence[tuple[int, str]], what: str) -> str
     first, last = decided[0][1], decided[-1][1]
     if first == last and all(name == first for _, name in decided):
         return f"{first} is faster wherever there is a difference ({what}: {', '.join(str(s) for s, _ in decided)})"
-    turns = sum(x[1] != y[1] for x, y in zip(decided, decided[1:], strict=False))
+    turns = sum(x[1] != y[1] for x, y in pairwise(decided))
     if turns == 1:
         below = max(size for size, name in decided if name == first)
         above = min(size for size, name in decided if name == last)

@@ -1,0 +1,119 @@
+"""What `python -m bench gpu` compiles on a GPU: its small graphs are lowered and every kernel compiled, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import pytest
+import torch
+from fake_gpu import HOPPER, Generated, generate, on_cuda
+from torch import Tensor, float16
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton_kernels import compiled, sources
+
+from bench.gpu import attention, determinism, graphs, launches, selection, size_bias, throughput
+from bench.tables.table6 import METHODS, resnet
+from bench.throughput.networks import NETWORKS
+from passes.device.name_flash import NameFlash
+from rs_compile import Schedule
+
+pytestmark = [pytest.mark.inductor, pytest.mark.slow]
+
+Graph = tuple[GraphModule, int]  # and the samples of a call
+
+
+def of_functions(run: Callable[..., Tensor], *shapes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> GraphModule:
+    """A function of tensors as a graph on fake CUDA tensors, flash named."""
+    with FakeTensorMode():
+        given = [torch.empty(shape, device="cuda", dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return NameFlash()(make_fx(run, pre_dispatch=True)(*given)).gm
+
+
+def speed(name: str) -> dict[str, Callable[[], Graph]]:
+    """The ways of a throughput step, but for those that run uncompiled."""
+    of = throughput.subject(name, tiny=True)
+    ways = [way for way in throughput.ways(of) if way.schedule is not None and "backend" not in way.options]
+    return {f"{name}, {way.name}": partial(rewritten, of.make(False, None), of.shape, way.schedule) for way in ways}
+
+
+def rewritten(model: torch.nn.Module, shape: tuple[int, ...], schedule: Schedule | None, samples: int = 4) -> Graph:
+    return on_cuda(model, shape, float16, schedule or Schedule(), samples), samples
+
+
+def sites() -> dict[str, launches.Case]:
+    return {case.name: case for case in launches.cases(tiny=True)}
+
+
+def of_network(name: str, schedule: Schedule | None) -> Graph:
+    network = NETWORKS[name]
+    return rewritten(network.make(True), tuple(network.inputs(1, True).shape[1:]), schedule, samples=2)
+
+
+def of_resnet(schedule: Schedule | None) -> Graph:
+    of = resnet("ResNet-50", quick=True)
+    return rewritten(of.make(False, None), of.shape, schedule)
+
+
+def micro() -> dict[str, Callable[[], Graph]]:
+    """The micro-benchmarks. A mask makes SDPA choose when it is lowered, for which a driver must be there."""
+    found: dict[str, Callable[[], Graph]] = {}
+    half, single = torch.float16, torch.float32
+    (b, n), *_ = size_bias.shapes(tiny=True)
+    wide = 3 * size_bias.HEADS * size_bias.WIDTH
+    channels = partial(of_functions, partial(size_bias.attend, size_bias.CHANNELS), (b, n, wide), (b, n))
+    found["size bias"] = lambda: (channels(dtypes=(half, single)), b)
+    for how in selection.WAYS:
+        for samples, tokens in selection.shapes(tiny=True):
+            run = partial(selection.chosen, how, int(selection.KEEP * tokens))
+            select = partial(of_functions, run, (samples, tokens), dtypes=(single,))
+            found[f"{how}, {tokens} tokens"] = lambda make=select, samples=samples: (make(), samples)
+    for samples, tokens, r in determinism.shapes(tiny=True):
+        merge = partial(
+            of_functions, partial(determinism.merged, r), (samples, tokens, determinism.WIDTH), dtypes=(half,)
+        )
+        found["merging"] = lambda make=merge, samples=samples: (make(), samples)
+    return found
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {
+    **speed("DeiT-S"),
+    **speed("UMT-B"),
+    **{f"{name} of DeiT-S": partial(of_network, "DeiT-S", schedule) for name, schedule in graphs.SCHEDULES.items()},
+    **{f"kernel of {c.model}, {c.way.name}": partial(of_network, c.model, c.way.schedule) for c in attention.cases()},
+    **{f"ResNet, {name}": partial(of_resnet, method.schedule) for name, method in METHODS.items()},
+    **micro(),
+}
+
+
+def check_compiles(generated: Generated) -> None:
+    wanted = set(sources(generated))
+    assert wanted == {launch for launch in generated.launches if launch.startswith("triton_")}
+    assert {binary.name for binary in compiled(generated, HOPPER) if binary.code > 0} == wanted
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_kernel_of_the_tiny_plan_compiles(name: str) -> None:
+    gm, samples = GRAPHS[name]()
+    generated = generate(gm, samples)
+    assert generated.records_cuda_graph and generated.launches
+    check_compiles(generated)
+
+
+@cache
+def lowered(name: str) -> Generated:
+    case = sites()[name]
+    model = launches.network(case, tiny=True)
+    schedule = Schedule() if case.way is None else case.way.schedule
+    gm, samples = rewritten(model, (3, case.side, case.side), schedule, case.batch)
+    return generate(gm, samples)
+
+
+@pytest.mark.parametrize("name", [name for name, case in sites().items() if case.way is not None])
+def test_launches_are_as_predicted(name: str) -> None:
+    """The counts beside which the profiler's are shown."""
+    case = sites()[name]
+    assert len(lowered(name).launches) - len(lowered(case.dense).launches) == case.predicted
+    check_compiles(lowered(name))
