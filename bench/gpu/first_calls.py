@@ -1,4 +1,4 @@
-"""What first calls take, of the pruned and of the dense model, from cold and from warm caches, as `compile-time` does."""
+"""What first calls take, of the pruned and of the dense model, from cold and warm caches, as `compile-time` does."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Step:
         title: in words.
         module: whose `measure(step, setting, results)` does it and whose `tables(rows)` shows it.
         limit: seconds it may take.
-        subject: the model, where steps differ in it.
+        subjects: the models, where steps differ in them.
         dtype: of the model.
         needs_cuda: why it cannot run on a CPU; "" where it can.
     """
@@ -51,22 +52,22 @@ class Step:
     title: str
     module: str
     limit: float
-    subject: str = ""
+    subjects: tuple[str, ...] = ()
     dtype: str = "float16"
     needs_cuda: str = ""
 
 
-def _speed(subject: str, dtype: str, limit: float, module: str = "throughput") -> Step:
-    name = f"{subject.lower()}-{dtype}"
-    return Step(name, f"throughput of {subject} in {dtype}", f"bench.gpu.{module}", limit, subject, dtype)
+def _speed(name: str, limit: float, *subjects: str, dtype: str = "float16", module: str = "throughput") -> Step:
+    title = f"throughput of {', '.join(subjects)} in {dtype}"
+    return Step(f"{name}-{dtype}", title, f"bench.gpu.{module}", limit, subjects, dtype)
 
 
-_TIMES = "table6_speed"
+_resnets = partial(_speed, "resnets", 400, "ResNet-50", "ResNet-34", module="table6_speed")
 _ALL = (
     Step("device", "what the GPU is and does at best", "bench.gpu.device", 60),
-    _speed("DeiT-S", "float16", 240),
+    _speed("deit-s", 240, "DeiT-S"),
     Step("attention", "which attention kernel really runs", "bench.gpu.attention", 180),
-    _speed("UMT-B", "float16", 240),
+    _speed("umt-b", 240, "UMT-B"),
     Step("launches", "kernels a site, beside the counts that the tests predict", "bench.gpu.launches", 240),
     Step(
         "tests",
@@ -86,13 +87,11 @@ _ALL = (
     Step("selection", "selecting: sorts, topk or comparing", "bench.gpu.selection", 180),
     Step("determinism", "what deterministic scatter_add costs", "bench.gpu.determinism", 90),
     Step("compile-time", "first calls, cold and warm", "bench.gpu.first_calls", 360),
-    _speed("DeiT-B", "float16", 240),
-    _speed("DeiT-T", "float16", 240),
-    _speed("UMT-L", "float16", 300),
-    _speed("ResNet-50", "float16", 240, _TIMES),
-    _speed("ResNet-34", "float16", 240, _TIMES),
-    *(_speed(name, "bfloat16", 240) for name in ("DeiT-S", "UMT-B", "DeiT-T", "DeiT-B", "UMT-L")),
-    *(_speed(name, "bfloat16", 240, _TIMES) for name in ("ResNet-50", "ResNet-34")),
+    _speed("deit-b-t", 400, "DeiT-B", "DeiT-T"),
+    _speed("umt-l", 300, "UMT-L"),
+    _resnets(),
+    _speed("transformers", 900, "DeiT-S", "UMT-B", "DeiT-B", "DeiT-T", "UMT-L", dtype="bfloat16"),
+    _resnets(dtype="bfloat16"),
 )
 STEPS = {step.name: step for step in _ALL}
 TINY_STEPS = {name: replace(step, limit=120) for name, step in STEPS.items()}

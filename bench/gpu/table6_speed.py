@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
-from bench.gpu.rows import fill_row, fitting
+from bench.gpu.rows import fill_row, fitting, forget
 from bench.tables.methods import BASE
 from bench.tables.options import Setting as TableSetting
 from bench.tables.results import Results, Row
@@ -20,9 +21,15 @@ TINY_BATCH = 4
 
 
 def measure(step: Step, setting: Setting, results: Results) -> None:
-    """One row: all ways are timed together, each in its faster memory format."""
-    of, methods = resnet(step.subject, setting.tiny), list(METHODS.values())
-    asked = of.batch[1]
+    """A row for each model: all ways are timed together, each in its faster memory format."""
+    for name in step.subjects:
+        fill_row(results, {"model": name, "dtype": step.dtype}, partial(compared, name, step.dtype, setting))
+        forget()
+
+
+def compared(name: str, dtype: str, setting: Setting) -> Mapping[str, Any]:
+    """All ways in turns, at the paper's batch size or what of it fits."""
+    of, methods = resnet(name, setting.tiny), list(METHODS.values())
 
     def timed(batch: int) -> dict[str, Row]:
         how = TableSetting(
@@ -30,7 +37,7 @@ def measure(step: Step, setting: Setting, results: Results) -> None:
             quick=setting.tiny,
             backend=setting.backend,
             device=torch.device(setting.device),
-            dtype=DTYPES[step.dtype],
+            dtype=DTYPES[dtype],
             batch_size=batch,
             rounds=setting.rounds,
             json=None,
@@ -41,11 +48,8 @@ def measure(step: Step, setting: Setting, results: Results) -> None:
         fill_gflops(found, of, methods)
         return {method.name: found.row(identity(of, method)) for method in methods}
 
-    def make() -> Mapping[str, Any]:
-        ways, batch = fitting(TINY_BATCH if setting.tiny else asked, timed)
-        return {"ways": ways, "batch": batch, "batch_asked": asked}
-
-    fill_row(results, {"model": step.subject, "dtype": step.dtype}, make)
+    ways, batch = fitting(TINY_BATCH if setting.tiny else of.batch[1], timed)
+    return {"ways": ways, "batch": batch, "batch_asked": of.batch[1]}
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
