@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
-from bench.gpu.rows import fill_row, forget, say
+from bench.gpu.rows import fill_row, forget, function, say
 from bench.gpu.verdict import in_words
 from bench.tables.results import Results, Row
 from passes.sites.matching import cosine, match, merge
@@ -83,7 +83,7 @@ def compared(samples: int, tokens: int, r: int, dtype: str, setting: Setting) ->
 
 def _call(on: bool, run: Callable[[Tensor], Tensor], x: Tensor, setting: Setting) -> Callable[[], Tensor]:
     # of its own each: Inductor lowers scatter_add otherwise when deterministic
-    made = run if setting.backend == "eager" else torch.compile(run, dynamic=False)
+    made = function(run, setting)
 
     def call() -> Tensor:
         with deterministic(on):
@@ -104,6 +104,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         differ = f"{row['differ'][FREE]} of {RUNS}, by {row['furthest'][FREE]:.1e}"
         fixed = f"{row['differ'][FIXED]} of {RUNS}"
         lines.append([name, differ, fixed, f"{took[FREE]:.3f}", f"{took[FIXED]:.3f}", words])
-        verdicts.append(f"scatter_add, {name}: {differ} runs differ in any order, {fixed} when deterministic; {words}")
+        verdicts.append(
+            f"scatter_add, {name}: runs that differ from the first: {row['differ'][FREE]} of {RUNS} in any order, "
+            f"{fixed} when deterministic; {words}"
+        )
     heads = ("merge", "runs that differ", "when deterministic", f"{FREE}, ms", f"{FIXED}, ms", "verdict")
     return [Table("Determinism of merging", heads, lines, verdicts, ["The whole merge is timed: matching and adding."])]

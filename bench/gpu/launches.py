@@ -21,7 +21,6 @@ from bench.tables.methods import OURS, STREAM, WARD, Method, merging, pruned
 from bench.tables.results import Results, Row
 from rs_compile import GridPrune, Schedule
 from rs_compile.commands import DTYPES
-from rs_compile.timing import compiled
 
 DEPTH, SITES = 4, (0, 1, 2)
 CNN = "CNN"
@@ -33,7 +32,7 @@ class Case:
 
     Args:
         name: in rows.
-        way: how it is rewritten; None for torch.compile(model).
+        way: how it is rewritten, a dense one by nothing.
         dense: the case to compare with, its own name for a dense one.
         batch: samples of a call.
         predicted: launches more than the dense model's, by `tests/gpu_lowering`.
@@ -41,7 +40,7 @@ class Case:
     """
 
     name: str
-    way: Method | None
+    way: Method
     dense: str
     batch: int
     predicted: int
@@ -55,10 +54,10 @@ def cases(tiny: bool) -> list[Case]:
     few, many, small, large = (2, 260, 64, 368) if tiny else (64, 512, 224, 384)
     lines = Schedule(grid=dict.fromkeys(SITES, GridPrune(rows=2, columns=2)))
     three, attentions = len(SITES), DEPTH
-    dense, dense_cnn = "dense", "dense CNN"
+    dense, dense_cnn, whole = "dense", "dense CNN", Method("dense", Schedule())
     ours, mine = partial(pruned, OURS, importance="shift"), partial(Case, dense=dense)
     return [
-        mine(dense, None, batch=few, predicted=0, side=small),
+        mine(dense, whole, batch=few, predicted=0, side=small),
         mine("pruned", ours(keep), batch=few, predicted=2 * three, side=small),
         mine("merged, with size bias", merging(STREAM, share), batch=few, predicted=8 * three, side=small),
         mine(
@@ -66,7 +65,7 @@ def cases(tiny: bool) -> list[Case]:
         ),
         mine("pruned, above 256 samples", ours(keep), batch=many, predicted=3 * three, side=small),
         mine("pruned, above 512 tokens", ours(keep), batch=2, predicted=3 * three, side=large),
-        Case(dense_cnn, None, dense_cnn, few, 0, small),
+        Case(dense_cnn, whole, dense_cnn, few, 0, small),
         Case("CNN, whole lines", Method("lines", lines), dense_cnn, few, 3 * three, small),
     ]
 
@@ -94,8 +93,7 @@ def counted(case: Case, dtype: str, setting: Setting) -> Mapping[str, Any]:
     model = network(case, setting.tiny).to(device, DTYPES[dtype])
     images = torch.randn(case.batch, 3, case.side, case.side, generator=torch.Generator().manual_seed(0))
     images = images.to(device, DTYPES[dtype])
-    forward = compiled(model, setting.backend) if case.way is None else case.way.apply(model, setting.backend)
-    call = partial(forward, images)
+    call = partial(case.way.apply(model, setting.backend), images)
     call()
     kernels = traced(call, device).kernels
     return {

@@ -62,7 +62,7 @@ def _speed(name: str, limit: float, *subjects: str, dtype: str = "float16", modu
     return Step(f"{name}-{dtype}", title, f"bench.gpu.{module}", limit, subjects, dtype)
 
 
-_resnets = partial(_speed, "resnets", 400, "ResNet-50", "ResNet-34", module="table6_speed")
+_resnets = partial(_speed, "resnets", 500, "ResNet-50", "ResNet-34", module="table6_speed")
 _ALL = (
     Step("device", "what the GPU is and does at best", "bench.gpu.device", 60),
     _speed("deit-s", 240, "DeiT-S"),

@@ -16,8 +16,7 @@ from bench.gpu.journal import CannotRun
 from rs_compile.timing import wait_for
 
 _ATTENTION = re.compile(r"flash|fmha|scaled_dot_product|sdpa|attention", re.IGNORECASE)
-# kinds of attention by the op that the profiler sees, as in a report
-_KINDS = {"flash": "flash", "efficient": "efficient", "cudnn": "cudnn", "math": "math", "fused": "fused"}
+_FUSED = re.compile(r"aten::_scaled_dot_product_(flash|efficient|cudnn|fused)_")
 
 
 class Trace:
@@ -45,16 +44,14 @@ class Trace:
 
     @property
     def attentions(self) -> list[str]:
-        """The kernel of each attention, in order: flash, efficient, cudnn, math."""
-        ops = (str(e["name"]).removeprefix("aten::") for e in self._events if e.get("cat") == "cpu_op")
-        found = [re.match(r"_scaled_dot_product_(?:attention_)?([a-z]+)", op) for op in ops]
-        kinds = [match.group(1) for match in found if match is not None]
-        return [kind for kind in kinds if kind in _KINDS]
+        """The kernel of each fused attention, in order, named as in a report: flash, efficient, cudnn."""
+        found = [_FUSED.match(str(event["name"])) for event in self._events if event.get("cat") == "cpu_op"]
+        return [match.group(1) for match in found if match is not None]
 
     @property
     def attention_kernels(self) -> list[str]:
         """Kernels of the device whose names say attention, each once."""
-        return sorted({kernel for kernel in self.kernels if _ATTENTION.search(kernel)})
+        return sorted({kernel for kernel in self.kernels if kind(kernel) == "attention"})
 
 
 def traced(call: Callable[[], object], device: torch.device) -> Trace:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench.gpu.plan import Setting
 from bench.tables.results import Results
 
 T = TypeVar("T")
@@ -60,11 +61,21 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def forget() -> None:
-    """Gives back what compiled code and models hold that nobody asks for any more."""
+    """Forgets all compiled code, and gives back the memory that it, and models, held."""
     torch.compiler.reset()
+    free()
+
+
+def free() -> None:
+    """Gives back memory that nothing reads any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def function(run: Callable[..., T], setting: Setting) -> Callable[..., T]:
+    """A function, compiled for the sizes that it is called with; on a CPU by all of torch.compile but Inductor."""
+    return torch.compile(run, dynamic=False, backend="inductor" if setting.on_cuda else "aot_eager")
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,9 +53,9 @@ def run_plan(steps: Sequence[Step], setting: Setting, out: Path, seconds: float)
             outcome = run_step(step, setting, out, left, title, status)
         stopped = outcome.state == "stopped"
         journal.note(step.name, outcome)
-        write_report(journal, steps)
+        _report(journal, steps, console)
         console.print(f"{step.name}: {outcome.state} ({outcome.seconds:.0f} s) {outcome.reason}", markup=False)
-    write_report(journal, steps)
+    _report(journal, steps, console)
     console.print(
         f"report: {out / 'report.html'}, tables: {out / 'RESULTS.md'}; the same command goes on", markup=False
     )
@@ -61,6 +63,14 @@ def run_plan(steps: Sequence[Step], setting: Setting, out: Path, seconds: float)
         return 130
     mine = [journal.outcomes[step.name].state for step in steps if step.name in journal.outcomes]
     return int("failed" in mine or "out of time" in mine)
+
+
+def _report(journal: Journal, steps: Sequence[Step], console: Console) -> None:
+    """A report that cannot be made must not end the measuring: the rows are in results.json."""
+    try:
+        write_report(journal, steps)
+    except Exception:
+        console.print_exception()
 
 
 def check(setting: Setting) -> None:
@@ -85,7 +95,8 @@ def run_step(step: Step, setting: Setting, out: Path, left: float, title: str, s
         return Outcome("cannot run", reason=step.needs_cuda)
     limit = min(step.limit, left)
     log = out / "logs" / f"{step.name}.log"
-    command = [sys.executable, "-m", "bench.gpu.step", step.name, str(out), setting.device, str(int(setting.tiny))]
+    given = [json.dumps(asdict(step)), str(out), json.dumps(asdict(setting))]
+    command = [sys.executable, "-m", "bench.gpu.step", *given]
     # one cache for all steps and reruns: what was compiled once is there when the user stops and starts again
     environ = {"TORCHINDUCTOR_CACHE_DIR": str((out / "inductor").absolute()), **os.environ, "PYTHONUNBUFFERED": "1"}
     environ["PYTHONPATH"] = os.pathsep.join(

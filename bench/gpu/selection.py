@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
-from bench.gpu.rows import fill_row, forget, reason_of, say
+from bench.gpu.rows import fill_row, forget, function, reason_of, say
 from bench.gpu.verdict import winner
 from bench.tables.results import Results, Row
 from passes.sites.select import FEW, Way, keep_highest, way
@@ -57,9 +57,7 @@ def compared(samples: int, tokens: int, setting: Setting) -> Mapping[str, Any]:
     calls: dict[str, Callable[[], object]] = {}
     failed = {} if "sorts" in ways_for(samples, setting.on_cuda) else {"sorts": SLOW}
     for how in ways_for(samples, setting.on_cuda):
-        run: Callable[[Tensor], Tensor] = partial(chosen, how, keep)
-        if setting.backend != "eager":
-            run = torch.compile(run, dynamic=False)
+        run: Callable[[Tensor], Tensor] = function(partial(chosen, how, keep), setting)
         say(f"{how}: first call")
         try:
             found = run(scores)

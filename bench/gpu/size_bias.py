@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
 from bench.gpu.profiled import traced
-from bench.gpu.rows import fill_row, fitting, forget
+from bench.gpu.rows import fill_row, fitting, forget, function
 from bench.gpu.verdict import by_size, in_words, winner
 from bench.tables.results import Results, Row
 from passes.sites.sizes import attend_by_channel, attend_by_mask
@@ -94,9 +94,7 @@ def attend_exactly(qkv: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _call(way: str, qkv: Tensor, sizes: Tensor, setting: Setting) -> Callable[[], Tensor]:
-    run: Callable[[Tensor, Tensor], Tensor] = partial(attend, way)
-    if setting.backend != "eager":
-        run = torch.compile(run, dynamic=False)
+    run: Callable[[Tensor, Tensor], Tensor] = function(partial(attend, way), setting)
 
     def call() -> Tensor:
         if not setting.on_cuda:  # the kernels of a CPU are others

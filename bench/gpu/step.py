@@ -1,7 +1,8 @@
-"""One step in a process of its own: `python -m bench.gpu.step NAME OUT DEVICE TINY`, started by the runner."""
+"""One step in a process of its own: `python -m bench.gpu.step STEP OUT SETTING`, started by the runner."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.journal import CANNOT, CannotRun, rows_file, said
-from bench.gpu.plan import STEPS, TINY_STEPS, Setting, Step
+from bench.gpu.plan import Setting, Step
 from bench.gpu.rows import reason_of
 from bench.tables.results import Results, environment
 
 
-def main(name: str, out: Path, setting: Setting) -> int:
+def main(step: Step, out: Path, setting: Setting) -> int:
     """Measures a step's rows into its file; what it said last on stderr is why it failed."""
-    step = (TINY_STEPS if setting.tiny else STEPS)[name]
     try:
-        results = Results(rows_file(out, name), environment(name, vars(setting)))
+        results = Results(rows_file(out, step.name), environment(step.name, vars(setting)))
         work(step, setting, results)
     except CannotRun as error:
         print(said(str(error)), file=sys.stderr, flush=True)
@@ -52,9 +52,10 @@ def _end_with_the_runner() -> None:
     """The runner holds the other end of stdin; when it is gone, whatever ended it, so is this step."""
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when the process ends
         pass
-    os.killpg(os.getpgid(0), signal.SIGKILL)  # with compilers and workers that the step started
+    if os.getpgid(0) == os.getpid():  # with compilers and workers that the step started
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
-    sys.exit(main(sys.argv[1], Path(sys.argv[2]), Setting(sys.argv[3], sys.argv[4] == "1")))
+    sys.exit(main(Step(**json.loads(sys.argv[1])), Path(sys.argv[2]), Setting(**json.loads(sys.argv[3]))))

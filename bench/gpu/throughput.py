@@ -5,7 +5,7 @@ A way at a time, so that a short session has the telling rows: each is timed in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
-from bench.gpu.rows import fill_row, fitting, forget, say
+from bench.gpu.rows import fill_row, fitting, forget, free, say
 from bench.memory import peak_bytes
 from bench.tables import table1, table2, table5
 from bench.tables.methods import (
@@ -42,6 +42,7 @@ from rs_compile.timing import Call, interleaved
 
 DATASET = "MSRVTT"  # whose row of table 2 is shown; speed is the same in all
 TINY_BATCH = 4
+Forwards = Mapping[str, Callable[..., Any]]  # by the name of the way
 REHEARSED = (("DeiT-S", "float16"), ("UMT-B", "float16"))  # tiny with all ways; the others are the same code
 
 
@@ -75,7 +76,8 @@ def _measure_one(of: Subject, dtype: str, setting: Setting, results: Results) ->
     batch = TINY_BATCH if setting.tiny else of.batch[1]
     model = of.make(False, None).to(setting.device, DTYPES[dtype])
     whole = plan(model, {}, _inputs(of, 2, model)).macs_dense
-    side = partial(_beside, of, model, whole, setting)
+    baselines: dict[int, Forwards] = {}  # compiled once for a batch size
+    side = partial(_beside, of, model, whole, setting, baselines)
     same = {"model": of.name, "dtype": dtype}
     rows: dict[str, Row] = {}
     few = setting.tiny and (of.name, dtype) not in REHEARSED
@@ -94,7 +96,7 @@ def _measure_one(of: Subject, dtype: str, setting: Setting, results: Results) ->
         for name in (BASE, COMPILED):
             if name in rows and results.lacking([{**same, "method": name}], "throughput"):
                 results.fill({**same, "method": name}, {"batch": batch, "failed": "", **rows[name]})
-        forget()
+        free()
 
 
 def _inputs(of: Subject, batch: int, model: torch.nn.Module) -> torch.Tensor:
@@ -104,12 +106,20 @@ def _inputs(of: Subject, batch: int, model: torch.nn.Module) -> torch.Tensor:
 
 
 def _beside(
-    of: Subject, model: torch.nn.Module, whole: int, setting: Setting, way: Method, batch: int
+    of: Subject,
+    model: torch.nn.Module,
+    whole: int,
+    setting: Setting,
+    baselines: dict[int, Forwards],
+    way: Method,
+    batch: int,
 ) -> dict[str, dict[str, Any]]:
     """The rows of a way and of both baselines, timed in turns."""
-    torch.compiler.reset()  # another batch size must not make shapes dynamic
-    methods = {method.name: method for method in (dense(BASE), dense(COMPILED), way)}
-    forwards = {name: method.apply(model, setting.backend) for name, method in methods.items()}
+    if batch not in baselines:
+        torch.compiler.reset()  # another batch size must not make shapes dynamic
+        baselines.clear()
+        baselines[batch] = {name: dense(name).apply(model, setting.backend) for name in (BASE, COMPILED)}
+    forwards = {**baselines[batch], way.name: way.apply(model, setting.backend)}
     inputs = _inputs(of, batch, model)
     calls: dict[str, Call] = {name: partial(forward, inputs) for name, forward in forwards.items()}
     timing = interleaved(calls, setting.rounds, device=setting.device, say=say)
