@@ -15,7 +15,7 @@ class Table:
 
     Args:
         title: above it.
-        heads, lines: its cells, as text.
+        heads, lines: its cells, as text; no table where there are no lines.
         verdicts: what it decides, each a sentence; also shown at the top of the report.
         notes: what a reader must know about it.
         svg: pictures below it.
@@ -32,7 +32,7 @@ class Table:
         """The table with its verdicts; pictures are left out."""
         # a bar would end a cell
         lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
-        body = tabulate(lines, self.heads, tablefmt="github", disable_numparse=True) if lines else "(no rows yet)"
+        body = tabulate(lines, self.heads, tablefmt="github", disable_numparse=True) if lines else ""
         verdicts = "\n".join(f"- **{verdict}**" for verdict in self.verdicts)
         return "\n\n".join(part for part in (f"## {self.title}", verdicts, body, *self.notes) if part)
 
@@ -44,5 +44,5 @@ class Table:
         verdicts = "".join(f'<p class="verdict">{escape(verdict)}</p>' for verdict in self.verdicts)
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         pictures = "".join(f'<div class="wide">{svg}</div>' for svg in self.svg)
-        shown = table if self.lines else "<p>(no rows yet)</p>"
+        shown = table if self.lines else ""
         return f"<section><h2>{escape(self.title)}</h2>{verdicts}{shown}{notes}{pictures}</section>"

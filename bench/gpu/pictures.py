@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench.gpu.document import Table
 from bench.gpu.size_bias import CHANNELS, MASK
-from bench.gpu.throughput import printed_speed_up
+from bench.gpu.throughput import ORDER, printed_speed_up
 from bench.tables.methods import BASE, COMPILED, METHODS
 from bench.tables.results import Row
 from bench.throughput.picture import plot
@@ -44,7 +43,7 @@ def pictures(rows: Mapping[str, Sequence[Row]]) -> list[Table]:
 
 
 def _section(title: str, figure: Figure, note: str) -> Table:
-    return Table(title, ("",), [], notes=[note], svg=[svg(figure)])
+    return Table(title, (), [], notes=[note], svg=[svg(figure)])
 
 
 def svg(figure: Figure) -> str:
@@ -59,13 +58,16 @@ def svg(figure: Figure) -> str:
 
 def over_eager(rows: Sequence[Row]) -> Figure:
     """A panel for each model and dtype, a bar for each way."""
-    panels = [(key, list(group)) for key, group in groupby(rows, key=lambda row: (row["model"], row["dtype"]))]
+    by_panel: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_panel.setdefault((row["model"], row["dtype"]), []).append(row)
+    panels = list(by_panel.items())
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.9 * lines), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for ((model, dtype), of), axis in zip(panels, axes, strict=False):
-        of = [row for row in of if row["method"] != BASE][::-1]
+        of = sorted((r for r in of if r["method"] != BASE), key=lambda r: ORDER.index(r["method"]), reverse=True)
         heights = [row["over_eager"] for row in of]
         low = [max(0, row["over_eager"] - row["over_eager_quartiles"][0]) for row in of]
         high = [max(0, row["over_eager_quartiles"][1] - row["over_eager"]) for row in of]

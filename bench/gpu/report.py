@@ -55,7 +55,7 @@ def tables(journal: Journal, steps: Sequence[Step]) -> list[Table]:
         module: Any = import_module(name)
         found += module.tables(rows)
     if find_spec("matplotlib") is None:
-        return [*found, Table("Plots", ("",), [], notes=["matplotlib is not installed, so that nothing is drawn."])]
+        return [*found, Table("Plots", (), [], notes=["matplotlib is not installed, so that nothing is drawn."])]
     from bench.gpu.pictures import pictures
 
     return [*found, *pictures(by_module)]
