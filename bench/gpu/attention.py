@@ -33,20 +33,21 @@ class Case:
     way: Method
 
 
-def cases() -> list[Case]:
-    """The three models, dense and pruned, and one that merges."""
+def cases(tiny: bool) -> list[Case]:
+    """The three models, dense and pruned, and one that merges; tiny, one of them dense."""
     found = []
     for name in ("DeiT-S", "UMT-B", "BEiT-B"):
         network = NETWORKS[name]
-        found.append(Case(name, pruned(OURS, dict.fromkeys(network.blocks, KEEP), network.importance)))
-        found.append(Case(name, dense(SDPA)))
+        found.append(Case(name, pruned(OURS, dict.fromkeys(network.blocks, KEEP), network.attention)))
+        if not tiny or name == "DeiT-S":
+            found.append(Case(name, dense(SDPA)))
     shares = dict.fromkeys(NETWORKS["DeiT-S"].blocks, round(1 - KEEP, 9))
     return [*found, Case("DeiT-S", merging(STREAM, shares))]
 
 
 def measure(step: Step, setting: Setting, results: Results) -> None:
     """A row for each case."""
-    for case in cases():
+    for case in cases(setting.tiny):
         identity = {"model": case.model, "method": case.way.name, "dtype": step.dtype}
         fill_row(results, identity, partial(seen, case, step.dtype, setting))
         forget()

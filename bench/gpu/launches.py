@@ -17,7 +17,7 @@ from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
 from bench.gpu.profiled import by_attention, kind, traced
 from bench.gpu.rows import fill_row, forget
-from bench.tables.methods import OURS, STREAM, WARD, Method, merging, pruned
+from bench.tables.methods import OURS, STREAM, WARD, Method, merging
 from bench.tables.results import Results, Row
 from rs_compile import GridPrune, Schedule
 from rs_compile.commands import DTYPES
@@ -55,16 +55,16 @@ def cases(tiny: bool) -> list[Case]:
     lines = Schedule(grid=dict.fromkeys(SITES, GridPrune(rows=2, columns=2)))
     three, attentions = len(SITES), DEPTH
     dense, dense_cnn, whole = "dense", "dense CNN", Method("dense", Schedule())
-    ours, mine = partial(pruned, OURS, importance="shift"), partial(Case, dense=dense)
+    ours, mine = Method(OURS, Schedule(keep)), partial(Case, dense=dense)
     return [
         mine(dense, whole, batch=few, predicted=0, side=small),
-        mine("pruned", ours(keep), batch=few, predicted=2 * three, side=small),
+        mine("pruned", ours, batch=few, predicted=2 * three, side=small),
         mine("merged, with size bias", merging(STREAM, share), batch=few, predicted=8 * three, side=small),
         mine(
             "merged by Ward's cost", merging(WARD, share), batch=few, predicted=9 * three + 2 * attentions, side=small
         ),
-        mine("pruned, above 256 samples", ours(keep), batch=many, predicted=3 * three, side=small),
-        mine("pruned, above 512 tokens", ours(keep), batch=2, predicted=3 * three, side=large),
+        mine("pruned, above 256 samples", ours, batch=many, predicted=3 * three, side=small),
+        mine("pruned, above 512 tokens", ours, batch=2, predicted=3 * three, side=large),
         Case(dense_cnn, whole, dense_cnn, few, 0, small),
         Case("CNN, whole lines", Method("lines", lines), dense_cnn, few, 3 * three, small),
     ]

@@ -14,7 +14,7 @@ from bench.gpu.journal import Journal, Outcome
 from bench.gpu.plan import Step
 
 TITLE = "The claims about GPUs, measured"
-TINY = "A rehearsal with small stand-ins for the models named: its numbers and verdicts mean nothing."
+TINY = "A rehearsal with small stand-ins, one model a step: its numbers and verdicts mean nothing."
 _PAGE = Path(__file__).with_name("page.html")
 
 

@@ -59,9 +59,9 @@ def ways(of: Subject) -> list[Method]:
     """How to run a model, the most telling first; merging takes as many tokens after the same blocks."""
     shares = {block: round(1 - ratio, 9) for block, ratio in of.keep.items()}
     return [
-        pruned(OURS, of.keep, of.importance),
+        pruned(OURS, of.keep, of.attention),
         dense(SDPA),
-        pruned(ATTENTION, of.keep, of.importance),
+        pruned(ATTENTION, of.keep, of.attention),
         *(merging(name, shares) for name in (TOME, VID_TLDR_SHIFT, WARD, STREAM, VID_TLDR)),
     ]
 
@@ -76,9 +76,8 @@ def measure(step: Step, setting: Setting, results: Results) -> None:
 def _measure_one(of: Subject, dtype: str, setting: Setting, results: Results) -> None:
     batch = TINY_BATCH if setting.tiny else of.batch[1]
     model = of.make(False, None).to(setting.device, DTYPES[dtype])
-    whole = plan(model, {}, _inputs(of, 2, model)).macs_dense
     baselines: dict[int, Forwards] = {}  # compiled once for a batch size
-    side = partial(_beside, of, model, whole, setting, baselines)
+    side = partial(_beside, of, model, setting, baselines)
     same = {"model": of.name, "dtype": dtype}
     rows: dict[str, Row] = {}
     few = setting.tiny and (of.name, dtype) not in REHEARSED
@@ -109,7 +108,6 @@ def _inputs(of: Subject, batch: int, model: torch.nn.Module) -> torch.Tensor:
 def _beside(
     of: Subject,
     model: torch.nn.Module,
-    whole: int,
     setting: Setting,
     baselines: dict[int, Forwards],
     way: Method,
@@ -124,6 +122,8 @@ def _beside(
     inputs = _inputs(of, batch, model)
     calls: dict[str, Call] = {name: partial(forward, inputs) for name, forward in forwards.items()}
     timing = interleaved(calls, setting.rounds, device=setting.device, say=say)
+    mine = forwards[way.name]
+    whole = (mine.report() if isinstance(mine, OptimizedModel) else plan(model, {}, inputs)).macs_dense
     rows = {}
     for name, forward in forwards.items():
         report = forward.report() if isinstance(forward, OptimizedModel) else None

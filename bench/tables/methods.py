@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rs_compile import Lowest, OptimizedModel, Random, Schedule, Score, Shift, ToMe, VidTLDR
+from rs_compile import Lowest, OptimizedModel, Random, Schedule, Score, Shift, ToMe, VidTLDR, Ward
 from rs_compile.compiling import Options
 from rs_compile.optimize import Backend
 from rs_compile.timing import compiled
@@ -140,7 +140,7 @@ def merging(name: str, merge: Mapping[int, int | float], at: Mapping[str, Any] |
         VID_TLDR_SHIFT: Schedule(merge=merge, by=VidTLDR(Shift())),
         TOME: Schedule(merge=merge, by=ToMe()),
         STREAM: Schedule(merge=merge),
-        WARD: Schedule(merge=merge, merger="ward"),
+        WARD: Schedule(merge=merge, by=Ward()),
     }[name]
     published = {"explicit_attention": True, "backend": "eager"}
     return Method(name, schedule, options=published if name == VID_TLDR else {}, at=at or {})

@@ -83,7 +83,10 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     **speed("DeiT-S"),
     **speed("UMT-B"),
     **{f"{name} of DeiT-S": partial(of_network, "DeiT-S", schedule) for name, schedule in graphs.SCHEDULES.items()},
-    **{f"kernel of {c.model}, {c.way.name}": partial(of_network, c.model, c.way.schedule) for c in attention.cases()},
+    **{
+        f"kernel of {c.model}, {c.way.name}": partial(of_network, c.model, c.way.schedule)
+        for c in attention.cases(tiny=True)
+    },
     **{f"ResNet, {name}": partial(of_resnet, method.schedule) for name, method in METHODS.items()},
     **{f"launches, {case.name}": partial(of_site, case, True) for case in launches.cases(tiny=True)},
     **micro(),
