@@ -20,7 +20,7 @@ from bench.gpu import runner
 from bench.gpu.document import Table
 from bench.gpu.journal import Journal, Outcome
 from bench.gpu.plan import STEPS, TINY_STEPS, Setting, Step
-from bench.gpu.profiled import by_attention, kind
+from bench.gpu.profiled import Trace, by_attention, kind
 from bench.gpu.rows import fill_row, fitting
 from bench.gpu.runner import run_plan
 from bench.gpu.throughput import printed_speed_up
@@ -103,6 +103,24 @@ def test_kernels_by_block() -> None:
         "product", "attention", "attention", "generated", "attention", "other", "product",
     ]  # fmt: skip
     assert by_attention(names) == [names[:3], names[3:5], names[5:]]
+
+
+def test_a_trace_of_a_gpu_and_of_a_cpu() -> None:
+    """A GPU's kernels in the order that they ran, no copies and no annotations; a CPU's outermost ops."""
+    seen = [
+        ("kernel", "flash_fwd_kernel", 30, 5),
+        ("kernel", "triton_poi_fused_0", 20, 5),
+        ("gpu_memcpy", "Memcpy HtoD", 10, 5),
+        ("gpu_user_annotation", "## Call CompiledFxGraph ##", 10, 50),
+        ("cpu_op", "aten::scaled_dot_product_attention", 1, 9),
+        ("cpu_op", "aten::_scaled_dot_product_flash_attention", 2, 7),
+        ("cpu_op", "aten::_scaled_dot_product_attention_math", 12, 3),
+    ]
+    events = [{"cat": cat, "name": name, "ts": ts, "dur": dur} for cat, name, ts, dur in seen]
+    on_gpu, on_cpu = (Trace(events, torch.device(device)) for device in ("cuda", "cpu"))
+    assert on_gpu.kernels == ["triton_poi_fused_0", "flash_fwd_kernel"]
+    assert on_gpu.attentions == ["flash"] and on_gpu.attention_kernels == ["flash_fwd_kernel"]
+    assert on_cpu.kernels == ["scaled_dot_product_attention", "_scaled_dot_product_attention_math"]
 
 
 def test_the_papers_speed_ups() -> None:
