@@ -46,6 +46,7 @@ COMMANDS = {
     "throughput": "bench.throughput.command",
     "costs": "bench.costs",
     "runtimes": "bench.runtimes",
+    "gpu": "bench.gpu.command",
     "coverage": "bench.coverage.command",
 }
 

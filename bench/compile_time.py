@@ -36,6 +36,7 @@ from passes.pipeline import prepare
 from rs_compile import Schedule, optimize
 from rs_compile.arguments import positive
 from rs_compile.rewrite import rewrite
+from rs_compile.timing import wait_for
 
 PARTS = ("compile", "passes", "growth", "memory")
 SCHEDULE = Schedule({0: 0.8, 3: 0.8, 6: 0.8})
@@ -77,9 +78,8 @@ def compile_times(quick: bool, rounds: int) -> list[Row]:
     seconds: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
     for _ in range(rounds):
         for side in ("dense", "pruned"):
-            with tempfile.TemporaryDirectory() as cache:
-                for start in ("cold", "warm"):
-                    seconds[start].setdefault(side, []).append(_in_a_process(side, cache, quick))
+            for start, one in cold_and_warm(side, quick, "cpu").items():
+                seconds[start].setdefault(side, []).append(one)
     rows = []
     for start, sides in seconds.items():
         dense, pruned = median(sides["dense"]), median(sides["pruned"])
@@ -87,21 +87,36 @@ def compile_times(quick: bool, rounds: int) -> list[Row]:
     return rows
 
 
-def _in_a_process(side: str, cache: str, quick: bool) -> float:
+def cold_and_warm(side: str, quick: bool, device: str) -> dict[str, float]:
+    """Seconds of the first call in two fresh processes: with an empty Inductor cache, and with what that one left."""
+    with tempfile.TemporaryDirectory() as cache:
+        return {start: _in_a_process(side, cache, quick, device) for start in ("cold", "warm")}
+
+
+def _in_a_process(side: str, cache: str, quick: bool, device: str) -> float:
     environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    command = [sys.executable, "-m", "bench.compile_time", side, str(int(quick)), str(torch.get_num_threads())]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "bench.compile_time", side, str(int(quick)), threads, device]
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def first_call(side: str, quick: bool) -> float:
-    """Seconds of the first call in this process, everything imported before; uncompiled in a quick run."""
+def first_call(side: str, quick: bool, device: torch.device) -> float:
+    """Seconds of the first call in this process, everything imported before; uncompiled in a quick run.
+
+    float32 on a CPU, float16 elsewhere, where float32 has no flash attention.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
     model, images = deit(12, quick)
+    model, images = model.to(device, dtype), images.to(device, dtype)
     backend = "eager" if quick else "inductor"
+    wait = wait_for(device)
+    wait()
     started = time.perf_counter()
     made = torch.compile(model, backend=backend) if side == "dense" else optimize(model, SCHEDULE, backend=backend)
     with torch.no_grad():
         made(images)
+    wait()
     return time.perf_counter() - started
 
 
@@ -191,4 +206,4 @@ def memory(quick: bool, _: int) -> list[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    print(first_call(sys.argv[1], bool(int(sys.argv[2]))))
+    print(first_call(sys.argv[1], bool(int(sys.argv[2])), torch.device(sys.argv[4])))

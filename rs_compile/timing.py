@@ -83,7 +83,7 @@ def interleaved(
     """
     if not calls or rounds < 1:
         raise ValueError(f"{len(calls)} calls and {rounds} rounds; give at least one of each")
-    wait = _wait_for(torch.device(device))
+    wait = wait_for(torch.device(device))
     repeats = {}
     for name, call in calls.items():
         say(f"{name}: first call")
@@ -110,7 +110,8 @@ def _seconds(call: Call, repeats: int, wait: Callable[[], None]) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _wait_for(device: torch.device) -> Callable[[], None]:
+def wait_for(device: torch.device) -> Callable[[], None]:
+    """A function that returns once a CUDA device has done what it was given; nothing to wait for elsewhere."""
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 

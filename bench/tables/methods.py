@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from rs_compile import Lowest, OptimizedModel, Random, Schedule, Score, Shift, ToMe, VidTLDR
+from rs_compile import Lowest, OptimizedModel, Random, Schedule, Score, Shift, ToMe, VidTLDR, Ward
 from rs_compile.compiling import Options
 from rs_compile.optimize import Backend
 from rs_compile.timing import compiled
 
 BASE, SDPA, COMPILED, COMPILED_WRITTEN = "base", "base-sdpa", "base-compiled", "base-compiled-written"
 ATTENTION, RANDOM, LOWEST, OURS = "attention", "random", "lowest", "ours"
-VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM = "vid-tldr", "vid-tldr-shift", "tome", "stream"
+VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM, WARD = "vid-tldr", "vid-tldr-shift", "tome", "stream", "ward"
 DENSE, PRUNED = (BASE, SDPA, COMPILED), (ATTENTION, RANDOM, LOWEST, OURS)
 METHODS = {
     BASE: "base, eager attention",
@@ -31,6 +31,7 @@ METHODS = {
     VID_TLDR_SHIFT: "vid-TLDR with shift",
     TOME: "ToMe",
     STREAM: "merging on the stream",
+    WARD: "merging by Ward's cost",
 }
 
 
@@ -130,7 +131,7 @@ def merging(name: str, merge: Mapping[int, int | float], at: Mapping[str, Any] |
 
     Args:
         name: "vid-tldr" (as published: its attention map, every attention written out, uncompiled), "vid-tldr-shift"
-            (the MLP's shift in place of the map), "tome" or "stream".
+            (the MLP's shift in place of the map), "tome", "stream" or "ward".
         merge: block -> how many tokens, or which share of them, merge.
         at: see `Method`.
     """
@@ -139,6 +140,7 @@ def merging(name: str, merge: Mapping[int, int | float], at: Mapping[str, Any] |
         VID_TLDR_SHIFT: Schedule(merge=merge, by=VidTLDR(Shift())),
         TOME: Schedule(merge=merge, by=ToMe()),
         STREAM: Schedule(merge=merge),
+        WARD: Schedule(merge=merge, by=Ward()),
     }[name]
     published = {"explicit_attention": True, "backend": "eager"}
     return Method(name, schedule, options=published if name == VID_TLDR else {}, at=at or {})

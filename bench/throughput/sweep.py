@@ -26,9 +26,9 @@ from bench.tables.methods import (
 )
 from bench.tables.results import Results
 from bench.throughput.networks import Network
-from rs_compile import OptimizedModel, plan
+from rs_compile import OptimizedModel, Report, plan
 from rs_compile.commands import DTYPES
-from rs_compile.timing import Call, interleaved
+from rs_compile.timing import Call, Timing, interleaved
 
 NAMES = (*DENSE, COMPILED_WRITTEN, ATTENTION, OURS, STREAM)
 WRITTEN_OUT = {BASE, COMPILED_WRITTEN, ATTENTION}  # read or make the attention map
@@ -111,18 +111,32 @@ def measure(
     reports = {label: f.report() for label, f in forwards.items() if isinstance(f, OptimizedModel)}
     whole = next(iter(reports.values()), None) or plan(model, {}, inputs)
     for method in cell.methods:
-        report = reports.get(method.label)
-        spread = timing.ratio(cell.methods[0].label, method.label)
-        ratio = 1.0 if report is None else whole.macs_dense / report.macs
-        values: Mapping[str, Any] = {
-            "macs": whole.macs_dense if report is None else report.macs,
-            "macs_ratio": ratio,
-            "throughput": cell.batch / timing.of(method.label).median,
-            "speedup": spread.median,
-            "speedup_quartiles": [spread.low, spread.high],
-            "of_limit": spread.median / ratio,
-            "rounds_seconds": list(timing.seconds[method.label]),
-        }
-        results.fill(cell.identity(method), values)
+        of = figures(
+            cell.batch, method.label, cell.methods[0].label, timing, reports.get(method.label), whole.macs_dense
+        )
+        results.fill(cell.identity(method), of)
     del forwards, calls, reports, model
     gc.collect()  # of cycles between compiled code and models, before the next cell takes its memory
+
+
+def figures(
+    batch: int, label: str, baseline: str, timing: Timing, report: Report | None, dense: int
+) -> Mapping[str, Any]:
+    """The columns of a row: MACs, samples a second, speed-up over the baseline, and that as a share of the MAC ratio.
+
+    Args:
+        label, baseline: names in `timing`.
+        report: of a rewritten model, None for the model itself.
+        dense: multiply-accumulates of the model itself.
+    """
+    spread = timing.ratio(baseline, label)
+    ratio = 1.0 if report is None else dense / report.macs
+    return {
+        "macs": dense if report is None else report.macs,
+        "macs_ratio": ratio,
+        "throughput": batch / timing.of(label).median,
+        "speedup": spread.median,
+        "speedup_quartiles": [spread.low, spread.high],
+        "of_limit": spread.median / ratio,
+        "rounds_seconds": list(timing.seconds[label]),
+    }

@@ -53,7 +53,8 @@ def write_out(gm: GraphModule, op: Node) -> Node:
         logits = attention_logits(query, key, mask, given["scale"], given["is_causal"])
         plain = logits.softmax(-1)
         weights = plain if sizes is None else with_bias(logits, sizes).softmax(-1)
-        return weights @ value, plain
+        # a mask of size bias is float32 on CPU, and so are the weights then
+        return weights.to(value.dtype) @ value, plain
 
     inputs = (given["query"], given["key"], given["value"], given["attn_mask"], op.meta.get(KEY_SIZES))
     op.meta[MAP] = replace_by(gm, op, "attention", attend, *inputs)[1]

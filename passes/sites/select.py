@@ -60,6 +60,7 @@ def keep_highest(
     lowest: bool = False,
     padding: Tensor | None = None,
     many: bool = False,
+    how: Way | None = None,
 ) -> Tensor:
     """Positions of the `keep` highest scores, ascending; ties go to the earlier token.
 
@@ -72,6 +73,7 @@ def keep_highest(
         lowest: keep the lowest scores instead (a baseline).
         padding: [B, N] bool, tokens that go before all others; protected ones stay.
         many: see `way`.
+        how: the way to find them; None for what `way` says.
 
     Returns:
         [B, keep] int64.
@@ -80,7 +82,7 @@ def keep_highest(
         score = _marked(score, protected, lowest, padding)
     count = score.shape[1]
     at = torch.arange(count, device=score.device)
-    how = way(score.device, count, many)
+    how = how or way(score.device, count, many)
     if how == "compares":
         # as _ordered_keys, but a kernel less: NaN above all
         key = torch.where(score.isnan(), torch.inf, score.clamp(max=torch.finfo(torch.float32).max))

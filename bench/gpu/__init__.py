@@ -1,0 +1,1 @@
+"""`python -m bench gpu`: everything that is claimed about GPUs, measured by one command."""
