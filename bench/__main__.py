@@ -41,6 +41,7 @@ COMMANDS = {
     "figure6": "bench.tables.figure6",
     "figure7": "bench.tables.figure7",
     "fidelity": "bench.tables.fidelity",
+    "fidelity-macs": "bench.tables.equal_macs",
     "finetune": "bench.finetune",
     "compile-time": "bench.compile_time",
     "throughput": "bench.throughput.command",

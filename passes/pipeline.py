@@ -25,7 +25,7 @@ from passes.graph.splice import REPLACED
 from passes.graph.verify import no_stale_shapes, not_put_back
 from passes.network.branches import Block, Branch, block_before, blocks_of, find_branches
 from passes.network.no_block import no_block
-from passes.network.prunable import protected_tokens
+from passes.network.prunable import GUARDS, guarded_once
 from passes.network.same_stream import same_stream
 from passes.sites.drop_unread import DropUnread
 from passes.sites.explicit_attention import ExplicitAttention
@@ -93,6 +93,7 @@ def cleaned(
         result = pass_.apply(gm)
         gm, skips = result.gm, skips + list(result.skips)
     finish(gm)
+    gm.meta[GUARDS] = {}
     return PassResult(gm, skips=tuple(skips))
 
 
@@ -108,7 +109,7 @@ def prune(
     blocks = blocks_of(branches)
     check_blocks(gm, blocks, branches, [p.block for p in steps])
     before = Before.of(blocks, count(gm))
-    guarded = {p.block: protected_tokens(gm, blocks[p.block], p.protected) for p in steps}
+    guarded = {p.block: guarded_once(gm, blocks[p.block], p.protected) for p in steps}
     # asked before the first site: behind it every mask, a constant too, is gathered by what the inputs hold
     padded = {i: hidden_padding(gm, blocks[i], guard) for i, guard in guarded.items()}
     layers = [b.add for b in branches if b.whole]

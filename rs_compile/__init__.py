@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rs_compile.planning import plan
     from rs_compile.report import Explanation, Report
     from rs_compile.schedule import Schedule
+    from rs_compile.search import SearchError, SearchResult, search
     from rs_compile.signature import InputError
     from rs_compile.visualize import ScoreMaps, score_maps
 
@@ -63,6 +64,8 @@ __all__ = [
     "ScheduleError",
     "Score",
     "ScoreMaps",
+    "SearchError",
+    "SearchResult",
     "Shift",
     "Stream",
     "ToMe",
@@ -78,6 +81,7 @@ __all__ = [
     "register_cost",
     "register_token_rule",
     "score_maps",
+    "search",
 ]
 
 # where each name lives; imported when it is first asked for, because sympy and torch.export take half a second
@@ -106,6 +110,7 @@ _HOMES = {
     "rs_compile.planning": ("plan",),
     "rs_compile.report": ("Explanation", "Report"),
     "rs_compile.schedule": ("Schedule",),
+    "rs_compile.search": ("SearchError", "SearchResult", "search"),
     "rs_compile.signature": ("InputError",),
     "rs_compile.visualize": ("ScoreMaps", "score_maps"),
 }

@@ -40,7 +40,7 @@ def add_schedule(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--schedule",
         default=SCHEDULE,
-        help=f"block:keep-ratio pairs, or a Schedule's JSON for other scores (default {SCHEDULE})",
+        help=f"block:keep-ratio pairs, a Schedule's JSON, or a .json file of one (default {SCHEDULE})",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `rs-compile demo | explain | bench | run | visualize | export | info`.
+"""The command line: `rs-compile demo | explain | bench | run | search | visualize | export | info`.
 
 Results on stdout, progress on stderr.
 
@@ -24,6 +24,7 @@ from rs_compile.arguments import (
     add_json,
     add_model_options,
     add_schedule,
+    count,
     positive,
 )
 
@@ -114,6 +115,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", metavar="FILE", type=Path)
     add_json(sub)
 
+    sub = add("search", "Find the schedule that fits a target on a folder of pictures, without labels.")
+    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+    sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures, at least 8, better 64")
+    _add_weights(sub, required=True)
+    add_model_options(sub)
+    target = sub.add_mutually_exclusive_group(required=True)
+    target.add_argument("--speedup", type=float, help="over torch.compile(model) in measured time, like 1.5")
+    target.add_argument("--macs", type=float, metavar="SHARE", help="of the dense model's arithmetic, like 0.65")
+    target.add_argument("--drift", type=float, help="at most so much, like 0.01: the fastest below it")
+    sub.add_argument("--metric", choices=("cosine", "kl"), help="what drift is; by the model's outputs if not given")
+    sub.add_argument("--methods", nargs="+", metavar="NAME", help="to choose among; all if not given")
+    sub.add_argument("--limit", type=positive, default=64, help="pictures at most (default 64)")
+    sub.add_argument("--batch-size", type=positive, default=16, help="of runs and timing (default 16)")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
+    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    sub.add_argument("--seed", type=count, default=0)
+    sub.add_argument("--resume", type=Path, metavar="FILE", help="keeps what is found; an interrupted search goes on")
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="the schedule, for --schedule and optimize")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf: drift against arithmetic")
+    add_backend(sub, "inductor")
+    add_json(sub)
+
     text = (
         "Draw score maps over images beside the attention, and which patches a schedule leaves; images as the model "
         "sees them, resized and cropped, and each map in its own colours, from its lowest score to one that 2% reach."
@@ -131,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="blocks, or stages of a CNN, counted from 0 as in schedules and in `explain`: 1 is the second; or all "
         f"(default {LAYERS})",
     )
-    sub.add_argument("--schedule", help="show which patches it leaves: block:keep-ratio pairs, or a Schedule's JSON")
+    sub.add_argument("--schedule", help="show which patches it leaves; as in bench")
     sub.add_argument("--of", choices=LAYERS_OF_SHIFT, help="whose shift, of maps and schedule (default mlp)")
     sub.add_argument("--metric", choices=METRICS, help="the distance (default l2)")
     sub.add_argument("--with-skip", action="store_const", const=True, help="compare x + F(x), not F(x), with x")

@@ -25,6 +25,7 @@ from rs_compile.exporting.formats import format_of
 from rs_compile.optimize import optimize
 from rs_compile.predict import predict
 from rs_compile.schedule import Schedule
+from rs_compile.search import command as search_command
 from rs_compile.visualize import command as visualize
 
 DTYPES = {name: getattr(torch, name) for name in arguments.DTYPES}
@@ -77,7 +78,7 @@ def _say_of(say: timing.Say, batch: int, text: str) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    schedule, device = schedule_of(args.schedule), device_of(args.device)
+    schedule, device = Schedule.of(args.schedule), device_of(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with _progress() as say:
@@ -107,7 +108,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    schedule = schedule_of(args.schedule)
+    schedule = Schedule.of(args.schedule)
     with _progress() as say:
         say(f"building {args.model}")
         model = _model(args)
@@ -148,7 +149,7 @@ def _info(args: argparse.Namespace) -> None:
 def _visualize(args: argparse.Namespace) -> None:
     visualize.check_output(args.output)
     layers = visualize.parse_layers(args.layers)
-    schedule = schedule_of(args.schedule) if args.schedule else Schedule()
+    schedule = Schedule.of(args.schedule) if args.schedule else Schedule()
     chosen = {k: v for k in ("of", "metric", "with_skip") if (v := getattr(args, k)) is not None}
     if chosen:
         schedule = replace(
@@ -161,6 +162,14 @@ def _visualize(args: argparse.Namespace) -> None:
     give(str(result), result.to_json, args.json)
 
 
+def _search(args: argparse.Namespace) -> None:
+    device = device_of(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    result = search_command.run(_model(args).to(device), args)
+    give(str(result), result.to_json, args.json)
+
+
 def _model(args: argparse.Namespace) -> nn.Module:
     return models.build(
         args.model,
@@ -169,11 +178,6 @@ def _model(args: argparse.Namespace) -> nn.Module:
         pretrained=getattr(args, "pretrained", False),
         checkpoint=getattr(args, "checkpoint", None),
     )
-
-
-def schedule_of(text: str) -> Schedule:
-    """Reads pairs or a Schedule's JSON."""
-    return Schedule.from_json(text) if text.lstrip().startswith("{") else Schedule.parse(text)
 
 
 def device_of(name: str) -> torch.device:
@@ -233,6 +237,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "explain": _explain,
     "bench": _bench,
     "run": _run,
+    "search": _search,
     "visualize": _visualize,
     "export": _export,
     "info": _info,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from passes.axes.token_axis import sequences_per_sample
-from passes.graph.base import source_line
+from passes.graph.base import PassResult, source_line
 from passes.grid_pipeline import cuttable
 from passes.network.branches import Block, module_path
 from passes.network.prunable import prunable
@@ -48,7 +48,11 @@ def explain(
     args, kwargs = args if isinstance(args, tuple) else (args,), dict(kwargs or {})
     check_inputs(model, flatten(args, kwargs)[0])
     constant = constant_leaves(model, args, kwargs, constant_inputs)
-    prepared = prepare(model, args, kwargs, lower=True, constant=constant)
+    return explained(model, prepare(model, args, kwargs, lower=True, constant=constant))
+
+
+def explained(model: nn.Module, prepared: PassResult) -> Explanation:
+    """`explain` of a model that is captured already, attention lowered."""
     rows = []
     blocks, branches, choices = block_kernels(prepared.gm)
     for block in blocks:

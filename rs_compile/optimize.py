@@ -17,6 +17,7 @@ from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
 from passes.cleanup.keep_outputs import KeepOutputs
 from passes.graph.base import CompileError, PassResult, Skip
 from passes.graph.debug import watched as watched_passes
+from passes.network.prunable import GUARDS
 from passes.pipeline import Progress, cleaned
 from passes.sites.outcome import Compiled
 from passes.sites.select import MANY
@@ -201,6 +202,7 @@ class OptimizedModel(nn.Module):
         if options.outputs is not None:
             kept = kept_leaves(type(self._model).__name__, gm.meta["out_spec"], options.outputs)
             gm = KeepOutputs(frozenset(kept)).apply(gm).gm
+            gm.meta[GUARDS] = {}  # what reads tokens is not what it was
         drop = schedule.prunes if options.drop_unread is None else options.drop_unread
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
         dense, unmeasured = None, ""
@@ -288,7 +290,7 @@ class OptimizedModel(nn.Module):
 
 def optimize(
     model: nn.Module,
-    schedule: Schedule | Mapping[int, float],
+    schedule: Schedule | Mapping[int, float] | str | os.PathLike[str],
     *,
     backend: Backend = "inductor",
     mode: str | None = None,
@@ -312,7 +314,8 @@ def optimize(
 
     Args:
         model: a vision model with residual MLP branches; its parameters are shared, not copied.
-        schedule: after which blocks which share of the tokens stays, `{0: 0.8, 3: 0.8}` or a `Schedule`.
+        schedule: after which blocks which share of the tokens stays, `{0: 0.8, 3: 0.8}`; a `Schedule`, or a file of
+            one, "schedule.json".
         backend: whatever `torch.compile` takes, or "eager" for the rewritten graph uncompiled.
         mode: `torch.compile`'s.
         options: `torch.compile`'s; of Inductor's, those given go before the mode's.

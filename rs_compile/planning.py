@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,14 +12,16 @@ from torch import nn
 from passes.graph.base import PassResult
 from rs_compile.compiling import copied
 from rs_compile.errors import named
+from rs_compile.explain import explained
 from rs_compile.optimize import OptimizedModel, optimize
-from rs_compile.report import Report
+from rs_compile.report import Explanation, Report
 from rs_compile.schedule import Schedule
+from rs_compile.signature import Call
 
 
 def plan(
     model: nn.Module,
-    schedule: Schedule | Mapping[int, float],
+    schedule: Schedule | Mapping[int, float] | str | os.PathLike[str],
     args: Any,
     kwargs: Mapping[str, Any] | None = None,
     **options: Any,
@@ -45,6 +48,41 @@ def plan(
     return next(plans(named[:1] or [handle], args, kwargs))
 
 
+class Planner:
+    """Plans handles of one model one after another; the model is captured once for all.
+
+    Args:
+        args, kwargs: see `explain`.
+        verify: whether the captured graph is held against the model, see `optimize`.
+    """
+
+    def __init__(self, args: Any, kwargs: Mapping[str, Any] | None = None, verify: bool = False) -> None:
+        self._args = args if isinstance(args, tuple) else (args,)
+        self._kwargs = dict(kwargs or {})
+        self._verify = verify
+        self._prepared: dict[Any, PassResult] = {}
+
+    @named("plan")
+    def plan(self, handle: OptimizedModel) -> Report:
+        """What an uncompiled handle (backend "eager") makes of its model; it can then be called."""
+        call = handle._read(self._args, self._kwargs)
+        found = handle._plan(call, partial(copied, self._capture(handle, call)))
+        handle._keep(handle._state(), call, found)
+        handle.__dict__["_last"] = found
+        return handle.report()
+
+    @named("explain")
+    def explain(self, handle: OptimizedModel) -> Explanation:
+        """What the matcher finds in its model; see `rs_compile.explain`."""
+        return explained(handle._model, self._capture(handle, handle._read(self._args, self._kwargs)))
+
+    def _capture(self, handle: OptimizedModel, call: Call) -> PassResult:
+        case = (handle._lowers, call.constant)
+        if case not in self._prepared:
+            self._prepared[case] = handle._prepare(call, self._verify)
+        return self._prepared[case]
+
+
 def plans(handles: Sequence[OptimizedModel], args: Any, kwargs: Mapping[str, Any] | None = None) -> Iterator[Report]:
     """`plan` for several handles of one model, which is captured once for all.
 
@@ -56,16 +94,6 @@ def plans(handles: Sequence[OptimizedModel], args: Any, kwargs: Mapping[str, Any
     Yields:
         The report of each, in order.
     """
-    args, kwargs = args if isinstance(args, tuple) else (args,), dict(kwargs or {})
-    prepared: dict[Any, PassResult] = {}
+    planner = Planner(args, kwargs)
     for handle in handles:
-        with named("plan"):
-            call = handle._read(args, kwargs)
-            case = (handle._lowers, call.constant)
-            if case not in prepared:
-                prepared[case] = handle._prepare(call)
-            found = handle._plan(call, partial(copied, prepared[case]))
-            handle._keep(handle._state(), call, found)
-            handle.__dict__["_last"] = found
-            report = handle.report()
-        yield report
+        yield planner.plan(handle)

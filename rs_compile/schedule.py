@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from passes.graph.base import ScheduleError
@@ -198,15 +200,28 @@ class Schedule:
         return cls(by_index(pairs))
 
     @classmethod
-    def of(cls, schedule: Schedule | Mapping[int, float]) -> Schedule:
-        """The schedule itself, or the one that a plain `{block: ratio}` stands for."""
+    def of(cls, schedule: Schedule | Mapping[int, float] | str | os.PathLike[str]) -> Schedule:
+        """The schedule itself, or the one that stands for: `{block: ratio}`, a .json file, its content, or pairs.
+
+        Raises:
+            ScheduleError: it stands for none, or there is no such file.
+        """
         if isinstance(schedule, cls):
             return schedule
         if isinstance(schedule, Mapping):
             return cls(schedule)
+        if isinstance(schedule, str) and schedule.lstrip().startswith("{"):
+            return cls.from_json(schedule)
+        if isinstance(schedule, os.PathLike) or (isinstance(schedule, str) and schedule.endswith(".json")):
+            try:
+                return cls.from_json(Path(schedule).read_text())
+            except (OSError, UnicodeDecodeError) as error:
+                raise ScheduleError(f"no schedule can be read from {os.fspath(schedule)}: {error}") from None
+        if isinstance(schedule, str):
+            return cls.parse(schedule)
         raise ScheduleError(
             f"{schedule!r} is no schedule; pass a Schedule, a dict like {{0: 0.8, 3: 0.8}}, "
-            f"or Schedule.parse({_EXAMPLE})"
+            f'pairs like {_EXAMPLE}, or a file, "schedule.json"'
         )
 
     def to_json(self) -> str:

@@ -25,6 +25,7 @@ RS_COMPILE = {
     "run": "Classify images with a timm model",
     "export": "Write a pruned timm model into a file",
     "info": "What a file of export says of itself",
+    "search": "Find the schedule that fits a target",
     "visualize": "from its lowest score to one that 2% reach.",
 }
 EVALUATE = {"images": "Top-1 and top-5", "retrieval": "R@1/5/10 of a dual encoder"}

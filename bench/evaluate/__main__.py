@@ -30,6 +30,7 @@ from bench.models import umt
 from passes.graph.base import CompileError
 from rs_compile import arguments, commands, models, optimize
 from rs_compile.arguments import count, positive
+from rs_compile.schedule import Schedule
 
 DENSE, PRUNED = "dense", "pruned"
 KS = (1, 5, 10)
@@ -75,7 +76,7 @@ def _images(args: argparse.Namespace) -> Result:
         raise EvaluationError(f"{args.model} has no classifier; leave --num-classes out, or pass that of the weights")
     size = models.input_size(model, args.img_size)
     transform: Any = create_transform(**resolve_model_data_config(model, args={"input_size": size}))
-    schedule = commands.schedule_of(args.schedule)
+    schedule = Schedule.of(args.schedule)
     scores = evaluate_images(
         {DENSE: model, PRUNED: optimize(model, schedule, backend=args.backend)},
         DENSE,
@@ -105,7 +106,7 @@ def _retrieval(args: argparse.Namespace) -> Result:
     device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
     encoder, transform = _encoder(args)
     encoder = encoder.to(device, dtype)
-    schedule = commands.schedule_of(args.schedule)
+    schedule = Schedule.of(args.schedule)
     pruned = with_vision(encoder, lambda tower: optimize(tower, schedule, backend=args.backend))
     scores = evaluate_retrieval(
         {DENSE: encoder, PRUNED: pruned},
@@ -156,7 +157,7 @@ def _settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 
 
 def _identity(args: argparse.Namespace) -> dict[str, Any]:
-    return {"schedule": json.loads(commands.schedule_of(args.schedule).to_json()), "backend": args.backend}
+    return {"schedule": json.loads(Schedule.of(args.schedule).to_json()), "backend": args.backend}
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,17 @@ from passes.network.padding import masking
 from passes.network.protected import Protected, find_protected, with_picked
 from passes.network.same_stream import same_stream
 
+GUARDS = "guards"  # gm.meta key: protected tokens by block and given ones, shared by all copies of one capture
+
+
+def guarded_once(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
+    """`protected_tokens` of a graph that nothing has left yet, found once for all copies of its capture."""
+    known: dict[tuple[int, tuple[int, ...] | None], Protected] = gm.meta.setdefault(GUARDS, {})
+    key = (block.index, given)
+    if key not in known:
+        known[key] = protected_tokens(gm, block, given)
+    return known[key]
+
 
 def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
     """The tokens that must stay: those found, and those given."""
@@ -58,7 +69,7 @@ class Answer:
 def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answer:
     """Whether tokens could leave after this block, or the reason why not. Changes nothing."""
     try:
-        guard = protected_tokens(gm, block, None)
+        guard = guarded_once(gm, block, None)
         layout, batch = stream_layout(block.output, guard.prefix, guard.suffix)
         tokens = sequence_in(layout)
         if tokens is None or not tokens.prunable:

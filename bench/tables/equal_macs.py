@@ -1,0 +1,160 @@
+"""Fidelity at equal multiply-accumulates: each method by its own best ramp, searched on one half of the photographs.
+
+What is printed is drift, 1 - cosine to the dense model's features, on the photographs that nothing was chosen on.
+Without --images they are scikit-image's and scikit-learn's, three crops of each. --digits measures the digits' models
+in its place: KL divergence of their logits, and accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from bench.tables.fidelity import CROPS, pictures
+from bench.tables.measure import say
+from bench.tables.options import usable
+from bench.tables.results import UsageError
+from rs_compile import SearchResult, search
+from rs_compile.arguments import positive
+from rs_compile.digits import load_digits, load_pretrained_digits_vit
+from rs_compile.models import build
+from rs_compile.search import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm model (default %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random ones if not given")
+    parser.add_argument("--img-size", type=positive, metavar="PIXELS", default=224)
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures; the packages' photographs if not given")
+    parser.add_argument("--digits", action="store_true", help="the digits ViT and their test images, accuracy too")
+    parser.add_argument("--gmacs", type=_numbers, metavar="G,...", default=(4.27, 3.6, 3.0, 2.4), help="budgets")
+    parser.add_argument(
+        "--shares", type=_numbers, metavar="SHARE,...", help="budgets, of the dense model, in their place"
+    )
+    parser.add_argument(
+        "--every", action="store_true", help="refine every method, not only those near the best; slower"
+    )
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="eager", help="of timed finalists")
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="keeps what is found in a file a budget")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every schedule that was tried")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.resume is not None and not args.resume.is_dir():
+        raise UsageError(f"--resume {args.resume} is no folder; make it first")
+    metric: Any = None
+    if args.digits:
+        model: nn.Module = load_pretrained_digits_vit()
+        searched, held, about = *(images for images, _ in (load_digits("train"), load_digits("test"))), "digits"
+        searched, held = searched[:200], held
+    else:
+        model = build(args.model, img_size=args.img_size, num_classes=None, checkpoint=args.checkpoint)
+        searched, held, about = _photographs(model, args.images, args.img_size)
+    model = model.to(usable(args.device))
+    found: list[SearchResult] = []
+    for share, name in _shares(model, searched, args):
+        say(f"{name}: searching")
+        result = search(
+            model,
+            searched,
+            macs=share,
+            held_out=held,
+            metric=metric,
+            every=args.every,
+            limit=10**6,
+            batch_size=args.batch_size,
+            backend=args.backend,
+            resume=None if args.resume is None else args.resume / f"{name}.jsonl",
+        )
+        found.append(result)
+        print(f"\n{name}\n{result}\n", flush=True)
+    print(_table(found))
+    print(
+        f"{found[0].metric}, mean on {found[0].held} held-out pictures, searched on {found[0].searched} others;"
+        f" {about}; commit {_commit()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    )
+    if args.json is not None:
+        args.json.write_text(json.dumps([json.loads(r.to_json()) for r in found], indent=1) + "\n")
+    return 0
+
+
+def _photographs(model: nn.Module, folder: Path | None, side: int) -> tuple[Tensor, Tensor, str]:
+    """Crops to search on and crops of other photographs to report on."""
+    crops = pictures(model, folder, side)
+    if folder is None:
+        crops = torch.cat([crops, pictures(model, _sklearn_folder(), side)])
+    of = torch.arange(len(crops)) // CROPS  # crops of one photograph stay in one half
+    where = folder or "scikit-image's and scikit-learn's photographs"
+    return crops[of % 2 == 0], crops[of % 2 == 1], f"{CROPS} crops of each of {len(of) // CROPS}: {where}"
+
+
+def _sklearn_folder() -> Path:
+    try:
+        import sklearn.datasets
+    except ImportError:
+        raise UsageError("scikit-learn's photographs are not here; pip install 'rs-compile[bench]'") from None
+    return Path(sklearn.datasets.__file__).parent / "images"
+
+
+def _shares(model: nn.Module, images: Tensor, args: argparse.Namespace) -> list[tuple[float, str]]:
+    if args.shares or args.digits:
+        return [(share, f"{share:g} of dense") for share in args.shares or (0.8, 0.7, 0.6, 0.5)]
+    from rs_compile import plan
+
+    dense = plan(model, {}, images[:2]).macs_dense / 1e9
+    return [(gmacs / dense, f"{gmacs:g} GMAC") for gmacs in args.gmacs]
+
+
+def _table(found: Sequence[SearchResult]) -> str:
+    """A row a method: its best ramp at each budget, and published spreads by themselves."""
+    names = dict.fromkeys(row.method for result in found for row in result.best)
+    heads = ["", *(f"{result.macs_dense * float(result.target.split()[0]) / 1e9:.2f} GMAC" for result in found)]
+    lines = [["ToMe, uniform from 0", *(_cell(_uniform(result), result) for result in found)]]
+    for name in names:
+        lines.append([name, *(_cell(_best(result, name), result) for result in found)])
+    lines.append(["the search's choice", *(_cell(result.winner, result) for result in found)])
+    return tabulate(lines, heads, disable_numparse=True, tablefmt="github")
+
+
+def _best(result: SearchResult, method: str) -> Row | None:
+    """The ramp that had least drift on the pictures searched on."""
+    rows = [r for r in result.best if r.method == method and r.drift is not None]
+    return min(rows, key=lambda r: r.drift or 0.0, default=None)
+
+
+def _uniform(result: SearchResult) -> Row | None:
+    return next((r for r in result.best if r.method == "ToMe" and r.shape == "uniform from 0"), None)
+
+
+def _cell(row: Row | None, result: SearchResult) -> str:
+    if row is None:
+        return ""
+    mark = "**" if row.method == result.winner.method else ""
+    same = "" if row.held_agreement is None else f", {100 * row.held_agreement:.1f}%"
+    return f"{mark}{row.held_drift:.5f}{mark} ± {row.held_error:.5f}{same}, {row.shape}"
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NUMBER,NUMBER,..., like 4.27,3.0") from None

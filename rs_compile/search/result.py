@@ -1,0 +1,156 @@
+"""What a search found: the schedule, everything tried, and what is true on pictures that nothing was chosen on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from rs_compile.schedule import Schedule
+from rs_compile.timing import Spread
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule that was tried.
+
+    Args:
+        method, shape: how tokens leave, and how they are spread over the blocks.
+        schedule: as `optimize` takes it.
+        macs: multiply-accumulates of one picture, on the rewritten graph; 0 where it is refused.
+        drift, error: mean and standard error on the pictures searched on; None where it did not run.
+        agreement: share of these with the dense model's best class.
+        held_drift, held_error, held_agreement: the same on the held-out ones; of the best of each method alone.
+        speedup: over torch.compile(model), of finalists alone.
+        refused: why it was not run, "" where it was.
+        draws: of random selection, drift is the mean over so many.
+    """
+
+    method: str
+    shape: str
+    schedule: Schedule
+    macs: int
+    drift: float | None = None
+    error: float | None = None
+    agreement: float | None = None
+    held_drift: float | None = None
+    held_error: float | None = None
+    held_agreement: float | None = None
+    speedup: Spread | None = None
+    refused: str = ""
+    draws: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        speedup = self.speedup.to_dict() if self.speedup is not None else None
+        return values | {"schedule": json.loads(self.schedule.to_json()), "speedup": speedup}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Args:
+        target: what was asked.
+        winner: the row of the schedule; `schedule` is it.
+        rows: everything tried.
+        metric: what drift is.
+        macs_dense: multiply-accumulates of one picture in the dense model.
+        searched, held: pictures on which was searched, and on which is reported.
+        batch: pictures of a timed call.
+        verdict: in a sentence or two, whether the target was met and how sure the choice is.
+        settings: model, seed, backend, threads.
+    """
+
+    target: str
+    winner: Row
+    rows: tuple[Row, ...]
+    metric: str
+    macs_dense: int
+    searched: int
+    held: int
+    batch: int
+    verdict: str
+    settings: dict[str, Any]
+
+    @property
+    def schedule(self) -> Schedule:
+        """Goes into `optimize` as it is."""
+        return self.winner.schedule
+
+    @property
+    def best(self) -> tuple[Row, ...]:
+        """Of each method the row with least drift on the pictures searched on, at the winner's cost."""
+        near = [r for r in self.rows if r.held_drift is not None]
+        return tuple(sorted(near, key=lambda r: r.held_drift or 0.0))
+
+    @property
+    def front(self) -> tuple[Row, ...]:
+        """The Pareto front of all rows: no other is cheaper and drifts less; the cheapest first."""
+        found: list[Row] = []
+        for row in sorted((r for r in self.rows if r.drift is not None), key=lambda r: (r.macs, r.drift or 0.0)):
+            if not found or (row.drift or 0.0) < (found[-1].drift or 0.0):
+                found.append(row)
+        return tuple(found)
+
+    def __str__(self) -> str:
+        agreement = any(r.agreement is not None for r in self.rows)
+        heads = ["", "method", "spread", "MACs", f"{self.metric}: searched on", "held out"]
+        heads += ["same class, held out"] if agreement else []
+        heads += ["speed-up"]
+        lines = []
+        for row in self.best:
+            cells = [
+                "*" if row == self.winner else "",
+                row.method,
+                row.shape,
+                f"{row.macs / self.macs_dense:.3f}",
+                _with_error(row.drift, row.error),
+                _with_error(row.held_drift, row.held_error),
+            ]
+            cells += [_share(row.held_agreement)] if agreement else []
+            lines.append([*cells, str(row.speedup or "")])
+        table = tabulate(lines, heads, disable_numparse=True)
+        refused = [f"  {r.method}: {r.refused.splitlines()[0]}" for r in self.rows if r.refused and not r.macs]
+        notes = ["does not fit the model:", *dict.fromkeys(refused)] if refused else []
+        size = f"{self.searched} pictures searched on, {self.held} held out; {len(self.rows)} schedules tried"
+        return "\n".join(
+            [f"{self.settings['model']}: {self.target}", table, *notes, size, self.verdict, self.schedule.to_json()]
+        )
+
+    def to_json(self) -> str:
+        """The same content, with every row; the winner's schedule under "schedule"."""
+        content = {
+            "target": self.target,
+            "schedule": json.loads(self.schedule.to_json()),
+            "verdict": self.verdict,
+            "metric": self.metric,
+            "macs_dense": self.macs_dense,
+            "searched": self.searched,
+            "held": self.held,
+            "batch": self.batch,
+            "settings": self.settings,
+            "winner": self.rows.index(self.winner),
+            "front": [self.rows.index(row) for row in self.front],
+            "rows": [row.to_dict() for row in self.rows],
+        }
+        return json.dumps(content, indent=2)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draws drift against multiply-accumulates into a .png, .svg or .pdf file; needs matplotlib."""
+        from rs_compile.search.plot import draw
+
+        draw(self, Path(path))
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return "" if value is None else f"{value:.5f} ± {error or 0.0:.5f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
