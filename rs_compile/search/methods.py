@@ -74,9 +74,7 @@ def _first_half(counts: Counts) -> set[int]:
 
 def _prune_then_ward(counts: Counts, keep: Mapping[int, float]) -> Schedule:
     early = _first_half(counts)
-    return Schedule(
-        {i: keep[i] for i in early}, merge={i: c for i, c in counts.items() if i not in early}, by=Ward()
-    )
+    return Schedule({i: keep[i] for i in early}, merge={i: c for i, c in counts.items() if i not in early}, by=Ward())
 
 
 _INPUTS = ("before attention", "before attention")
@@ -100,9 +98,7 @@ TOKENS: tuple[Method, ...] = (
         places=("after the block", "before attention"),
     ),
     Method("prune: shift", lambda _, keep: Schedule(keep), first=0, published=("paper",)),
-    Method(
-        "prune: class attention", lambda _, keep: Schedule(keep, score=ClassAttention()), published=("paper",)
-    ),
+    Method("prune: class attention", lambda _, keep: Schedule(keep, score=ClassAttention()), published=("paper",)),
     Method(RANDOM, lambda _, keep: Schedule(keep, score=Random()), first=0, draws=3, published=("paper",)),
 )
 # models without attention have these and what of the others they allow
