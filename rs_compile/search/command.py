@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -25,7 +26,21 @@ def run(model: nn.Module, args: argparse.Namespace) -> SearchResult:
         _check_output(args.output)
     if args.plot is not None:
         plot.check(args.plot)
-    result = search(
+    try:
+        result = _searched(model, args)
+    except KeyboardInterrupt:
+        if args.resume is not None:
+            print(f"rs-compile: what was found is in {args.resume}; the same command goes on from it", file=sys.stderr)
+        raise
+    if args.output is not None:
+        args.output.write_text(result.schedule.to_json() + "\n")
+    if args.plot is not None:
+        result.plot(args.plot)
+    return result
+
+
+def _searched(model: nn.Module, args: argparse.Namespace) -> SearchResult:
+    return search(
         model,
         read(args.images, model, args.limit, args.seed, size=args.img_size).tensors[""],
         speedup=args.speedup,
@@ -39,11 +54,6 @@ def run(model: nn.Module, args: argparse.Namespace) -> SearchResult:
         backend=args.backend,
         resume=args.resume,
     )
-    if args.output is not None:
-        args.output.write_text(result.schedule.to_json() + "\n")
-    if args.plot is not None:
-        result.plot(args.plot)
-    return result
 
 
 def _check_output(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,6 +23,7 @@ class Drift:
 
     Args:
         name: "1 - cosine", "KL divergence" or the name of the user's own.
+        identity: the name, and of the user's own a hash of its code: another one's records are not taken for it.
         of: (outputs, dense outputs, index [B]) -> [B], lower is better.
         logits: where logits are among the outputs, for the agreement of the best class; None where none are.
     """
@@ -29,6 +31,10 @@ class Drift:
     name: str
     of: Metric
     logits: Callable[[Any], Tensor] | None = None
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "identity", self.identity or self.name)
 
     def agreement(self, outputs: Any, dense: Any) -> Tensor | None:
         """[B], 1 where both name the same class first."""
@@ -52,7 +58,8 @@ def choose(metric: Metric | str | None, model: nn.Module, dense: Any) -> Drift:
     if metric is None:
         metric = "cosine" if logits is None else "kl"
     if callable(metric):
-        return Drift(getattr(metric, "__name__", type(metric).__name__), _with_index(metric), logits)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return Drift(name, _with_index(metric), logits, f"{name} {_code(metric)}")
     if metric == "cosine":
         if not _floats(dense):
             raise SearchError("the model returns no tensor of floats; pass metric=, (outputs, dense outputs) -> [B]")
@@ -79,6 +86,14 @@ def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
     found, wanted = outputs.double().log_softmax(-1), dense.double().log_softmax(-1)
     apart = (wanted.exp() * (wanted - found)).sum(-1)
     return apart.reshape(len(apart), -1).mean(1)
+
+
+def _code(metric: Metric) -> str:
+    code = getattr(metric, "__code__", None) or getattr(type(metric).__call__, "__code__", None)
+    if code is None:
+        return ""
+    constants = [c for c in code.co_consts if not inspect.iscode(c)]  # the text of code holds its address
+    return hashlib.sha256(repr((code.co_code, constants)).encode()).hexdigest()[:16]
 
 
 def _with_index(metric: Metric) -> Metric:

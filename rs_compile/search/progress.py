@@ -34,7 +34,7 @@ class Bar:
             self._progress.update(self._task, description=text)
         elif self._shown and (now := time.monotonic()) - self._said > _EVERY:
             self._said = now
-            print(f"search: {self._done} of about {self._total}{self._left(now)}: {text}", file=sys.stderr, flush=True)
+            print(f"search: {self._how_far(now)}{text}", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         """One is done."""
@@ -43,11 +43,11 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._done, total=self._total)
 
-    def _left(self, now: float) -> str:
-        if not self._done:
+    def _how_far(self, now: float) -> str:
+        if not self._total:
             return ""
-        left = (now - self._started) / self._done * (self._total - self._done)
-        return f", {left / 60:.1f} min left"
+        left = (now - self._started) / max(1, self._done) * (self._total - self._done)
+        return f"{self._done} of about {self._total}{f', {left / 60:.1f} min left' if self._done else ''}: "
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _setting(
         "model": type(model).__name__,
         "weights": digest(model.state_dict().items()),
         "pictures": [of.digest() for of in pictures.values()],
-        "metric": drift.name,
+        "metric": drift.identity,
         "batch": batch,
         "seed": seed,
         "options": {name: str(value) for name, value in options.items()},
@@ -223,7 +223,8 @@ def _numbers(measured: Measured | None) -> tuple[float | None, float | None, flo
 
 
 def _verdict(target: Target, winner: Trial, climb: Climb, row: Row) -> str:
-    text = [f"{winner.method.name}, {winner.shape.name}, has least drift of what meets the target"]
+    why = "is the fastest of what was timed" if target.drift is not None else "has least drift of what meets the target"
+    text = [f"{winner.method.name}, {winner.shape.name}, {why}"]
     control = next((m for m in climb.methods if m.name == RANDOM), None)
     random = climb.best(control, winner.target) if control is not None else None
     if random is None:

@@ -114,7 +114,7 @@ def _by_speed(speedup: float, climb: Climb, finalists: Stopwatch) -> Trial:
     met, nearest = list[Trial](), 0.0
     for i, start in enumerate(ranked):
         climb.bar.expect(2 * (len(ranked) - i))
-        trial, share = start, macs
+        trial, cost = start, macs
         for _ in range(_TRIES):
             measured = finalists.speedup(trial.schedule).median
             nearest = max(nearest, measured)
@@ -123,10 +123,8 @@ def _by_speed(speedup: float, climb: Climb, finalists: Stopwatch) -> Trial:
             if speedup <= measured <= _OVER * speedup:
                 break
             # a hair faster than asked, so that noise does not call for another round
-            share *= (measured / (1.01 * speedup)) if measured < speedup else (measured / speedup) ** 0.8
-            if share >= climb.dense.macs:
-                break
-            scaled = climb.at(start.method, start.shape, share)
+            cost *= (measured / (1.01 * speedup)) if measured < speedup else (measured / speedup) ** 0.8
+            scaled = climb.at(start.method, start.shape, cost) if cost < climb.dense.macs else None
             if scaled is None or not scaled.reaches:
                 break
             trial = scaled

@@ -137,6 +137,12 @@ def test_a_metric_may_see_which_pictures_they_are() -> None:
     assert chosen.of(torch.eye(3), None, torch.tensor([0, 1, 0])).tolist() == [0, 0, 1]
 
 
+def test_metrics_of_one_name_are_told_apart_by_their_code() -> None:
+    known = [drift.choose(m, nn.Identity(), None).identity for m in (lambda a, b: a[:, 0], lambda a, b: a[:, 1])]
+    assert known[0] != known[1]
+    assert known[0] == drift.choose(lambda a, b: a[:, 0], nn.Identity(), None).identity
+
+
 @pytest.mark.parametrize(("given", "text"), [(torch.zeros(3), r"gave \[3\] for 2"), (1.0, "gave float for 2")])
 def test_a_metric_that_is_not_one_number_a_picture(given: Any, text: str) -> None:
     with pytest.raises(SearchError, match=text):
