@@ -9,6 +9,7 @@ import pickle
 import re
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -262,9 +263,19 @@ def test_of() -> None:
     no_schedule: Any = 0.8
     with pytest.raises(
         ScheduleError,
-        match=says("0.8 is no schedule; pass a Schedule, a dict like {0: 0.8, 3: 0.8}, or Schedule.parse("),
+        match=says("0.8 is no schedule; pass a Schedule, a dict like {0: 0.8, 3: 0.8}, pairs like"),
     ):
         Schedule.of(no_schedule)
+
+
+def test_of_text_and_files(tmp_path: Path) -> None:
+    schedule = Schedule({0: 0.8}, merge={3: 5}, by=Ward())
+    (tmp_path / "schedule.json").write_text(schedule.to_json())
+    assert Schedule.of(schedule.to_json()) == schedule
+    assert Schedule.of("0:0.8,3:0.7") == Schedule({0: 0.8, 3: 0.7})
+    assert Schedule.of(tmp_path / "schedule.json") == Schedule.of(str(tmp_path / "schedule.json")) == schedule
+    with pytest.raises(ScheduleError, match=r"no schedule can be read from .*none\.json"):
+        Schedule.of(tmp_path / "none.json")
 
 
 def test_parse() -> None:

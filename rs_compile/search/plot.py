@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rs_compile.search.pictures import SearchError
-from rs_compile.search.result import Row, SearchResult
+from rs_compile.search.rows import Row
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -27,8 +27,10 @@ def check(path: Path) -> None:
         raise SearchError("drawing needs matplotlib; pip install 'rs-compile[visualize]'") from None
 
 
-def draw(result: SearchResult, path: Path) -> None:
-    """One mark a schedule, a colour a method; the front as a line, the winner as a star; filled where held out.
+def draw(
+    path: Path, title: str, metric: str, macs_dense: int, rows: Sequence[Row], front: Sequence[Row], winner: Row
+) -> None:
+    """One mark a schedule, a colour a method; the front as a line, the winner as a star.
 
     Raises:
         SearchError: see `check`.
@@ -36,24 +38,21 @@ def draw(result: SearchResult, path: Path) -> None:
     check(path)
     from matplotlib.figure import Figure
 
+    def points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+        return [r.macs / macs_dense for r in rows], [r.drift or 0.0 for r in rows]
+
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axis = figure.subplots()
-    for i, method in enumerate(dict.fromkeys(row.method for row in result.rows)):
-        rows = [r for r in result.rows if r.method == method and r.drift is not None]
-        axis.plot(*_points(result, rows), "o", mfc="none", color=f"C{i % 10}", label=method)
-        held = [r for r in rows if r.held_drift is not None]
-        costs, drifts = _points(result, held)[0], [r.held_drift or 0.0 for r in held]
-        axis.errorbar(costs, drifts, [r.held_error or 0.0 for r in held], fmt="s", color=f"C{i % 10}", ms=5)
-    axis.plot(*_points(result, result.front), "-", color="0.6", lw=1, zorder=0)
-    axis.plot(*_points(result, [result.winner]), "*", color="k", ms=14, mfc="none")
-    axis.set(xlabel="share of the dense model's multiply-accumulates", ylabel=result.metric, yscale="log")
-    axis.set_title(
-        f"{result.settings['model']}: {result.target}; rings searched on, squares held out", fontsize="medium"
-    )
+    for i, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        ran = [r for r in rows if r.method == method and r.drift is not None]
+        axis.plot(*points(ran), "o", mfc="none", color=f"C{i % 10}", label=method)
+        held = [r for r in ran if r.held_drift is not None]
+        drifts, errors = [r.held_drift or 0.0 for r in held], [r.held_error or 0.0 for r in held]
+        axis.errorbar(points(held)[0], drifts, errors, fmt="s", color=f"C{i % 10}", ms=5)
+    axis.plot(*points(front), "-", color="0.6", lw=1, zorder=0)
+    axis.plot(*points([winner]), "*", color="k", ms=14, mfc="none")
+    axis.set(xlabel="share of the dense model's multiply-accumulates", ylabel=metric, yscale="log")
+    axis.set_title(title, fontsize="medium")
     axis.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
-
-
-def _points(result: SearchResult, rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    return [r.macs / result.macs_dense for r in rows], [r.drift or 0.0 for r in rows]

@@ -21,7 +21,8 @@ from rs_compile.search.journal import Journal
 from rs_compile.search.methods import GRIDS, RANDOM, SCANS, TOKENS, Method
 from rs_compile.search.pictures import Pictures, SearchError, digest, halves, read
 from rs_compile.search.progress import Bar, bar
-from rs_compile.search.result import Row, SearchResult
+from rs_compile.search.result import SearchResult
+from rs_compile.search.rows import Row
 from rs_compile.search.targets import Target, reach
 from rs_compile.surroundings import check_model
 
