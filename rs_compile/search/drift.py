@@ -72,12 +72,13 @@ def choose(metric: Metric | str | None, model: nn.Module, dense: Any) -> Drift:
 
 
 def cosine(outputs: Any, dense: Any) -> Tensor:
-    """1 - cosine over the channels, mean over positions and over the outputs: [B]."""
-    means = []
-    for found, wanted in zip(_floats(outputs), _floats(dense), strict=True):
-        axis = 1 if wanted.dim() == 4 else -1  # maps are [B, C, H, W]
-        near = torch.cosine_similarity(found.double(), wanted.double(), dim=axis)
-        means.append(1 - near.reshape(len(near), -1).mean(1))
+    """1 - cosine over the channels, mean over positions and over the outputs that were asked for: [B]."""
+    means, found = [], _floats(outputs)
+    for place, wanted in _floats(dense).items():
+        if place in found:  # optimize(outputs=...) leaves the others out
+            axis = 1 if wanted.dim() == 4 else -1  # maps are [B, C, H, W]
+            near = torch.cosine_similarity(found[place].double(), wanted.double(), dim=axis)
+            means.append(1 - near.reshape(len(near), -1).mean(1))
     return torch.stack(means).mean(0)
 
 
@@ -118,7 +119,7 @@ def _logits(model: nn.Module, dense: Any) -> Callable[[Any], Tensor] | None:
 
 
 def _one_row(outputs: Any) -> Tensor:
-    tensors = _floats(outputs)
+    tensors = list(_floats(outputs).values())
     if len(tensors) != 1 or tensors[0].dim() != 2:
         raise SearchError(
             'metric="kl" compares one row of logits a picture, [B, K], and the model returns other things'
@@ -126,8 +127,11 @@ def _one_row(outputs: Any) -> Tensor:
     return tensors[0]
 
 
-def _floats(outputs: Any) -> list[Tensor]:
-    if is_dataclass(outputs) and not isinstance(outputs, Mapping | type):
-        outputs = [getattr(outputs, f.name) for f in fields(outputs)]
-    leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2]
+def _floats(outputs: Any) -> dict[Any, Tensor]:
+    """Tensors of floats with a channel dimension, by their place."""
+    if isinstance(outputs, Mapping):
+        outputs = dict(outputs)
+    elif is_dataclass(outputs) and not isinstance(outputs, type):
+        outputs = {f.name: getattr(outputs, f.name) for f in fields(outputs)}
+    leaves, _ = pytree.tree_flatten_with_path(outputs)
+    return {path: t for path, t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2}

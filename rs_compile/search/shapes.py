@@ -104,7 +104,7 @@ class Profile:
         shares = [(k / self.kept[0]) ** (4 * scale) for k in self.kept]
         at = [i * (len(shares) - 1) / max(1, len(tokens) - 1) for i in range(len(tokens))]
         fine = [shares[int(a)] + (a % 1) * (shares[min(int(a) + 1, len(shares) - 1)] - shares[int(a)]) for a in at]
-        whole = [round(tokens[0] * s) for s in fine]
+        whole = [round(tokens[able[0]] * s) for s in fine]
         return _capped({i: whole[i] - whole[i + 1] for i in able if i + 1 < len(whole)}, tokens, halves)
 
     def neighbours(self, able: Sequence[int]) -> Sequence[Shape]:
@@ -154,10 +154,11 @@ _FEWEST = 8  # tokens left, so that class and register tokens are among them
 
 def _capped(counts: Counts, tokens: Sequence[int], halves: bool) -> Counts:
     """At most what can leave: of n tokens half but a few where they merge, and a few stay in any case."""
-    left, capped = tokens[0], {}
+    gone, capped = 0, {}
     for block, count in sorted(counts.items()):
+        left = tokens[block] - gone
         most = min(left // 2 - 4 if halves else left, left - _FEWEST)
         if (count := min(count, most)) > 0:
             capped[block] = count
-            left -= count
+            gone += count
     return capped

@@ -54,6 +54,13 @@ def test_merging_takes_less_than_half_and_pruning_leaves_some() -> None:
     assert sum(Ramp(0, 0.0).counts(1.0, TWELVE, range(11), False).values()) == 197 - 8
 
 
+def test_late_stages_have_fewer_tokens() -> None:
+    tokens = [3136, 784, 196, 196, 49, 49]
+    counts = Ramp(4, 0.0).counts(1.0, tokens, (4, 5), False)
+    assert counts == {4: 41}
+    assert keep_ratios({4: 20, 5: 10}, tokens)[5] == pytest.approx((29 - 10.5) / 29)
+
+
 def test_a_grid_keeps_multiples_of_the_strides_behind() -> None:
     counts = GridRamp(0, 0.0).counts(0.15, [56, 28, 14, 7], (0, 1, 2), False)
     rows = 56
@@ -126,6 +133,7 @@ def test_outputs_choose_the_metric() -> None:
     maps = drift.choose("cosine", classifier, (torch.randn(2, 8, 4, 4), torch.randn(2, 17, 8)))
     outputs = (torch.randn(2, 8, 4, 4), torch.randn(2, 17, 8))
     assert maps.of(outputs, outputs, None).abs().max() < 1e-6
+    assert maps.of((None, outputs[1]), outputs, None).abs().max() < 1e-6  # one was not asked for
 
 
 def test_a_metric_may_see_which_pictures_they_are() -> None:
