@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             macs=share,
             held_out=held,
             metric=metric,
+            methods=args.methods,
             every=args.every,
             limit=10**6,
             batch_size=args.batch_size,

@@ -18,7 +18,7 @@ NEAR = 1.5  # a method is refined where its drift is at most so many times the l
 _MOVES = 7  # tried at most for a method at one cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """A schedule that was tried.
 
@@ -129,7 +129,7 @@ class Climb:
         if key not in self._known and method.name not in self._out:
             self.bar.say(f"{method.name}, {shape.name}")
             self._known[key] = trial = self._try(method, shape, macs)
-            if trial is not None and trial not in self.trials:
+            if trial is not None:
                 self.trials.append(trial)
             self.bar.step()
         return self._known.get(key)

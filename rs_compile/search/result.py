@@ -70,7 +70,7 @@ class SearchResult:
         lines = []
         for row in self.best:
             cells = [
-                "*" if row == self.winner else "",
+                "*" if row is self.winner else "",
                 row.method,
                 row.shape,
                 f"{row.macs / self.macs_dense:.3f}",

@@ -91,7 +91,7 @@ def search(
         shown.say("running the dense model")
         dense = {half: _dense(model, of, batch_size, options) for half, of in pictures.items()}
         chosen = choose(metric, model, dense["search"][0])
-        setting = _setting(model, pictures, chosen, batch_size, seed, options)
+        setting = _setting(model, pictures, chosen, batch_size, seed, options) if resume is not None else {}
         journal = Journal(Path(resume) if resume is not None else None, setting)
         evaluator = Evaluator(model, pictures, chosen, dense, journal, batch_size, seed, options)
         shown.say("capturing the model")

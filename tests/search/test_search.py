@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import rs_compile
 from rs_compile import SearchError, SearchResult, cli
 from rs_compile.search.evaluation import Evaluator
+from rs_compile.search.finalists import Stopwatch
+from rs_compile.timing import COMPILED, PRUNED
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,20 @@ def test_drift_is_kept_and_the_metric_is_the_users(model: nn.Module, images: Ten
     found = find(model, images, drift=0.2, metric=apart, held_out=images[:8])
     assert found.metric == "apart" and found.winner.drift is not None and 0.05 < found.winner.drift <= 0.2
     assert found.searched == 12 and found.held == 8 and set(seen) == {12, 8}
+
+
+def test_a_speed_up_is_met_in_measured_time(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(watch: Stopwatch, schedule: rs_compile.Schedule) -> dict[str, list[float]]:
+        # as if a graph were slower than its arithmetic by a tenth: the counts have to follow
+        counted = watch.evaluator.count(schedule)
+        assert counted is not None
+        return {COMPILED: [1.0] * 7, PRUNED: [1.1 * counted.macs / dense] * 7}
+
+    dense = rs_compile.plan(model, {}, images[:2]).macs
+    monkeypatch.setattr(Stopwatch, "_time", seconds)
+    found = find(model, images, speedup=1.6)
+    assert found.winner.speedup is not None and 1.6 <= found.winner.speedup.median < 1.75
+    assert found.winner.macs < dense / (1.1 * 1.6)
 
 
 def test_what_nothing_reaches_names_the_nearest(model: nn.Module, images: Tensor) -> None:
