@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    schedule = schedule_of(args.schedule)
+    schedule = Schedule.of(args.schedule)
     format_of(args.output, args.format)  # before the model is built
     weights = "the hub's" if args.pretrained else str(args.checkpoint or "random")
     with _progress() as say:
