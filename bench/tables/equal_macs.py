@@ -12,8 +12,8 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -23,11 +23,13 @@ from bench.tables.fidelity import CROPS, pictures
 from bench.tables.measure import say
 from bench.tables.options import usable
 from bench.tables.results import UsageError
-from rs_compile import SearchResult, search
+from rs_compile import Schedule, SearchResult, optimize, search
 from rs_compile.arguments import positive
 from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.models import build
 from rs_compile.search import Row
+
+SEARCHED = 200  # digits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +58,10 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.resume is not None and not args.resume.is_dir():
         raise UsageError(f"--resume {args.resume} is no folder; make it first")
-    metric: Any = None
+    labels: Tensor | None = None
     if args.digits:
         model: nn.Module = load_pretrained_digits_vit()
-        searched, held, about = *(images for images, _ in (load_digits("train"), load_digits("test"))), "digits"
-        searched, held = searched[:200], held
+        searched, (held, labels), about = load_digits("train")[0][:SEARCHED], load_digits("test"), "handwritten digits"
     else:
         model = build(args.model, img_size=args.img_size, num_classes=None, checkpoint=args.checkpoint)
         searched, held, about = _photographs(model, args.images, args.img_size)
@@ -73,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
             searched,
             macs=share,
             held_out=held,
-            metric=metric,
             methods=args.methods,
             every=args.every,
             limit=10**6,
@@ -83,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
         )
         found.append(result)
         print(f"\n{name}\n{result}\n", flush=True)
-    print(_table(found))
+    right = None if labels is None else Right(model, held, labels)
+    if right is not None:
+        print(f"dense accuracy {right.dense():.2f}%")
+    print(_table(found, right))
     print(
         f"{found[0].metric}, mean on {found[0].held} held-out pictures, searched on {found[0].searched} others;"
         f" {about}; commit {_commit()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
@@ -120,14 +123,34 @@ def _shares(model: nn.Module, images: Tensor, args: argparse.Namespace) -> list[
     return [(gmacs / dense, f"{gmacs:g} GMAC") for gmacs in args.gmacs]
 
 
-def _table(found: Sequence[SearchResult]) -> str:
+@dataclass(frozen=True)
+class Right:
+    """How many labels a schedule gets right, in percent."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+
+    def dense(self) -> float:
+        """Of the model itself."""
+        return self.of(Schedule())
+
+    @torch.no_grad()
+    def of(self, schedule: Schedule) -> float:
+        """Of the model pruned or merged by a schedule, uncompiled."""
+        fast = optimize(self.model, schedule, backend="eager", verify=False)
+        chosen = torch.cat([fast(images).argmax(-1) for images in self.images.split(100)])
+        return 100 * (chosen == self.labels).double().mean().item()
+
+
+def _table(found: Sequence[SearchResult], right: Right | None) -> str:
     """A row a method: its best ramp at each budget, and published spreads by themselves."""
     names = dict.fromkeys(row.method for result in found for row in result.best)
     heads = ["", *(f"{result.macs_dense * float(result.target.split()[0]) / 1e9:.2f} GMAC" for result in found)]
-    lines = [["ToMe, uniform from 0", *(_cell(_uniform(result), result) for result in found)]]
+    lines = [["ToMe, uniform from 0", *(_cell(_uniform(result), result, right) for result in found)]]
     for name in names:
-        lines.append([name, *(_cell(_best(result, name), result) for result in found)])
-    lines.append(["the search's choice", *(_cell(result.winner, result) for result in found)])
+        lines.append([name, *(_cell(_best(result, name), result, right) for result in found)])
+    lines.append(["the search's choice", *(_cell(result.winner, result, right) for result in found)])
     return tabulate(lines, heads, disable_numparse=True, tablefmt="github")
 
 
@@ -141,11 +164,12 @@ def _uniform(result: SearchResult) -> Row | None:
     return next((r for r in result.best if r.method == "ToMe" and r.shape == "uniform from 0"), None)
 
 
-def _cell(row: Row | None, result: SearchResult) -> str:
+def _cell(row: Row | None, result: SearchResult, right: Right | None) -> str:
     if row is None:
         return ""
     mark = "**" if row.method == result.winner.method else ""
-    same = "" if row.held_agreement is None else f", {100 * row.held_agreement:.1f}%"
+    same = "" if row.held_agreement is None else f", {100 * row.held_agreement:.1f}% as dense"
+    same += "" if right is None else f", {right.of(row.schedule):.2f}% right"
     return f"{mark}{row.held_drift:.5f}{mark} ± {row.held_error:.5f}{same}, {row.shape}"
 
 
