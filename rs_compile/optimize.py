@@ -41,6 +41,7 @@ from rs_compile.outputs import checked, kept_leaves
 from rs_compile.report import BlockRow, Report, StageRow, kernel_cells
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
+from rs_compile.side_by_side import SideBySide, side_by_side
 from rs_compile.signature import Call, batch_sizes, check_inputs, in_words, many_samples
 from rs_compile.state import State, StateReader, autocast_state
 from rs_compile.surroundings import check_model, exporting, hooked_inside, not_exported, refuse_watchers
@@ -148,6 +149,20 @@ class OptimizedModel(nn.Module):
                 for key, plan in self._plans.items()
                 if plan is _BY_SIZE or plan.verdict is None or plan.verdict.dense_seconds is None
             }
+
+    def compare(self, *args: Any, rounds: int = 7, **kwargs: Any) -> SideBySide:
+        """How far each output is from the dense model's on these inputs, and the speed of both, timed in turns.
+
+        Args:
+            args: the model's inputs, [B, ...]; more samples say more.
+            rounds: of timing, both sides in each.
+            kwargs: its keyword inputs.
+
+        Raises:
+            CompileError: the model returns no tensor of floats, or cannot be rewritten.
+        """
+        options: Options = self._options
+        return side_by_side(self._entry, self, args, kwargs, rounds, options.backend, self._say)
 
     def train(self, mode: bool = True) -> OptimizedModel:
         self._model.train(mode)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from rs_compile.drift import cosine, divergence, floats, logits_of
 from rs_compile.search.pictures import SearchError
 
 Metric = Callable[..., Tensor]
@@ -54,14 +53,14 @@ def choose(metric: Metric | str | None, model: nn.Module, dense: Any) -> Drift:
     Raises:
         SearchError: the metric cannot be, or there is nothing to compare.
     """
-    logits = _logits(model, dense)
+    logits = logits_of(model, dense)
     if metric is None:
         metric = "cosine" if logits is None else "kl"
     if callable(metric):
         name = getattr(metric, "__name__", type(metric).__name__)
         return Drift(name, _with_index(metric), logits, f"{name} {_code(metric)}")
     if metric == "cosine":
-        if not _floats(dense):
+        if not floats(dense):
             raise SearchError("the model returns no tensor of floats; pass metric=, (outputs, dense outputs) -> [B]")
         return Drift("1 - cosine", lambda outputs, dense, _: cosine(outputs, dense))
     if metric == "kl":
@@ -69,24 +68,6 @@ def choose(metric: Metric | str | None, model: nn.Module, dense: Any) -> Drift:
         pick(dense)
         return Drift("KL divergence", lambda outputs, dense, _: divergence(pick(outputs), pick(dense)), pick)
     raise SearchError(f'metric is {metric!r}; write "cosine", "kl", or a callable (outputs, dense outputs) -> [B]')
-
-
-def cosine(outputs: Any, dense: Any) -> Tensor:
-    """1 - cosine over the channels, mean over positions and over the outputs that were asked for: [B]."""
-    means, found = [], _floats(outputs)
-    for place, wanted in _floats(dense).items():
-        if place in found:  # optimize(outputs=...) leaves the others out
-            axis = 1 if wanted.dim() == 4 else -1  # maps are [B, C, H, W]
-            near = torch.cosine_similarity(found[place].double(), wanted.double(), dim=axis)
-            means.append(1 - near.reshape(len(near), -1).mean(1))
-    return torch.stack(means).mean(0)
-
-
-def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
-    """KL(dense || outputs) of logits [B, ..., K], in nats, mean over positions: [B]."""
-    found, wanted = outputs.double().log_softmax(-1), dense.double().log_softmax(-1)
-    apart = (wanted.exp() * (wanted - found)).sum(-1)
-    return apart.reshape(len(apart), -1).mean(1)
 
 
 def _code(metric: Metric) -> str:
@@ -108,30 +89,10 @@ def _with_index(metric: Metric) -> Metric:
     return metric
 
 
-def _logits(model: nn.Module, dense: Any) -> Callable[[Any], Tensor] | None:
-    """Where an output is called logits, or is one row a picture and as long as the model has classes."""
-    if isinstance(dense, Mapping) and isinstance(dense.get("logits"), Tensor) and dense["logits"].dim() == 2:
-        return lambda outputs: outputs["logits"]
-    classes = getattr(model, "num_classes", None) or getattr(getattr(model, "fc", None), "out_features", None)
-    if isinstance(dense, Tensor) and dense.dim() == 2 and dense.shape[1] == classes and classes > 1:
-        return lambda outputs: outputs
-    return None
-
-
 def _one_row(outputs: Any) -> Tensor:
-    tensors = list(_floats(outputs).values())
+    tensors = list(floats(outputs).values())
     if len(tensors) != 1 or tensors[0].dim() != 2:
         raise SearchError(
             'metric="kl" compares one row of logits a picture, [B, K], and the model returns other things'
         )
     return tensors[0]
-
-
-def _floats(outputs: Any) -> dict[Any, Tensor]:
-    """Tensors of floats with a channel dimension, by their place."""
-    if isinstance(outputs, Mapping):
-        outputs = dict(outputs)
-    elif is_dataclass(outputs) and not isinstance(outputs, type):
-        outputs = {f.name: getattr(outputs, f.name) for f in fields(outputs)}
-    leaves, _ = pytree.tree_flatten_with_path(outputs)
-    return {path: t for path, t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2}

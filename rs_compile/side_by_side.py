@@ -1,0 +1,132 @@
+"""A handle beside its model on a user's own inputs: how far each output is from the dense one's, and both speeds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.graph.base import CompileError
+from rs_compile.drift import apart, divergence, floats, logits_of
+from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet
+
+
+@dataclass(frozen=True)
+class OutputDrift:
+    """How far an output is from the dense model's.
+
+    Args:
+        output: its name or place, "" of a model with one output.
+        drift: 1 - cosine over the channels, mean over positions and samples.
+        error: standard error of that mean over the samples; 0 of one sample.
+        worst: of any sample.
+    """
+
+    output: str
+    drift: float
+    error: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A handle beside its model.
+
+    Args:
+        outputs: a row an output.
+        divergence: KL(dense || pruned) of the logits in nats, mean over samples; None where there are none.
+        agreement: share of samples with the dense model's best class; None where there are no logits.
+        samples: how many.
+        timing: of both, interleaved.
+        baseline: the dense side's name in it.
+        macs_ratio: multiply-accumulates of the dense model over those left.
+    """
+
+    outputs: tuple[OutputDrift, ...]
+    divergence: float | None
+    agreement: float | None
+    samples: int
+    timing: Timing
+    baseline: str
+    macs_ratio: float
+
+    def __str__(self) -> str:
+        rows = [
+            [row.output or "output", f"{row.drift:.5f} ± {row.error:.5f}", f"{row.worst:.5f}"] for row in self.outputs
+        ]
+        table = tabulate(rows, ["", "drift (1 - cosine)", "worst sample"], disable_numparse=True)
+        medians = {name: self.timing.of(name).median for name in (self.baseline, PRUNED)}
+        times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
+        speed = (
+            f"{times}: {self.timing.ratio(self.baseline, PRUNED)} faster, {self.macs_ratio:.2f}x fewer multiply-adds"
+        )
+        logits = ""
+        if self.divergence is not None and self.agreement is not None:
+            logits = f"\nlogits: KL {self.divergence:.5f} nats, the same best class for {100 * self.agreement:.1f}%"
+        return f"{table}{logits}\n{self.samples} samples; {speed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the seconds of every round among them."""
+        return {
+            "outputs": [vars(row) for row in self.outputs],
+            "divergence": self.divergence,
+            "agreement": self.agreement,
+            "samples": self.samples,
+            "baseline": self.baseline,
+            "seconds": {name: list(values) for name, values in self.timing.seconds.items()},
+            "speed_up": self.timing.ratio(self.baseline, PRUNED).to_dict(),
+            "macs_ratio": self.macs_ratio,
+        }
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@torch.no_grad()
+def side_by_side(
+    model: nn.Module,
+    fast: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rounds: int,
+    backend: Any,
+    say: Say = quiet,
+) -> SideBySide:
+    """Runs both, compares their outputs, and times them in turns; see `OptimizedModel.compare`.
+
+    Raises:
+        CompileError: the model returns no tensor of floats to compare.
+    """
+    found, wanted = fast(*args, **kwargs), model(*args, **kwargs)
+    of_dense, of_fast = floats(wanted), floats(found)
+    rows = tuple(_row(place, of_fast[place], value) for place, value in of_dense.items() if place in of_fast)
+    if not rows:
+        raise CompileError(
+            "the model returns no tensor of floats [B, ..., C] that both sides have; compare its outputs by hand"
+        )
+    pick = logits_of(model, wanted)
+    first = next(iter(of_dense.values()))
+    dense, report = compiled(model, backend), fast.report()
+    baseline = EAGER if backend == "eager" else COMPILED
+    calls: dict[str, Call] = {baseline: lambda: dense(*args, **kwargs), PRUNED: lambda: fast(*args, **kwargs)}
+    return SideBySide(
+        rows,
+        None if pick is None else divergence(pick(found), pick(wanted)).mean().item(),
+        None if pick is None else (pick(found).argmax(-1) == pick(wanted).argmax(-1)).double().mean().item(),
+        len(first),
+        interleaved(calls, rounds, device=first.device, say=say),
+        baseline,
+        report.macs_dense / report.macs,
+    )
+
+
+def _row(place: Any, found: Tensor, wanted: Tensor) -> OutputDrift:
+    each = apart(found, wanted)
+    error = each.std().item() / len(each) ** 0.5 if len(each) > 1 else 0.0
+    return OutputDrift(pytree.keystr(place).strip("[]'."), each.mean().item(), error, each.max().item())
