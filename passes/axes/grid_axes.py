@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from passes.axes import grid_rules, grid_windows
 from passes.axes.grid_layout import Follow, Grid, GridAxes, rule_for, size_of
 from passes.axes.grid_windows import window_of
-from passes.axes.rules.registry import Untransferable
+from passes.axes.rules.registry import Untransferable, rule_faults
 from passes.graph.base import Refusal, op_name
 from passes.graph.splice import ORIGIN
 
@@ -101,7 +101,5 @@ def _follow(node: Node, axes: GridAxes) -> Follow:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise Untransferable("writes in place into a map whose rows and columns leave")
         raise Untransferable("no rule says what this op does on a smaller grid of rows and columns")
-    try:
+    with rule_faults(node):
         return rule(node, axes)
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Untransferable(f"its rule does not know this form of {op_name(node)} ({error})") from error

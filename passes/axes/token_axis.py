@@ -17,9 +17,10 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from passes.axes.normalised import Normalised, normalised
 from passes.axes.rules import Context, Transfer, Untransferable, rule_for
+from passes.axes.rules.registry import rule_faults
 from passes.capture.capture import FIXED_BATCH
 from passes.graph.aliasing import Memory, writes
-from passes.graph.base import Refusal, op_name
+from passes.graph.base import Refusal
 from passes.graph.layout import (
     Batch,
     Dim,
@@ -348,10 +349,8 @@ def _transfer(node: Node, context: Context) -> Transfer:
     rule = rule_for(node.target)
     if rule is None:
         raise Untransferable("no rule says what this op does to a shorter sequence of tokens")
-    try:
+    with rule_faults(node):
         transfer = rule(node, context)
-    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Untransferable(f"its rule does not know this form of {op_name(node)} ({error})") from error
     val = node.meta["val"]
     if transfer.out is not None:
         values = val if isinstance(val, (tuple, list)) else (val,)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
 
-from passes.graph.base import CompileError
+from passes.graph.base import CompileError, op_name
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, plain, tokens_in
 from passes.graph.ops import checked_operator, shape_of
 
@@ -119,6 +121,17 @@ def rule_for(target: Any) -> Rule | None:
         if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
             return TOKEN_RULES["pointwise"]
     return None
+
+
+@contextmanager
+def rule_faults(node: Node) -> Iterator[None]:
+    """What a rule raises and did not mean to: a warning that names the op, which then counts as one without a rule."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        text = f"its rule failed on this form of {op_name(node)} ({type(error).__name__}: {error})"
+        warnings.warn(f"rs_compile: {op_name(node)}: {text}; please report this", RuntimeWarning, stacklevel=1)
+        raise Untransferable(text) from error
 
 
 def rules_for(*ops: Any) -> Callable[[Rule], Rule]:

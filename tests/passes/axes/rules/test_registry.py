@@ -61,7 +61,6 @@ def broken(node: Any, ctx: Context) -> Transfer:
         (None, NO_RULE),
         (keep_layout, None),
         (other_layout, "the layout [8, tokens(6), batch] does not explain the shape (B, 6, 8)"),
-        (broken, "its rule does not know this form of rs_rules.scan.default ('absent')"),
     ],
 )
 def test_custom_op(
@@ -77,6 +76,15 @@ def test_custom_op(
     if reason is None:
         (value,), index = on_short_input(gm, x, keep=4)
         torch.testing.assert_close(value, rows(x, index).cumsum(1))
+
+
+def test_a_rule_that_fails_warns_and_names_the_op(custom: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TOKEN_RULES", dict(registry.TOKEN_RULES))
+    register_token_rule(custom.default, broken)
+    gm = graph_of(lambda x: custom(x))
+    with pytest.warns(RuntimeWarning, match=r"^rs_compile: rs_rules.scan.default: its rule failed .* please report"):
+        axis = axis_from_input(gm)
+    assert refusals(axis) == ["its rule failed on this form of rs_rules.scan.default (KeyError: 'absent')"]
 
 
 def test_a_rule_may_stand_for_all_overloads(monkeypatch: pytest.MonkeyPatch) -> None:
