@@ -135,7 +135,9 @@ def _onnx(path: Path, precision: str) -> Call:
 
     if precision == "int8":
         whole, path = path, path.with_name(f"int8-{path.name}")
-        quantize_dynamic(whole, path, weight_type=QuantType.QInt8)
+        # not Attention: the quantizer takes ONNX's op for its own of that name, and the model does not load
+        layers = ["MatMul", "Gemm", "Conv"]
+        quantize_dynamic(whole, path, weight_type=QuantType.QInt8, op_types_to_quantize=layers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
