@@ -71,7 +71,8 @@ def _per_cell(n: Node, grid: Grid, axes: GridAxes, out: Sequence[Any], rank: int
     if n in axes.fixed:
         raise Untransferable("meets what was pooled to a fixed grid and given rows and columns again")
     same = grid.step == (1, 1) and grid.start == (0, 0) and (grid.rows, grid.columns) == (2, 3)
-    if not (same and all(full) and len(shape) == 4 and tuple(out[2:]) == axes.size):
+    cut = axes.sizes.get(axes.start)  # None where all maps of a graph are followed, and none is cut
+    if not (same and all(full) and len(shape) == 4 and tuple(out[2:]) == cut):
         raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
     return True
 
