@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from rs_compile.errors import TowerError
-from rs_compile.optimize import OptimizedModel, optimize
+from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
 
 NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")  # PreTrainedModel.get_encoder's
@@ -30,14 +30,14 @@ def optimize_tower(
     tower: str | None = None,
     **options: Any,
 ) -> Model:
-    """A copy of a model whose vision tower is optimized, so that `generate` and all else go through it.
+    """A copy of a model whose vision tower is optimized; `generate` and all else go through it.
 
-    The tower gives every token back at its place, so the language model reads as many image tokens as before. The given
-    model is as it was. What lies outside the way to the tower is shared, and so are all parameters and buffers:
-    `half`, `to` and `load_state_dict` on either act on both. The modules on the way to the tower are shallow copies.
+    Every token comes back at its place, so the rest reads as many image tokens as before. The given model is as it was.
+    Parameters, buffers and all modules but those on the way to the tower are shared: `half`, `to` and `load_state_dict`
+    on either act on both. The modules on the way are shallow copies, with hooks of their own.
 
     Args:
-        model: a model with a vision tower, like those of transformers that have `generate`.
+        model: a model with a vision tower in it, like those of transformers that read images and text.
         schedule: after which blocks of the tower which share of its tokens stays; see `optimize`.
         tower: the path of the tower in the model, "model.vision_tower". None: the outermost module under one of the
             names that transformers gives them: vision_tower, visual, vision_model, vision_encoder, image_tower.
@@ -47,7 +47,8 @@ def optimize_tower(
         A model of the same class. Where the tower stood is an `OptimizedModel`: `fast.model.vision_tower.report()`.
 
     Raises:
-        TowerError: no tower was found, or several; `tower` names none; or the model's code cannot be led to it.
+        TowerError: no tower was found, or several; `tower` names none; `forward` of a module on the way to it was
+            replaced by code that cannot be led to the optimized one.
         ScheduleError, OutputError, TypeError, ValueError: as `optimize`.
     """
     if not isinstance(model, nn.Module):
@@ -104,17 +105,17 @@ def _leading_to(module: Any, tower: nn.Module, handle: nn.Module, copies: dict[n
 
 
 def _copied(module: nn.Module, inside: dict[str, Any]) -> nn.Module:
-    """A shallow copy with tables of its own, but for those of tensors, and with these modules in it."""
+    """A shallow copy with these modules in it, on the same parameters and buffers."""
     copied = type(module).__new__(type(module))
     for name, value in vars(module).items():
         own = name in _TABLES and name not in _SHARED
         copied.__dict__[name] = copy.copy(value) if own else _bound(value, module, copied)
     copied.__dict__["_modules"] = inside
-    if "forward" in vars(module) and copied.__dict__["forward"] is vars(module)["forward"]:
+    if "forward" in vars(module) and copied.forward is module.forward:
         raise TowerError(
             f"{type(module).__name__}.forward was replaced on the object, by code that may hold the dense tower\n"
-            "  way out: optimize the tower and put it in its place yourself, "
-            "model.path.to.tower = optimize(tower, schedule), or optimize before forward is replaced"
+            "  way out: call optimize_tower first (before torch.compile), or put the tower in its place yourself: "
+            "model.path.to.it = optimize(model.path.to.it, schedule)"
         )
     return copied
 

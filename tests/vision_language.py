@@ -35,10 +35,10 @@ _VISION: dict[str, Any] = {
 
 
 class Case(NamedTuple):
-    """A model, its inputs, and where its tower stands.
+    """A model of four vision layers, and where its tower stands.
 
     Args:
-        inputs: a prompt of two samples with an image each; Qwen2.5-VL of one.
+        inputs: prompts of two samples with an image each; of one for Qwen2.5-VL.
         options: what `optimize_tower` needs for it.
     """
 
@@ -48,16 +48,22 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-def _case(kind: Callable[[Any], nn.Module], config: Any, tokens: int, path: str, **more: Any) -> Case:
+def _case(
+    kind: Callable[[Any], nn.Module], config: Any, tokens: int, path: str, images: tuple[int, ...] = (2, 3, 16, 16)
+) -> Case:
+    """The model, and prompts with so many tokens for each image.
+
+    Args:
+        images: the shape of `pixel_values`.
+    """
     torch.manual_seed(0)
     model = kind(config).eval().double()
     for p in model.parameters():  # far from the nearly constant features of an initialised model
         nn.init.normal_(p, std=0.2) if p.dim() > 1 else nn.init.normal_(p, 1.0, 0.1)
-    batch = 1 if "image_grid_thw" in more else 2
-    ids = torch.randint(4, 50, (batch, tokens + 5))
+    ids = torch.randint(4, 48, (2, tokens + 5))
     ids[:, 2 : 2 + tokens] = IMAGE
-    images = {"pixel_values": torch.randn(batch, 3, 16, 16).double()} | more
-    return Case(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}, path, {})
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(images).double()}
+    return Case(model, inputs, path, {})
 
 
 def llava() -> Case:
@@ -68,9 +74,7 @@ def llava() -> Case:
 
 
 def internvl() -> Case:
-    config = InternVLConfig(
-        vision_config=_VISION, text_config={"model_type": "qwen2", **_TEXT}, image_token_id=IMAGE
-    )
+    config = InternVLConfig(vision_config=_VISION, text_config={"model_type": "qwen2", **_TEXT}, image_token_id=IMAGE)
     return _case(InternVLForConditionalGeneration, config, 4, "model.vision_tower")
 
 
@@ -98,8 +102,7 @@ def _of_several(kind: Any, configuration: Any) -> Case:
     config = configuration(
         vision_config=_VISION, text_config={"model_type": "llama", **_TEXT}, image_token_id=IMAGE, scale_factor=2
     )
-    images = torch.randn(2, 1, 3, 16, 16).double()
-    return _case(kind, config, 4, "model.vision_model", pixel_values=images)
+    return _case(kind, config, 4, "model.vision_model", (2, 1, 3, 16, 16))
 
 
 def qwen2_5_vl() -> Case:
@@ -111,14 +114,10 @@ def qwen2_5_vl() -> Case:
     config = Qwen2_5_VLConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=48, vision_start_token_id=49
     )
-    grid, patches = torch.tensor([[1, 4, 6]]), torch.randn(24, 96).double()
-    case = _case(
-        Qwen2_5_VLForConditionalGeneration, config, 6, "model.visual", pixel_values=patches, image_grid_thw=grid
-    )
-    kinds = (case.inputs["input_ids"] == IMAGE).int()
-    return case._replace(
-        inputs={**case.inputs, "mm_token_type_ids": kinds}, options={"constant_inputs": ("grid_thw",)}
-    )
+    case = _case(Qwen2_5_VLForConditionalGeneration, config, 6, "model.visual", (24, 96))
+    inputs = {name: value if name == "pixel_values" else value[:1] for name, value in case.inputs.items()}
+    inputs |= {"image_grid_thw": torch.tensor([[1, 4, 6]]), "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int()}
+    return case._replace(inputs=inputs, options={"constant_inputs": ("grid_thw",)})
 
 
 CASES = (llava, internvl, paligemma, idefics3, smolvlm, qwen2_5_vl)
