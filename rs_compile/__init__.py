@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR, Ward
     from passes.sites.restore import TokenOutput
-    from rs_compile.errors import OutputError
+    from rs_compile.errors import OutputError, TowerError
     from rs_compile.explain import explain
     from rs_compile.exporting import ExportError, Info, export, info
     from rs_compile.optimize import OptimizedModel, optimize
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rs_compile.schedule import Schedule
     from rs_compile.search import SearchError, SearchResult, search
     from rs_compile.signature import InputError
+    from rs_compile.towers import optimize_tower
     from rs_compile.visualize import ScoreMaps, score_maps
 
 __all__ = [
@@ -71,12 +72,14 @@ __all__ = [
     "ToMe",
     "TokenOutput",
     "TopViM",
+    "TowerError",
     "VidTLDR",
     "Ward",
     "explain",
     "export",
     "info",
     "optimize",
+    "optimize_tower",
     "plan",
     "register_cost",
     "register_token_rule",
@@ -103,7 +106,7 @@ _HOMES = {
     "passes.sites.mergers": ("Merger", "Stream", "ToMe", "VidTLDR", "Ward"),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),
-    "rs_compile.errors": ("OutputError",),
+    "rs_compile.errors": ("OutputError", "TowerError"),
     "rs_compile.explain": ("explain",),
     "rs_compile.exporting": ("ExportError", "Info", "export", "info"),
     "rs_compile.optimize": ("OptimizedModel", "optimize"),
@@ -112,6 +115,7 @@ _HOMES = {
     "rs_compile.schedule": ("Schedule",),
     "rs_compile.search": ("SearchError", "SearchResult", "search"),
     "rs_compile.signature": ("InputError",),
+    "rs_compile.towers": ("optimize_tower",),
     "rs_compile.visualize": ("ScoreMaps", "score_maps"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

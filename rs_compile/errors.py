@@ -17,6 +17,10 @@ class OutputError(CompileError, ValueError):
     """Outputs were asked for that the model does not return. The message lists those that it does."""
 
 
+class TowerError(CompileError, ValueError):
+    """A model has no vision tower that can be found, or several. The message says how to name one."""
+
+
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
     """Turns an exception that is not ours into a `CompileError`; the exception stays as its `__cause__`.

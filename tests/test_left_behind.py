@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from typing import Any
@@ -310,3 +311,24 @@ def test_a_buffer_that_every_call_moves_is_moved_once(place: str) -> None:
     for n in (6, 6, 9):
         assert torch.allclose(fast(tokens(n)), twin(tokens(n)), atol=1e-6)
         assert torch.allclose(model.grid, twin.grid, atol=1e-6)
+
+
+class Hooks(Net):
+    """Hooks a block when it is called first, as transformers does where hidden states are asked for."""
+
+    def table(self, x: Tensor) -> Any:
+        if not self.held:
+            self.held["hooked"] = True
+            self.blocks[0].register_forward_hook(lambda _, args, out: 2 * out)
+        return super().table(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_hook_of_the_models_own_is_there_once(training: bool) -> None:
+    torch.manual_seed(0)
+    model = Hooks().train(training)
+    expected = copy.deepcopy(model)(tokens())
+    assert torch.equal(rs_compile.optimize(model, {0: 1.0}, backend="eager")(tokens()), expected)
+    assert len(model.blocks[0]._forward_hooks) == (not training)  # in eval mode it ran before it was captured
+    assert torch.equal(model(tokens()), expected)
+    assert len(model.blocks[0]._forward_hooks) == 1

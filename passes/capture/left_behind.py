@@ -196,7 +196,9 @@ class _Walk:
         held = _held(holder, names)
         self.places.append(_Place(path, holder, names, dotted, held, own))
         for name, value in held.items():
-            if not (dotted and name in _HOOKS):
+            if dotted and name in _HOOKS and value is not None:  # which hooks there are, not what they hold
+                self.places.append(_Place(_path(path, name, dotted), value, None, False, _held(value, None), own))
+            else:
                 self._value(_path(path, name, dotted), value, own)
 
 
