@@ -244,34 +244,35 @@ def _foreign(module: str | None) -> bool:
 
 def _held(holder: Any, names: frozenset[str] | None) -> dict[Any, Any]:
     """The values of a holder by name."""
-    if isinstance(holder, types.CellType):
+    kind = type(holder)  # what isinstance asks of a lazy object may raise
+    if issubclass(kind, types.CellType):
         try:
             return {"": holder.cell_contents}
         except ValueError:  # empty
             return {}
-    if isinstance(holder, set):
+    if issubclass(kind, set):
         return {id(value): value for value in list(holder)}
-    if isinstance(holder, list | deque):
+    if issubclass(kind, list | deque):
         return dict(enumerate(holder))
-    table = vars(holder) if isinstance(holder, type) else holder
+    table = vars(holder) if issubclass(kind, type) else holder
     if names is None:
         return dict(list(table.items()))
-    if isinstance(table, dict):
+    if issubclass(type(table), dict | types.MappingProxyType):
         return {name: table[name] for name in names if name in table}
     return {name: value for name in names if (value := _attribute(table, name)) is not _ABSENT}
 
 
 def _write(holder: Any, before: Mapping[Any, Any], changed: Iterable[Any]) -> None:
     """Gives a holder back what it held under these names."""
-    if isinstance(holder, list | deque | set):
+    if issubclass(type(holder), list | deque | set):
         holder.clear()
         (holder.update if isinstance(holder, set) else holder.extend)(before.values())
         return
     for name in changed:
         there, value = name in before, before.get(name)
-        if isinstance(holder, types.CellType):
+        if issubclass(type(holder), types.CellType):
             holder.cell_contents = value
-        elif isinstance(holder, dict):
+        elif issubclass(type(holder), dict):
             holder.update({name: value}) if there else holder.pop(name)
         else:
             setattr(holder, name, value) if there else delattr(holder, name)
