@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR, Ward
     from passes.sites.restore import TokenOutput
+    from rs_compile.embed import Embedding, EmbedError, embed
     from rs_compile.errors import OutputError, TowerError
     from rs_compile.explain import explain
     from rs_compile.exporting import ExportError, Info, export, info
@@ -48,6 +49,8 @@ __all__ = [
     "CaptureError",
     "ClassAttention",
     "CompileError",
+    "EmbedError",
+    "Embedding",
     "Explanation",
     "ExportError",
     "GridPrune",
@@ -75,6 +78,7 @@ __all__ = [
     "TowerError",
     "VidTLDR",
     "Ward",
+    "embed",
     "explain",
     "export",
     "info",
@@ -106,6 +110,7 @@ _HOMES = {
     "passes.sites.mergers": ("Merger", "Stream", "ToMe", "VidTLDR", "Ward"),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),
+    "rs_compile.embed": ("EmbedError", "Embedding", "embed"),
     "rs_compile.errors": ("OutputError", "TowerError"),
     "rs_compile.explain": ("explain",),
     "rs_compile.exporting": ("ExportError", "Info", "export", "info"),

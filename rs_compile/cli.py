@@ -1,4 +1,4 @@
-"""The command line: `rs-compile demo | explain | bench | run | search | visualize | export | info`.
+"""The command line: `rs-compile demo | explain | bench | run | search | embed | visualize | export | info`.
 
 Results on stdout, progress on stderr.
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from rs_compile.arguments import (
     DTYPES,
     EXPORTS,
+    FEATURES,
+    FLOATS,
     LAYERS,
     LAYERS_OF_SHIFT,
     METRICS,
@@ -137,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     add_backend(sub, "inductor")
     add_json(sub)
 
+    sub = add("embed", "Write features of all pictures of a folder into Parquet files; a stopped run goes on.")
+    _add_embed(sub)
+    add_json(sub)
+
     text = (
         "Draw score maps over images beside the attention, and which patches a schedule leaves; images as the model "
         "sees them, resized and cropped, and each map in its own colours, from its lowest score to one that 2% reach."
@@ -160,6 +166,44 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--with-skip", action="store_const", const=True, help="compare x + F(x), not F(x), with x")
     add_json(sub)
     return parser
+
+
+def _add_embed(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="a folder of pictures, videos (by frames), tars of pictures (webdataset) or Parquet files, or one file",
+    )
+    sub.add_argument("--model", required=True, help="timm's name for it")
+    _add_weights(sub, required=True)
+    add_model_options(sub)
+    add_schedule(sub)
+    sub.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for features/ and skipped/; the same one goes on",
+    )
+    sub.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="class",
+        help="the class token, pooled as for the classifier, every token, or the model's output (default class)",
+    )
+    sub.add_argument("--store", choices=FLOATS, default="float32", help="floats in the files (default float32)")
+    sub.add_argument("--shard-size", type=positive, default=8192, metavar="N", help="pictures a file (default 8192)")
+    sub.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures a call (default 32)")
+    sub.add_argument("--workers", type=count, metavar="N", help="processes that decode; 0 decodes in the model's own")
+    sub.add_argument("--every", type=positive, default=1, metavar="N", help="of a video, one frame in N (default 1)")
+    sub.add_argument("--column", metavar="NAME", help="of Parquet files, with paths or encoded pictures")
+    sub.add_argument("--again", action="store_true", help="do files with skipped pictures once more")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="the model computes in (default float32)")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0; under torchrun cuda is each process's own")
+    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    add_backend(sub, "inductor")
 
 
 def _add_images(sub: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from passes.graph.base import CompileError
 from passes.sites.importance import Shift
 from rs_compile import arguments, comparison, demo, models, timing
+from rs_compile.embed import command as embed_command
 from rs_compile.explain import explain
 from rs_compile.exporting import export, info
 from rs_compile.exporting.formats import format_of
@@ -170,6 +171,15 @@ def _search(args: argparse.Namespace) -> None:
     give(str(result), result.to_json, args.json)
 
 
+def _embed(args: argparse.Namespace) -> None:
+    local = embed_command.Rank.of().local
+    device = device_of(f"cuda:{local}" if args.device == "cuda" and local else args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    result = embed_command.run(_model(args).to(device, DTYPES[args.dtype]), args)
+    give(str(result), result.to_json, args.json)
+
+
 def _model(args: argparse.Namespace) -> nn.Module:
     return models.build(
         args.model,
@@ -238,6 +248,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bench": _bench,
     "run": _run,
     "search": _search,
+    "embed": _embed,
     "visualize": _visualize,
     "export": _export,
     "info": _info,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,27 @@ def load_images(paths: Sequence[Path], model: nn.Module, img_size: int | None = 
     Raises:
         ImageError: a file is not there, or is no image.
     """
+    transform, colours = evaluation_transform(model, img_size)
+    return torch.stack([transform(read_image(path, colours)) for path in paths])
+
+
+def evaluation_transform(model: nn.Module, img_size: int | None = None) -> tuple[Callable[[Image.Image], Tensor], str]:
+    """timm's own evaluation transform of a picture to float32 [channels, height, width], and PIL's mode of pictures.
+
+    Raises:
+        ImageError: the model wants neither 1 nor 3 channels.
+    """
     size = input_size(model, img_size)
-    transform: Any = create_transform(**resolve_model_data_config(model, args={"input_size": size}))
     colours = {1: "L", 3: "RGB"}.get(size[0])
     if colours is None:
         raise ImageError(f"the model wants {size[0]} channels; image files have 1 or 3")
-    return torch.stack([transform(read_image(path, colours)) for path in paths])
+    return create_transform(**resolve_model_data_config(model, args={"input_size": size})), colours
+
+
+def built_size(model: nn.Module) -> int | None:
+    """Side of the images that a timm transformer was built for, in pixels, which may not be its weights' own."""
+    side = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return side[0] if isinstance(side, tuple) and len(set(side)) == 1 else None
 
 
 def class_names(classes: int) -> list[str]:
@@ -228,8 +244,8 @@ def _advice(model: nn.Module, keys: set[str]) -> str:
     return " and ".join(advice) if advice else "name the model that the checkpoint was made from"
 
 
-def read_image(path: Path, colours: str) -> Image.Image:
-    """The decoded file in PIL's mode `colours`, "RGB" or "L".
+def read_image(path: Path | BytesIO, colours: str) -> Image.Image:
+    """The decoded file, or its bytes, in PIL's mode `colours`, "RGB" or "L".
 
     Raises:
         ImageError: it is not there, or is no image; what PIL raises is its cause.

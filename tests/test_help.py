@@ -26,6 +26,7 @@ RS_COMPILE = {
     "export": "Write a pruned timm model into a file",
     "info": "What a file of export says of itself",
     "search": "Find the schedule that fits a target",
+    "embed": "Write features of all pictures of a folder into Parquet files",
     "visualize": "from its lowest score to one that 2% reach.",
 }
 EVALUATE = {"images": "Top-1 and top-5", "retrieval": "R@1/5/10 of a dual encoder"}

@@ -164,7 +164,6 @@ def _files(folder: Path, model: nn.Module, limit: int, seed: int, size: int | No
         )
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
     if size is None:
-        side = getattr(getattr(model, "patch_embed", None), "img_size", None)  # as built, not as pretrained
-        size = side[0] if isinstance(side, tuple) and len(set(side)) == 1 else None
+        size = models.built_size(model)
     chosen = [paths[i] for i in order.tolist()]
     return Pictures({"": models.load_images(chosen, model, size)}, order)

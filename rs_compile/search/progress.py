@@ -1,4 +1,4 @@
-"""How far a search is, on stderr: a bar with the time left on a terminal, elsewhere a line now and then."""
+"""How far long work is, on stderr: a bar with the time left on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _EVERY = 15.0  # seconds between lines
 
 
 class Bar:
-    """Counts steps of a search; how many there will be is an estimate that is corrected on the way."""
+    """Counts steps of the work `name`; how many there will be is an estimate that is corrected on the way."""
 
-    def __init__(self, progress: Progress | None, shown: bool) -> None:
-        self._progress, self._shown = progress, shown
+    def __init__(self, progress: Progress | None, shown: bool, name: str) -> None:
+        self._progress, self._shown, self._name = progress, shown, name
         self._task = progress.add_task("", total=None) if progress is not None else None
         self._done, self._total = 0, 0
         self._started, self._said = time.monotonic(), 0.0
@@ -34,7 +34,7 @@ class Bar:
             self._progress.update(self._task, description=text)
         elif self._shown and (now := time.monotonic()) - self._said > _EVERY:
             self._said = now
-            print(f"search: {self._how_far(now)}{text}", file=sys.stderr, flush=True)
+            print(f"{self._name}: {self._how_far(now)}{text}", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         """One is done."""
@@ -51,11 +51,11 @@ class Bar:
 
 
 @contextmanager
-def bar(shown: bool) -> Iterator[Bar]:
+def bar(shown: bool, name: str = "search") -> Iterator[Bar]:
     """A bar, or lines where stderr is no terminal, or nothing."""
     console = Console(stderr=True)
     if not shown or not console.is_terminal:
-        yield Bar(None, shown)
+        yield Bar(None, shown, name)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -66,4 +66,4 @@ def bar(shown: bool) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(progress, shown)
+        yield Bar(progress, shown, name)

@@ -1,0 +1,9 @@
+"""What `embed` refuses."""
+
+from __future__ import annotations
+
+from passes.graph.base import CompileError
+
+
+class EmbedError(CompileError, ValueError):
+    """A source, an output or an option that cannot be followed; says what to give instead."""
