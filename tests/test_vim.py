@@ -72,7 +72,7 @@ def by_hand(model: Any, x: Tensor, schedule: Schedule) -> ByHand:
         pruned = kept.shape[1] < patches.shape[1] + 1
         positions = kept if schedule.gap == "decay" and pruned else None
         hidden, gated = mixer_by_hand(layer.mixer, layer.norm(stream), positions)
-        score = gated.clamp(min=0).mean(-1) if schedule.importance == "top-vim" else (hidden - stream).norm(dim=-1)
+        score = gated.clamp(min=0).mean(-1) if schedule.score == TopViM() else (hidden - stream).norm(dim=-1)
         stream = stream + hidden
         if i not in schedule.keep:
             continue
