@@ -11,12 +11,13 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from passes.graph.base import PassResult
+from passes.graph.base import PassResult, Skip
 from passes.pipeline import Progress
+from passes.sites.outcome import Compiled
 from passes.sites.restore import KEPT, TokenOutput
 from rs_compile.guard import Guard, Run, Side, Verdict, all_kept, measure
 from rs_compile.inductor import compile_graph
-from rs_compile.report import Report
+from rs_compile.report import BlockRow, Report, StageRow, kernel_cells
 from rs_compile.schedule import Schedule
 
 Backend = str | Callable[..., Any]
@@ -57,6 +58,25 @@ class Rewritten:
 
     gm: GraphModule
     report: Report
+
+
+def reported(model: str, skips: tuple[Skip, ...], c: Compiled, inputs: str, merging: str = "") -> Rewritten:
+    """What is kept of a rewrite: its graph, and the report in place of the graphs on the way.
+
+    Args:
+        model: its name.
+        skips: of the clean-up.
+        inputs: in words.
+        merging: how tokens merged, in words.
+    """
+    rows = tuple(
+        BlockRow(b.block.index, b.where, b.tokens_in, b.tokens_out, b.macs_dense, b.macs, *cells, b.sequences)
+        for b in c.blocks
+        for cells in [kernel_cells(b.kernel)]
+    )
+    stages = tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages)
+    costs = c.dense.macs, c.cost.macs, c.dense.flops, c.cost.flops
+    return Rewritten(c.gm, Report(model, inputs, rows, *costs, skips + c.skips, stages, merging, unread_flops=c.unread))
 
 
 @dataclass(frozen=True)

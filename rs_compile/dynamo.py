@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class _OneGraph(OptimizedModel):
     """One graph of a model: without blocks nothing leaves it, and behind a graph break no tokens may."""
 
     @property
-    def _fixed_batch(self) -> bool:  # type: ignore[override]
+    def _fixed_batch(self) -> bool:
         model: DynamoGraph = self._model
         values = [n.meta.get("example_value") for n, held in zip(model.nodes, model.held, strict=True) if not held]
         first = next((val for val in values if isinstance(val, Tensor) and val.dim()), None)
@@ -171,11 +172,12 @@ def _cut(gm: GraphModule) -> str:
         at = reason.user_stack[-1] if reason.user_stack else None
         return f"the graph breaks{f' at {at.filename}:{at.lineno}' if at is not None else ''} ({said})"
     compiled = getattr(InstructionTranslator.current_tx(), "f_code", None)
-    frame, outside = sys._getframe(1), []
+    frame: FrameType | None = sys._getframe(1)
+    outside: list[FrameType] = []
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         if frame.f_code is not compiled and not frame.f_code.co_filename.startswith((_TORCH, _HERE, "<")):
             outside.append(frame)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is None or not outside:  # called by another than torch.compile, or the first thing that it compiles
         return ""
     code = outside[-1].f_code
@@ -224,8 +226,9 @@ def _told_to_train(node: Node) -> bool:
         return module is not None and module.training
     if node.op != "call_function":
         return False
+    target: Any = node.target
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+        bound = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
     except (TypeError, ValueError):  # of a built-in function nothing is known
         return False
     return bound.get("training") is True

@@ -19,18 +19,17 @@ from passes.graph.base import CompileError, PassResult, Skip
 from passes.graph.debug import watched as watched_passes
 from passes.network.prunable import GUARDS
 from passes.pipeline import Progress, cleaned
-from passes.sites.outcome import Compiled
 from passes.sites.select import MANY
 from rs_compile.compiling import (
     Backend,
     Graphs,
     Options,
     Program,
-    Rewritten,
     TokenOutputs,
     copied,
     make_program,
     nested,
+    reported,
 )
 from rs_compile.entry import Entry, check_methods, public_method, watched
 from rs_compile.errors import named
@@ -38,7 +37,7 @@ from rs_compile.faithful import check_faithful
 from rs_compile.grid_faithful import check_cuts
 from rs_compile.guard import Guard, hindrance
 from rs_compile.outputs import checked, kept_leaves
-from rs_compile.report import BlockRow, Report, StageRow, kernel_cells
+from rs_compile.report import Report
 from rs_compile.rewrite import merging_text, rewrite, unpruned
 from rs_compile.schedule import Schedule
 from rs_compile.side_by_side import SideBySide, side_by_side
@@ -63,8 +62,6 @@ class OptimizedModel(nn.Module):
     Parameters, buffers and submodules are the model's own, shared both ways: `half`, `to`, `train`, `requires_grad_`,
     `load_state_dict` on either act on both. Attributes that are set on the handle are its own.
     """
-
-    _fixed_batch = False  # whether the model is right for one number of samples only
 
     def __init__(self, model: nn.Module, options: Options, entry: Entry | None = None) -> None:
         super().__init__()
@@ -188,6 +185,11 @@ class OptimizedModel(nn.Module):
             options.progress(text)
 
     @property
+    def _fixed_batch(self) -> bool:
+        """Whether the model is right for one number of samples only."""
+        return False
+
+    @property
     def _lowers(self) -> bool:
         """Whether hand-written attention becomes scaled_dot_product_attention."""
         options: Options = self._options
@@ -220,43 +222,22 @@ class OptimizedModel(nn.Module):
             gm.meta[GUARDS] = {}  # what reads tokens is not what it was
         drop = schedule.prunes if options.drop_unread is None else options.drop_unread
         out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
+        name, inputs = type(self._model).__name__, in_words(call.leaves, call.constant)
         dense, unmeasured = None, ""
         with torch._C._DisableAutocast():
             if options.guard is not None:
                 unmeasured = hindrance(self._model, gm, schedule.prunes)
             if options.guard is not None and not unmeasured:
                 rest = unpruned(copied(prepared).gm, schedule, options.explicit_attention)
-                dense = self._reported(call, prepared, rest, "")
+                dense = reported(name, prepared.skips, rest, inputs)
             short = options.token_outputs == "compact"
             compiled = rewrite(gm, schedule, short, options.force_insert, options.explicit_attention, drop)
         why = check_cuts(self._entry, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
         if why:
             skip = Skip("graph", f"not compared with the model on the smaller map: {why}")
             compiled = replace(compiled, skips=(*compiled.skips, skip))
-        pruned = self._reported(call, prepared, compiled, merging_text(schedule, compiled.size_bias))
+        pruned = reported(name, prepared.skips, compiled, inputs, merging_text(schedule, compiled.size_bias))
         return Graphs(pruned, dense, out_spec, fixed, unmeasured)
-
-    def _reported(self, call: Call, prepared: PassResult, c: Compiled, merging: str) -> Rewritten:
-        """What is kept of a rewrite: its graph, and the report in place of the graphs on the way."""
-        rows = tuple(
-            BlockRow(b.block.index, b.where, b.tokens_in, b.tokens_out, b.macs_dense, b.macs, *cells, b.sequences)
-            for b in c.blocks
-            for cells in [kernel_cells(b.kernel)]
-        )
-        report = Report(
-            type(self._model).__name__,
-            in_words(call.leaves, call.constant),
-            rows,
-            c.dense.macs,
-            c.cost.macs,
-            c.dense.flops,
-            c.cost.flops,
-            prepared.skips + c.skips,
-            tuple(StageRow(r.stage.index, r.where, r.grid_in, r.grid_out, r.macs_dense, r.macs) for r in c.stages),
-            merging,
-            unread_flops=c.unread,
-        )
-        return Rewritten(c.gm, report)
 
     def _graphs_for(self, args: Any, kwargs: Any) -> tuple[Call, Graphs]:
         """What inputs like these are rewritten to, with nothing compiled."""

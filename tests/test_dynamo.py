@@ -35,7 +35,7 @@ def optimized(model: nn.Module, *inputs: Any) -> Any:
     return rs_compile.optimize(model, SCHEDULE, backend="eager")(*inputs)
 
 
-def same(found: Any, wanted: Any, model: nn.Module, *inputs: Any) -> None:
+def assert_same(found: Any, wanted: Any, model: nn.Module, *inputs: Any) -> None:
     """Equal to what `optimize` gives, and not to the dense model."""
     torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=1e-6)
     torch.testing.assert_close(found["tokens"][0], wanted["tokens"][0], rtol=0, atol=1e-6)
@@ -52,7 +52,7 @@ def test_registered() -> None:
 @torch.no_grad()
 def test_equal_to_optimize() -> None:
     model, x = encoder(), images(2)
-    same(compiled(model)(x), optimized(model, x), model, x)
+    assert_same(compiled(model)(x), optimized(model, x), model, x)
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_fullgraph_and_one_sample() -> None:
     model = encoder()
     fast = compiled(model, fullgraph=True)
     for x in (images(1), images(3)):
-        same(fast(x), optimized(model, x), model, x)
+        assert_same(fast(x), optimized(model, x), model, x)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_dynamic() -> None:
     model = encoder()
     fast = compiled(model, dynamic=True)
     for x in (images(2), images(3), torch.randn(2, 3, 48, 48)):
-        same(fast(x), optimized(model, x), model, x)
+        assert_same(fast(x), optimized(model, x), model, x)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_a_second_image_size() -> None:
     fast = compiled(model)
     for size in (32, 48, 40):
         x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
-        same(fast(x), optimized(model, x), model, x)
+        assert_same(fast(x), optimized(model, x), model, x)
 
 
 def test_training_mode() -> None:
@@ -106,7 +106,7 @@ def test_other_weights_are_seen() -> None:
     fast(x)
     other = Encoder().eval()
     model.load_state_dict(other.state_dict(), assign=True)
-    same(fast(x), optimized(other, x), other, x)
+    assert_same(fast(x), optimized(other, x), other, x)
 
 
 class Broken(Encoder):

@@ -20,11 +20,11 @@ FormatName = Literal["torch.export", "aot-inductor", "onnx", "openvino", "execut
 
 def export(
     fast: OptimizedModel,
-    example_inputs: Any,
+    args: Any,
     path: str | os.PathLike[str],
     *,
     format: FormatName | None = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     half_weights: bool = False,
     name: str = "",
     notes: Mapping[str, str] | None = None,
@@ -36,10 +36,10 @@ def export(
 
     Args:
         fast: what `optimize` returned, in eval mode; one of its methods, `fast.forward_features`, works as well.
-        example_inputs: a tensor [B, ...], or a tuple of the positional inputs.
+        args: a tensor [B, ...], or a tuple of the positional inputs.
         path: where to; the ending says the format: .pt2, .onnx, .xml (with .bin beside it), .pte.
         format: "aot-inductor" for a compiled .pt2 instead of torch.export's; else the ending's.
-        example_kwargs: the keyword inputs.
+        kwargs: the keyword inputs.
         half_weights: store weights as float16 (OpenVINO).
         name: the model's, for the file's metadata; its class if not given.
         notes: what else the metadata should say.
@@ -60,8 +60,8 @@ def export(
         raise ExportError(f"half_weights is OpenVINO's; for {chosen} convert the model first, fast.half()")
     if target.is_dir() or not target.parent.is_dir():
         raise ExportError(f"no file can be written at {target}; give one in a directory that exists")
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    exported = program_of(fast, args, example_kwargs or {})
+    args = args if isinstance(args, tuple) else (args,)
+    exported = program_of(fast, args, kwargs or {})
     options = fast._options
     model = name or exported.report.model
     said = describe(

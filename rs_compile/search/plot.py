@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rs_compile.search.pictures import SearchError
@@ -21,10 +22,8 @@ def check(path: Path) -> None:
         raise SearchError(f"{path} is no {', '.join(KINDS)} file; give one")
     if not path.absolute().parent.is_dir():
         raise SearchError(f"{path} is in no folder that exists; give one that does")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise SearchError("drawing needs matplotlib; pip install 'rs-compile[visualize]'") from None
+    if find_spec("matplotlib") is None:
+        raise SearchError("drawing needs matplotlib; pip install 'rs-compile[visualize]'")
 
 
 def draw(
