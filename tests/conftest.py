@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+# pytest listens to loggers that do not propagate, and torch then writes out each graph that it traces
+_trace = logging.getLogger("torch.__trace")
+_trace.handlers.clear()
+_trace.propagate = True
 
 torch.set_num_threads(1)  # the models are tiny; `pytest -n` uses the other cores better
 

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random ones if not given")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", default=224)
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures; the packages' photographs if not given")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of the search; all if not given")
     parser.add_argument("--digits", action="store_true", help="the digits ViT and their test images, accuracy too")
     parser.add_argument("--gmacs", type=_numbers, metavar="G,...", default=(4.27, 3.6, 3.0, 2.4), help="budgets")
     parser.add_argument(
