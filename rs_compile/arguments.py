@@ -7,6 +7,7 @@ import argparse
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("torch.export", "aot-inductor", "onnx", "openvino", "executorch")  # `exporting.formats`'s
 FEATURES = ("class", "pooled", "tokens", "output")  # of embed
+ENGINES = ("local", "ray")  # of embed
 FLOATS = ("float32", "float16")  # in Parquet files
 SCHEDULE = "0:0.8,3:0.8,6:0.8"
 LAYERS = "1,5,9"  # of score maps

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rs_compile.arguments import (
     DTYPES,
+    ENGINES,
     EXPORTS,
     FEATURES,
     FLOATS,
@@ -203,6 +204,14 @@ def _add_embed(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="the model computes in (default float32)")
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0; under torchrun cuda is each process's own")
     sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    sub.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="this process, or one a device under torchrun; or actors of Ray (default local)",
+    )
+    sub.add_argument("--actors", type=positive, metavar="N", help="of Ray; one a GPU, or one on CPUs, if not given")
+    sub.add_argument("--address", help="of a Ray cluster to join; one is started on this machine if not given")
     add_backend(sub, "inductor")
 
 

@@ -172,12 +172,16 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
-    local = embed_command.Rank.of().local
-    device = device_of(f"cuda:{local}" if args.device == "cuda" and local else args.device)
+    rank = embed_command.Rank.of()
+    name = f"cuda:{rank.local}" if args.device == "cuda" and rank.local else args.device
+    device = device_of("cpu" if args.engine == "ray" else name)  # Ray's actors have the GPUs
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     result = embed_command.run(_model(args).to(device, DTYPES[args.dtype]), args)
-    give(str(result), result.to_json, args.json)
+    file = args.json
+    if file not in (None, "-") and rank.index:
+        file = str(Path(file).with_stem(f"{Path(file).stem}-{rank.index}"))  # a file a process
+    give(str(result), result.to_json, file)
 
 
 def _model(args: argparse.Namespace) -> nn.Module:

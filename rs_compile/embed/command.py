@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rs_compile.embed.errors import EmbedError
-from rs_compile.embed.run import Embedder, ready
-from rs_compile.embed.shards import Folder, Shard
-from rs_compile.embed.sources import Chunk, arrow, chunks_of, entries_of, pieces_of
+from rs_compile.embed.ray_engine import embedder_of, ray_data, write_by_actors
+from rs_compile.embed.run import Embedder
+from rs_compile.embed.shards import Folder
+from rs_compile.embed.sources import arrow, chunks_of, entries_of
 from rs_compile.embed.speed import Speed
+from rs_compile.embed.write import shape_of_features, write
 from rs_compile.models import built_size, input_size
 from rs_compile.schedule import Schedule
 from rs_compile.search.pictures import digest
@@ -85,18 +86,12 @@ def run(model: nn.Module, args: argparse.Namespace) -> Embedded:
     """
     arrow()
     rank, folder = Rank.of(), Folder(args.output)
-    embedder = ready(
-        model,
-        Schedule.of(args.schedule),
-        features=args.features,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        transform=None,
-        img_size=args.img_size,
-        every=args.every,
-        backend=args.backend,
-        progress=None,
-    )
+    by_ray = args.engine == "ray"
+    if by_ray:
+        _check_ray(rank)
+    elif args.actors or args.address:
+        raise EmbedError("--actors and --address are Ray's; write --engine ray beside them")
+    embedder = embedder_of(model, args, "eager" if by_ray else None)  # Ray's actors compile, here it is tried
     settings = _settings(model, args)
     speed, others = Speed(embedder.workers), None
     with bar(True, "embed") as shown:
@@ -108,12 +103,20 @@ def run(model: nn.Module, args: argparse.Namespace) -> Embedded:
             plan = folder.plan()
             own = range(rank.index, len(plan), rank.world)
             left = folder.left(own, args.again)
-            if left:
-                _write({i: plan[i] for i in left}, embedder, folder, args, settings, speed, shown)
+            if left and by_ray:
+                write_by_actors(left, model, folder, args, settings, speed, shown)
+            elif left:
+                write({i: plan[i] for i in left}, embedder, folder, settings, speed, shown)
         except KeyboardInterrupt:
             print(f"rs-compile: files that are whole stay in {folder.path}; the same command goes on", file=sys.stderr)
             raise
     return Embedded(folder.path, rank, (len(left), len(own) - len(left)), speed, others)
+
+
+def _check_ray(rank: Rank) -> None:
+    ray_data()
+    if rank.world > 1:
+        raise EmbedError("Ray starts its own actors; run --engine ray without torchrun")
 
 
 def _begin(
@@ -124,7 +127,7 @@ def _begin(
         shown.say(f"listing {args.source}")
         entries, others = entries_of(args.source.absolute(), args.column)
         folder.make()
-        _shape(embedder, settings, shown)
+        shape_of_features(embedder, settings, shown)
         folder.begin(settings, chunks_of(entries, args.shard_size))
         return others
     while not folder.begun:  # torchrun ends this process where the first one fails
@@ -147,49 +150,3 @@ def _settings(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
         "every": args.every,
         "column": args.column,
     }
-
-
-def _shape(embedder: Embedder, settings: dict[str, Any], shown: Bar) -> torch.Size:
-    """Of one picture's features; the first time this compiles."""
-    shown.say("compiling")
-    noise = torch.randn(embedder.batch, *settings["input_size"], generator=torch.Generator().manual_seed(0))
-    return embedder(noise).shape[1:]
-
-
-def _write(
-    chunks: dict[int, Chunk],
-    embedder: Embedder,
-    folder: Folder,
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-    speed: Speed,
-    shown: Bar,
-) -> None:
-    split = {i: pieces_of(chunk, embedder.batch) for i, chunk in chunks.items()}
-    pieces = [piece for of in split.values() for piece in of]
-    home = [i for i, of in split.items() for _ in of]
-    unread = {i: len(of) for i, of in split.items()}
-    shown.expect(len(pieces))
-    shape = _shape(embedder, settings, shown)
-    note, shards = json.dumps(settings), dict[int, Shard]()
-    try:
-        for batch, features in embedder.run(pieces, speed):
-            i = home[batch.piece]
-            try:
-                if i not in shards:
-                    shards[i] = Shard(folder, i, shape, args.store == "float16", note)
-                shards[i].add(batch.names, features, batch.failures)
-                unread[i] -= batch.last
-                if not unread[i]:
-                    shards[i].finish()
-                    del shards[i]
-            except OSError as error:
-                raise EmbedError(
-                    f"{folder.path} cannot be written ({error}); what is whole there stays, the same command goes on"
-                ) from error
-            if batch.last:
-                shown.step()
-            shown.say(f"{speed.pictures} pictures, {speed.skipped} skipped")
-    finally:
-        for shard in shards.values():
-            shard.drop()

@@ -99,6 +99,13 @@ class Folder:
     def skipped_part(self, chunk: int) -> Path:
         return self.skipped / f"part-{chunk:06}.parquet"
 
+    def attempt(self, chunk: int) -> int:
+        """Notes that this process begins a chunk; how many did that before, and died."""
+        own = _beside(self.part(chunk), chunk)
+        before = len(set(self.features.glob(f"{_PARTIAL}{chunk:06}-*")) - {own})
+        own.touch()
+        return before
+
     def left(self, chunks: Sequence[int], again: bool = False) -> list[int]:
         """Those of these chunks that are not done; clears what a killed run left of them.
 

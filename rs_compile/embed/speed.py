@@ -14,10 +14,12 @@ class Speed:
     """Seconds of one process, without those until the first batch is done (workers start, the model compiles).
 
     Args:
-        workers: processes that decode.
+        workers: processes that decode, beside each model.
+        processes: that held the model; their seconds are added up.
     """
 
     workers: int
+    processes: int = 1
     pictures: int = 0
     skipped: int = 0
     decoding: float = 0.0  # all workers together
@@ -52,15 +54,21 @@ class Speed:
         if not self._first and self._timed:
             self._using += seconds
 
+    def add(self, other: Speed) -> None:
+        """What another process did."""
+        for name, value in vars(other).items():
+            if name not in ("workers", "processes", "_first"):
+                setattr(self, name, getattr(self, name) + value)
+
     @property
     def seconds(self) -> float:
-        """Behind the first batch."""
+        """Behind the first batch, of all processes."""
         return self._waiting + self._computing + self._using
 
     @property
     def per_second(self) -> float | None:
         """Pictures; None where there was one batch only."""
-        return self._timed / self.seconds if self._timed else None
+        return self.processes * self._timed / self.seconds if self._timed else None
 
     @property
     def waiting(self) -> float | None:
@@ -85,7 +93,10 @@ class Speed:
         if self.per_second is None or self.waiting is None:
             return f"{head}; too few batches for a speed"
         each = 1000 * self.decoding / max(1, self.pictures + self.skipped)
-        where = f"{self.workers} worker{'s' if self.workers != 1 else ''}" if self.workers else "this process"
+        where = (
+            f"{self.workers} worker{'s' if self.workers != 1 else ''}" if self.workers else "the model's own process"
+        )
+        where += f", beside each of {self.processes} models" if self.processes > 1 else ""
         said = (
             f"{head}, then {self.per_second:.1f} pictures a second: {self._computing / self.seconds:.0%} of the "
             f"time in the model, {self.waiting:.0%} waiting for decoding, {self._using / self.seconds:.0%} writing\n"
@@ -94,6 +105,7 @@ class Speed:
         if self.waiting < _LIMIT:
             return f"{said}; it keeps up with the model"
         return (
-            f"{said}\ndecoding is the limit: the model alone does {self._timed / self._computing:.1f} pictures a "
+            f"{said}\ndecoding is the limit: the model alone does "
+            f"{self.processes * self._timed / self._computing:.1f} pictures a "
             "second; more --workers (workers=), smaller files or a faster disk would help, pruning more would not"
         )
