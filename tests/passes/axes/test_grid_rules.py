@@ -12,8 +12,7 @@ from graphs import first_input, graph_of, leaves
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes.axes.grid_axes import follow_grid
-from passes.axes.grid_layout import Grid
+from passes.axes.grid import Grid, follow_grid
 from passes.graph.base import Refusal
 
 F0 = Fraction(0)
@@ -202,4 +201,4 @@ def test_maps_of_two_steps_do_not_meet() -> None:
 def test_within_a_branch_nothing_is_refused() -> None:
     gm = graph_of(lambda x: F.relu(x).flatten(1), x())
     axes = follow_grid(first_input(gm), within=set(gm.graph.nodes))
-    assert [n.target for n in axes.follows] == [torch.ops.aten.relu.default]
+    assert [n.target for n in axes.transfers] == [torch.ops.aten.relu.default]
