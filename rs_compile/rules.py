@@ -25,12 +25,14 @@ from passes.axes.rules.registry import (
 )
 from passes.graph.cost import Count, register_cost
 from passes.graph.cost_rules import RULES as COST_RULES
+from passes.graph.layout import Line
 
 __all__ = [
     "Context",
     "Count",
     "Extent",
     "Kept",
+    "Line",
     "Position",
     "Transfer",
     "Untransferable",

@@ -120,8 +120,10 @@ def _written(node: Node, layout: Layout, out: Layout) -> tuple[Any, ...] | None:
     if left == places:
         return node.args
     # beside a size left open a number may be the model's own, where samples or channels would fill the dimension up
+    whole = [f.at for dim in layout for f in lines_in(dim)] == [0, 1]
     folds = any(len(lines_in(dim)) == 2 for dim in out) and not any(len(lines_in(dim)) == 2 for dim in layout)
-    if places and left and (folds or left[0] in places or not isinstance(shape_of(node)[left[0] + first], int)):
+    counts = left and isinstance(shape_of(node)[left[0] + first], int)
+    if places and left and (folds or not whole or not counts or left[0] in places):
         return None
     for i in places:
         sizes[i] = Extent(out[i + first])
