@@ -57,7 +57,6 @@ class GridAxes:
 
     Args:
         start: the map whose rows and columns are followed.
-        samples: the factor of its samples.
         layouts: for each value that runs over rows or columns its layout (a tuple of layouts for a tuple value).
         transfers: for each op that was carried through, what it does; includes ops that end the axes.
         dense: consumers that need every row and column: outputs, and what restores an earlier cut.
@@ -66,7 +65,6 @@ class GridAxes:
     """
 
     start: Node
-    samples: Maps
     layouts: dict[Node, Any] = field(default_factory=dict)
     transfers: dict[Node, Transfer] = field(default_factory=dict)
     dense: list[Node] = field(default_factory=list)
@@ -150,8 +148,9 @@ def follow_grid(
     """
     samples = _samples(start)
     rows, columns = size or start.meta["val"].shape[2:]
-    axes = GridAxes(start, samples, {start: _layout(start, samples, grid or Grid(), (rows, columns))})
-    context = MapContext(axes.layouts, samples, (Line(0, rows), Line(1, columns)), axes.fixed)
+    layout = _layout(start, samples, grid or Grid(), (rows, columns))
+    axes = GridAxes(start, {start: layout})
+    context = MapContext(axes.layouts, samples, (layout[0], (Line(0, rows),), (Line(1, columns),)), axes.fixed)
     node = start.next
     while node.op != "root":
         carries = any(n in axes.layouts for n in node.all_input_nodes)
@@ -180,13 +179,12 @@ def follow_maps(gm: GraphModule) -> GridAxes:
     """
     nodes = list(gm.graph.nodes)
     windows = [n for n in nodes if window_of(n) is not None and n.meta["val"].dim() == 4]
-    axes = GridAxes(nodes[0], _samples(windows[0]) if windows else Maps(expr(1)))
-    context = MapContext(axes.layouts, axes.samples)
-    starts = set(windows)
+    axes, samples = GridAxes(nodes[0]), _samples(windows[0]) if windows else Maps(expr(1))
+    context, starts = MapContext(axes.layouts, samples), set(windows)
     for node in nodes:
         if node in starts:
             rows, columns = node.meta["val"].shape[2:]
-            axes.layouts[node] = _layout(node, axes.samples, Grid(), (rows, columns))
+            axes.layouts[node] = _layout(node, samples, Grid(), (rows, columns))
         elif any(n in axes.layouts for n in node.all_input_nodes):
             with contextlib.suppress(Untransferable):
                 transfer = _transfer(node, context)

@@ -9,22 +9,14 @@ from torch.fx import Node
 
 from passes.axes.rules.full_length import paired
 from passes.axes.rules.pointwise import align, broadcast, joined, no_weights
-from passes.axes.rules.registry import (
-    Context,
-    Transfer,
-    Untransferable,
-    need_free,
-    need_whole,
-    rules_for,
-    shared_rules_for,
-)
+from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.graph.layout import Batch, Dim, Layout, tokens_in
 from passes.graph.ops import argument, shape_of
 
 aten = torch.ops.aten
 
 
-@shared_rules_for(aten.linear.default)
+@rules_for(aten.linear.default, maps=True)
 def linear(node: Node, ctx: Context) -> Transfer:
     """Acts on channels; a linear layer over tokens has a fixed number of them."""
     layout = ctx.carried(node)

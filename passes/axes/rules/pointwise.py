@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from passes.axes.rules.registry import Context, MapContext, Transfer, Untransferable, need_free, shared_rules_for
+from passes.axes.rules.registry import Context, MapContext, Transfer, Untransferable, need_free, rules_for
 from passes.graph.layout import (
     Batch,
     Dim,
@@ -128,11 +128,11 @@ def _check_cut_alike(ctx: MapContext, inputs: Sequence[Node], aligned: Collectio
             raise Untransferable(Line.named.apart)
         if n in ctx.fixed:
             raise Untransferable("meets what was pooled to a fixed grid and given rows and columns again")
-        map_of_cut = ctx.cut is not None and len(out) == 4 and out[2:] == tuple((line,) for line in ctx.cut)
-        if not map_of_cut or [*shape_of(n)[2:]] != [line.count for line in ctx.cut or ()]:
+        like = len(out) == 4 and ctx.cut is not None and out[2:] == ctx.cut[1:]
+        if not like or shape_of(n)[2:] != tuple(map(dim_size, out[2:])):
             raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
     carrying = [layout for n in inputs if (layout := ctx.layout(n)) is not None and len(layout) == len(out)]
-    if aligned and any(layout[0] != (ctx.batch,) for layout in carrying):
+    if aligned and ctx.cut is not None and any(layout[0] != ctx.cut[0] for layout in carrying):
         raise Untransferable("meets a value from before the cut, of which it has not every sample")
 
 
@@ -148,7 +148,7 @@ def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> N
             )
 
 
-@shared_rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE)
+@rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE, maps=True)
 def pointwise(node: Node, ctx: Context) -> Transfer:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
     val = node.meta["val"]
@@ -193,7 +193,7 @@ def _like_only(node: Node, other: Node) -> bool:
     return node.target is aten.type_as.default and other is not node.args[0]
 
 
-@shared_rules_for(aten.prelu.default)
+@rules_for(aten.prelu.default, maps=True)
 def prelu(node: Node, ctx: Context) -> Transfer:
     """One slope for every entry, or one for each entry of dimension 1."""
     layout, slopes = ctx.carried(node), node.args[1]

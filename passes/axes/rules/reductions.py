@@ -7,15 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.axes.rules.registry import (
-    Context,
-    Transfer,
-    Untransferable,
-    need_free,
-    need_whole,
-    rules_for,
-    shared_rules_for,
-)
+from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import without
 from passes.graph.layout import Dim, Line, Tokens, followed, holds_lines, tokens_in
 from passes.graph.ops import SOFTMAX, argument, shape_of, wrap
@@ -23,8 +15,12 @@ from passes.graph.ops import SOFTMAX, argument, shape_of, wrap
 aten = torch.ops.aten
 
 
-@shared_rules_for(
-    aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default, aten._fused_rms_norm.default
+@rules_for(
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.native_layer_norm.default,
+    aten._fused_rms_norm.default,
+    maps=True,
 )
 def norm(node: Node, ctx: Context) -> Transfer:
     """Normalises the last dimensions, which must be channels."""
@@ -64,7 +60,7 @@ _OVER = {
 }  # fmt: skip
 
 
-@shared_rules_for(*_REDUCTIONS)
+@rules_for(*_REDUCTIONS, maps=True)
 def reduction(node: Node, ctx: Context) -> Transfer:
     """Over channels anything goes; over tokens, rows or columns what does not depend on how many there are."""
     layout = ctx.carried(node)
@@ -101,7 +97,7 @@ def softmax(node: Node, ctx: Context) -> Transfer:
     return Transfer(layout[:d] + (weights,) + layout[d + 1 :], mixes=True)
 
 
-@shared_rules_for(aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
+@rules_for(aten.log_softmax.int, aten.cumsum.default, aten.glu.default, maps=True)
 def along(node: Node, ctx: Context) -> Transfer:
     """Works along one dimension, which must be channels."""
     layout = ctx.carried(node)

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from passes.graph.base import CompileError, op_name
-from passes.graph.layout import Batch, Dim, Layout, Line, Part, Tokens, followed, plain, resized, tokens_in
+from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, followed, plain, resized, tokens_in
 from passes.graph.ops import checked_operator, shape_of
 
 
@@ -129,7 +129,7 @@ class MapContext(Context):
 
     Args:
         layouts, batch: see `Context`.
-        cut: the rows and the columns of the map that is cut; None where maps are followed and none is cut.
+        cut: of the map that is cut its samples, rows and columns; None where maps are followed and none is cut.
         fixed: values made from the map pooled to a grid of a fixed size.
     """
 
@@ -140,7 +140,7 @@ class MapContext(Context):
         self,
         layouts: Mapping[Node, Any],
         batch: Batch,
-        cut: tuple[Line, Line] | None = None,
+        cut: tuple[Dim, Dim, Dim] | None = None,
         fixed: Container[Node] = (),
     ) -> None:
         super().__init__(layouts, batch)
@@ -212,20 +212,23 @@ def rule_faults(node: Node) -> Iterator[None]:
         raise Untransferable(text) from error
 
 
-def _into(*tables: dict[Any, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
-    def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
-        def add(rule: Rule) -> Rule:
-            for table in tables:
-                table.update(dict.fromkeys(ops, rule))
-            return rule
-
-        return add
-
-    return rules_for
+def rules_for(*ops: Any, maps: bool = False) -> Callable[[Rule], Rule]:
+    """Decorator: one rule for several ops, to which tokens may come, or with `maps` rows and columns as well."""
+    return _into([TOKEN_RULES, GRID_RULES] if maps else [TOKEN_RULES], ops)
 
 
-# decorators: one rule for several ops, to which tokens may come, rows and columns, or either
-rules_for, grid_rules_for, shared_rules_for = _into(TOKEN_RULES), _into(GRID_RULES), _into(TOKEN_RULES, GRID_RULES)
+def grid_rules_for(*ops: Any) -> Callable[[Rule], Rule]:
+    """Decorator: one rule for several ops to which rows and columns may come."""
+    return _into([GRID_RULES], ops)
+
+
+def _into(tables: Sequence[dict[Any, Rule]], ops: Sequence[Any]) -> Callable[[Rule], Rule]:
+    def add(rule: Rule) -> Rule:
+        for table in tables:
+            table.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return add
 
 
 def need_whole(dim: Dim, doing: str) -> None:

@@ -9,16 +9,7 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.pointwise import align, broadcast, no_weights, tensors
-from passes.axes.rules.registry import (
-    Context,
-    Position,
-    Transfer,
-    Untransferable,
-    need_free,
-    need_whole,
-    rules_for,
-    shared_rules_for,
-)
+from passes.axes.rules.registry import Context, Position, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.graph.layout import Batch, Dim, Fixed, Free, Layout, Maps, Piece, Tokens, lines_in, merged, tokens_in
 from passes.graph.ops import argument, shape_of, sizes_of, wrap
 
@@ -80,13 +71,14 @@ def select(node: Node, ctx: Context) -> Transfer:
     return Transfer(rest, args=(node.args[0], d, Position(over, index)), kwargs={})
 
 
-@shared_rules_for(
+@rules_for(
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.split.sizes,
     aten.chunk.default,
     aten.tensor_split.indices,
     aten.tensor_split.sections,
+    maps=True,
 )
 def split(node: Node, ctx: Context) -> Transfer:
     """Several stretches at once, cut at borders."""
@@ -112,14 +104,14 @@ def split(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(out), target=aten.tensor_split.indices, args=(node.args[0], cuts, d), kwargs={})
 
 
-@shared_rules_for(operator.getitem)
+@rules_for(operator.getitem, maps=True)
 def getitem(node: Node, ctx: Context) -> Transfer:
     """One result of an op that has several."""
     layouts: Any = ctx.layout(node.args[0])
     return Transfer(layouts[node.args[1]])
 
 
-@shared_rules_for(aten.cat.default, aten.concat.default, aten.concatenate.default)
+@rules_for(aten.cat.default, aten.concat.default, aten.concatenate.default, maps=True)
 def cat(node: Node, ctx: Context) -> Transfer:
     """Joins along tokens (a class token, the patches) or along channels."""
     given: Any = node.args[0]
@@ -166,7 +158,7 @@ class _Without(Context):
         return None if own is None else own[: self._dim] + own[self._dim + 1 :]
 
 
-@shared_rules_for(aten.stack.default)
+@rules_for(aten.stack.default, maps=True)
 def stack(node: Node, ctx: Context) -> Transfer:
     """A new dimension; the others pair up."""
     inputs: Any = node.args[0]
@@ -176,7 +168,7 @@ def stack(node: Node, ctx: Context) -> Transfer:
     return Transfer(pairs[:d] + (ctx.plain(shape[d]),) + pairs[d:], align(ctx, tensors(inputs), pairs))
 
 
-@shared_rules_for(aten.index.Tensor)
+@rules_for(aten.index.Tensor, maps=True)
 def index(node: Node, ctx: Context) -> Transfer:
     """One constant list of entries of a dimension that runs neither over tokens nor over samples."""
     layout = ctx.carried(node)
@@ -208,7 +200,7 @@ def gather(node: Node, ctx: Context) -> Transfer:
     return Transfer(out, aligned)
 
 
-@shared_rules_for(aten.index_select.default)
+@rules_for(aten.index_select.default, maps=True)
 def index_select(node: Node, ctx: Context) -> Transfer:
     """As `index`, in its older spelling."""
     layout = ctx.carried(node)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for, shared_rules_for
+from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for
 from passes.graph.layout import Batch, Layout, followed, merged, regroup, show, tokens_in
 from passes.graph.ops import PERMUTING, argument, permuted, shape_of, wrap
 
@@ -38,7 +38,7 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
-@shared_rules_for(*PERMUTING)
+@rules_for(*PERMUTING, maps=True)
 def permute(node: Node, ctx: Context) -> Transfer:
     """Dimensions change places, and take their factors along."""
     layout = ctx.carried(node)
@@ -74,7 +74,7 @@ def repeat(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(out))
 
 
-@shared_rules_for(aten.unbind.int)
+@rules_for(aten.unbind.int, maps=True)
 def unbind(node: Node, ctx: Context) -> Transfer:
     """Takes a dimension apart that does not run over tokens (q, k, v)."""
     layout = ctx.carried(node)
@@ -86,7 +86,7 @@ def unbind(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(rest for _ in node.meta["val"]))
 
 
-@shared_rules_for(aten.flip.default, aten.roll.default)
+@rules_for(aten.flip.default, aten.roll.default, maps=True)
 def reorder(node: Node, ctx: Context) -> Transfer:
     """Reverses or shifts along dimensions that do not run over tokens or samples."""
     layout = ctx.carried(node)
@@ -99,7 +99,7 @@ def reorder(node: Node, ctx: Context) -> Transfer:
     return Transfer(layout)
 
 
-@shared_rules_for(aten.sym_size.int)
+@rules_for(aten.sym_size.int, maps=True)
 def sym_size(node: Node, ctx: Context) -> Transfer:
     """The number of samples is the same; the number of tokens is not."""
     layout = ctx.carried(node)

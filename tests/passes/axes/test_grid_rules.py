@@ -219,6 +219,22 @@ def test_refusals_name_the_op_the_line_and_a_way_out(f: Callable[[Tensor], Tenso
     assert "aten." in str(e.value) and "in the model: File" in str(e.value) and "way out: cut a later" in str(e.value)
 
 
+def test_frames_folded_into_the_samples() -> None:
+    """[8 B, C, H, W], of each sample's frames in a row: taken apart and joined again they are the same."""
+
+    def frames(x: Tensor) -> Tensor:
+        whole = x.repeat(8, 1, 1, 1)
+        start = whole * 2
+        return start.unflatten(0, (-1, 8)).sin().flatten(0, 1) + whole
+
+    gm = graph_of(frames, x())
+    (start,) = (n for n in gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+    (end,) = leaves(gm)
+    axes = follow_grid(start)
+    assert axes.grid(end) == Grid() and axes.sample_for_sample(end)
+    assert [n.target for n in axes.transfers[end].aligned] == [torch.ops.aten.repeat.default]
+
+
 def test_maps_of_two_steps_do_not_meet() -> None:
     square = torch.randn(2, 4, 8, 8)
     gm = graph_of(lambda x: F.conv2d(x, W, stride=2, padding=1) * F.conv2d(x, torch.ones(4, 4, 5, 5)), square)
