@@ -207,9 +207,9 @@ class _Cut:
         """Maps that meet must be equally large, lest one of a single row be broadcast."""
         start = self.axes.start
         inputs = {n: start if n is self.now[start] else n for n in node.all_input_nodes}
-        held = {n: self.axes.lines(was) for n, was in inputs.items()}
-        sizes = {tuple(self.left[n][f.at] for f in lines) for n, lines in held.items() if lines}
-        if len(sizes) > 1:
+        held = [(n, lines) for n, was in inputs.items() if (lines := self.axes.lines(was))]
+        sizes = {tuple(self.left[n][f.at] for f in lines) for n, lines in held}
+        if any(len({self.left[n][at] for n, lines in held if at in [f.at for f in lines]}) > 1 for at in (0, 1)):
             raise Refusal(
                 f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
                 node,

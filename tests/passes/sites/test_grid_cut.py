@@ -190,7 +190,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "half of them": (lambda m, x, a, b: m.wide(a).chunk(2)[1], "an output has other samples"),
     "one for all": (lambda m, x, a, b: m.wide(a[:1] + a), "an output has other samples"),
     "as many, in two parts": (
-        lambda m, x, a, b: m.wide(torch.cat([a, a]).view(2, -1, *a.shape[1:])[0]),
+        lambda m, x, a, b: m.wide(torch.cat([a, a]).view(2, *a.shape)[0]),
         "other samples",
     ),
     "twice": (lambda m, x, a, b: m.wide(torch.cat([a, a])), "an output has other samples"),
