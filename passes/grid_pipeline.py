@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import GraphModule
 
-from passes.axes.grid_axes import follow_grid
+from passes.axes.grid import follow_grid
 from passes.graph.base import CompileError, Refusal, finish
 from passes.graph.cost import count
 from passes.graph.verify import no_stale_shapes

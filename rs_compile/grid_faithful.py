@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from passes.axes.grid_axes import RESTORE, WAY_OUT
+from passes.axes.grid import RESTORE, WAY_OUT
 from passes.capture.first_run import outputs_of
 from passes.graph.base import Refusal
 from passes.graph.splice import ORIGIN

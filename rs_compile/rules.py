@@ -1,8 +1,8 @@
 """What the author of a rule for an op of their own needs: token rules, grid rules of CNNs, costs.
 
-A token rule says what an op does to the dimensions that run over tokens: it takes the fx node and a `Context`, and
-returns a `Transfer`, or raises `Untransferable(reason)`. A grid rule says the same of the rows and columns of a map: it
-takes the node and `GridAxes`, and returns a `Follow`.
+A token rule says what an op does to the dimensions that run over tokens, a grid rule what it does to the rows and
+columns of a map. Either takes the fx node and a `Context`, and returns a `Transfer`, or raises
+`Untransferable(reason)`; one function may be both.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from passes.axes.grid_layout import GRID_RULES, Follow, Grid, GridAxes, register_grid_rule
 from passes.axes.rules.registry import (
+    GRID_RULES,
     TOKEN_RULES,
     Context,
     Extent,
@@ -20,19 +20,19 @@ from passes.axes.rules.registry import (
     Position,
     Transfer,
     Untransferable,
+    register_grid_rule,
     register_token_rule,
 )
 from passes.graph.cost import Count, register_cost
 from passes.graph.cost_rules import RULES as COST_RULES
+from passes.graph.layout import Line
 
 __all__ = [
     "Context",
     "Count",
     "Extent",
-    "Follow",
-    "Grid",
-    "GridAxes",
     "Kept",
+    "Line",
     "Position",
     "Transfer",
     "Untransferable",

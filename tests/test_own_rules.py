@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.fx import Node
 
 import rs_compile
-from passes.axes.grid_axes import follow_grid
-from passes.axes.grid_layout import Follow, Grid, GridAxes
+from passes.axes.grid import Grid, follow_grid
 from passes.graph.base import Refusal
 from passes.graph.cost import count
 from rs_compile import rules
+from rs_compile.rules import Context, Transfer
 
 
 @torch.library.custom_op("rs_own::tint", mutates_args=())
@@ -27,8 +27,8 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def cell_by_cell(node: Node, axes: GridAxes) -> Follow:
-    return Follow(axes.grid(node.args[0]))
+def cell_by_cell(node: Node, ctx: Context) -> Transfer:
+    return Transfer(ctx.layout(node.args[0]))
 
 
 def test_a_grid_rule_and_its_end() -> None:
@@ -37,7 +37,7 @@ def test_a_grid_rule_and_its_end() -> None:
     with rules.scoped():
         rules.register_grid_rule(tint, cell_by_cell)
         rules.register_cost(tint, lambda out, x: 7)
-        assert follow_grid(next(iter(gm.graph.nodes))).grids[op] == Grid()
+        assert follow_grid(next(iter(gm.graph.nodes))).grid(op) == Grid()
         assert count(gm).between([op]).macs == 7
     with pytest.raises(Refusal, match="no rule says what this op does"):
         follow_grid(next(iter(gm.graph.nodes)))

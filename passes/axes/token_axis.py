@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from passes.axes.normalised import Normalised, normalised
-from passes.axes.rules import Context, Transfer, Untransferable, rule_for
-from passes.axes.rules.registry import rule_faults
+from passes.axes.rules import Context, Transfer, Untransferable
+from passes.axes.rules.applied import transfer_of
 from passes.capture.capture import FIXED_BATCH
 from passes.graph.aliasing import Memory, writes
 from passes.graph.base import Refusal
@@ -29,15 +29,12 @@ from passes.graph.layout import (
     Layout,
     Prunable,
     Tokens,
-    dim_size,
     expr,
     merged,
     on_grid,
     over_samples,
     runs_over_tokens,
     sequences,
-    show,
-    whole_grids,
 )
 
 WAY_OUT = "prune after a later block, or register a rule with rs_compile.register_token_rule"
@@ -316,7 +313,7 @@ def _step(
     if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
         raise _written(node)
     try:
-        transfer = _transfer(node, context)
+        transfer = transfer_of(node, context)
         while (side := _normalised(transfer, axis)) is not None:
             if side.source < axis.start:
                 raise Untransferable("meets weights that were normalised over tokens before some of them leave")
@@ -327,7 +324,7 @@ def _step(
                 _step(link, axis, context, behind, anchors, alone)
             if side.chain[-1] not in axis.layouts:
                 raise Untransferable("meets weights that were normalised over tokens, and cannot be again")
-            transfer = _transfer(node, context)
+            transfer = transfer_of(node, context)
         if any(normalised(n, target, axis.layouts.__contains__) for n, target in transfer.beside.items()):
             raise Untransferable("multiplies with weights that were normalised over tokens, and cannot be again")
     except Untransferable as reason:
@@ -343,34 +340,6 @@ def _step(
 def _normalised(transfer: Transfer, axis: TokenAxis) -> Normalised | None:
     sides = (normalised(n, target, axis.layouts.__contains__) for n, target in transfer.aligned.items())
     return next((side for side in sides if side is not None), None)
-
-
-def _transfer(node: Node, context: Context) -> Transfer:
-    rule = rule_for(node.target)
-    if rule is None:
-        raise Untransferable("no rule says what this op does to a shorter sequence of tokens")
-    with rule_faults(node):
-        transfer = rule(node, context)
-    val = node.meta["val"]
-    if transfer.out is not None:
-        values = val if isinstance(val, (tuple, list)) else (val,)
-        outs: Any = transfer.out if isinstance(val, (tuple, list)) else (transfer.out,)
-        for value, out in zip(values, outs, strict=True):
-            _check(value, out)
-    return transfer
-
-
-def _check(value: Any, layout: Layout | None) -> None:
-    """A rule's layout must explain the shape that the op really has."""
-    if layout is None or not isinstance(value, torch.Tensor):
-        return
-    if not whole_grids(layout):
-        raise Untransferable("takes rows or columns of the tokens' grid by themselves")
-    if sum(isinstance(f, Batch) for dim in layout for f in dim) > 1:
-        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
-    explained = [dim_size(dim) for dim in layout]
-    if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
-        raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")
 
 
 def mixing(axis: TokenAxis, nodes: Mapping[Node, Any] | Collection[Node]) -> Node | None:

@@ -1,17 +1,19 @@
-"""Layouts: which dimension of a value runs over tokens, over samples, over neither.
+"""Layouts: which dimension of a value runs over tokens, rows or columns of a map, samples, or none of these.
 
 A layout gives for each dimension the factors that are folded into it, outermost first, as einops writes
 `(batch tokens) channels`. A `view` regroups the factors; a factor of samples is never split, and one of tokens in two
 at most, where all of them may go: rows and columns. Where tokens are gone the rows run over those left, and there is
 one column. Where windows or frames are folded into the samples, each is a sequence, and the factor counts these.
+Rows and columns of a map (`Line`) may be folded into one dimension, whole and in this order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
-from typing import TypeAlias, TypeGuard
+from typing import ClassVar, NamedTuple, TypeAlias, TypeGuard
 
 import sympy
 import torch
@@ -47,6 +49,14 @@ class Prunable:
 Piece: TypeAlias = Fixed | Prunable
 
 
+class Names(NamedTuple):
+    """What refusals call a kind of factor that gets shorter: its entries, its axis, and two of it that do not match."""
+
+    many: str
+    axis: str
+    apart: str
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A factor that runs over tokens.
@@ -55,6 +65,8 @@ class Tokens:
         pieces: the stretches it covers, in order.
         weights: it holds attention weights, which sum to one along it.
     """
+
+    named: ClassVar = Names("tokens", "the token axis", "two different sequences of tokens meet")
 
     pieces: tuple[Piece, ...]
     weights: bool = False
@@ -159,19 +171,53 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Maps(Batch):
+    """The factor that runs over samples of maps. A cut takes as much out of each, so ops may pick, join and split them.
+
+    Args:
+        parted: some of them only, or more of them, or in another order.
+    """
+
+    parted: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """The rows or the columns of a map that is cut.
+
+    Args:
+        at: 0 for rows, 1 for columns.
+        count: how many.
+        step: rows (columns) of the cut map from one of these to the next.
+        start: the row (column) of the cut map that the first of these is centred on.
+    """
+
+    named: ClassVar = Names(
+        "rows or columns", "rows or columns", "two maps meet whose rows or columns do not belong together"
+    )
+
+    at: int
+    count: int
+    step: int = 1
+    start: Fraction = Fraction(0)
+
+
+@dataclass(frozen=True)
 class Free:
     """Any other factor: heads, channels, frames."""
 
     size: Size
 
 
-Factor: TypeAlias = Tokens | Batch | Free
+Factor: TypeAlias = Tokens | Line | Batch | Free
 Dim: TypeAlias = tuple[Factor, ...]
 Layout: TypeAlias = tuple[Dim, ...]
 
 
 def factor_size(factor: Factor) -> Size:
-    return sympy.Integer(factor.dense) if isinstance(factor, Tokens) else factor.size
+    if isinstance(factor, Tokens | Line):
+        return sympy.Integer(factor.dense if isinstance(factor, Tokens) else factor.count)
+    return factor.size
 
 
 def dim_size(dim: Dim) -> Size:
@@ -213,6 +259,40 @@ def tokens_in(dim: Dim) -> Tokens | None:
     return next((f for f in dim if isinstance(f, Tokens)), None)
 
 
+def lines_in(dim: Dim) -> tuple[Line, ...]:
+    """The rows, the columns or both that a dimension runs over."""
+    return tuple(f for f in dim if isinstance(f, Line))
+
+
+def followed(dim: Dim) -> Tokens | Line | None:
+    """What of a dimension gets shorter: its tokens, or the first of rows and columns."""
+    return next((f for f in dim if isinstance(f, Tokens | Line)), None)
+
+
+def meet(a: Factor, b: Factor) -> bool:
+    """Whether entries of two factors belong together, one by one."""
+    if isinstance(a, Tokens) and isinstance(b, Tokens):
+        return a.same_sequence(b)
+    if isinstance(a, Line) and isinstance(b, Line):
+        return replace(a, start=b.start) == b
+    return a == b
+
+
+def resized(dim: Dim, size: int | torch.SymInt | Size, batch: Batch) -> Dim | None:
+    """The dimension once an op picked or joined entries; None where these are samples that keep tokens of their own.
+
+    Args:
+        dim: before, neither over tokens nor over rows or columns.
+        size: after.
+        batch: the factor of samples.
+    """
+    if not any(isinstance(f, Batch) for f in dim):
+        return plain(size, batch)
+    if dim_size(dim) == expr(size):
+        return dim
+    return (Maps(expr(size), True),) if isinstance(batch, Maps) else None
+
+
 def sequence_in(layout: Layout) -> Tokens | None:
     """The whole sequence that a layout runs over first, also where it lies on a grid."""
     first = next((t for dim in layout if (t := tokens_in(dim))), None)
@@ -242,13 +322,26 @@ def runs_over_tokens(layout: Layout) -> bool:
     return any(tokens_in(dim) is not None for dim in layout)
 
 
+def holds_lines(layout: Layout) -> bool:
+    return any(isinstance(f, Line) for dim in layout for f in dim)
+
+
+def whole_lines(layout: Layout) -> bool:
+    """Whether rows and columns lie in dimensions of their own, each alone or columns folded into rows."""
+    return all(
+        [f.at for f in lines] in ([0], [1], [0, 1]) and len(lines) == len(dim)
+        for dim in layout
+        if (lines := lines_in(dim))
+    )
+
+
 def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | None:
     """The layout after a view to `shape`, or None where that would split tokens or samples."""
     rest = list(merged(f for dim in layout for f in dim))  # neighbouring free factors regroup at will
     out: list[Dim] = []
-    for size in shape:
+    for at, size in enumerate(shape):
         need, dim = expr(size), []
-        if need == 1 and rest and _one_sample(rest[0]):
+        if need == 1 and rest and _single(rest[0]):
             dim.append(rest.pop(0))
         while need != 1:
             if not rest:
@@ -267,13 +360,20 @@ def regroup(layout: Layout, shape: Sequence[int | torch.SymInt]) -> Layout | Non
                 rest[:0] = columns
                 need = sympy.Integer(1)
                 continue
-            if not isinstance(factor, Free) or not inner.is_integer:
+            if not isinstance(factor, Free | Maps) or not inner.is_integer:
                 return None
-            dim.append(Free(need))
-            rest.insert(0, Free(inner))
+            outer = isinstance(factor, Maps) and need.free_symbols
+            dim.append(Maps(need, True) if outer else Free(need))
+            rest.insert(0, Maps(inner, True) if isinstance(factor, Maps) and not outer else Free(inner))
             need = sympy.Integer(1)
+        if dim and rest and isinstance(dim[-1], Line) and isinstance(rest[0], Line) and rest[0].count == 1:
+            dim += [rest.pop(0)] if at + 1 == len(shape) or expr(shape[at + 1]) != 1 else []
         out.append(merged(f for f in dim if len(dim) == 1 or not _one_sample(f)))
     return None if rest else tuple(out)
+
+
+def _single(factor: Factor) -> bool:
+    return _one_sample(factor) or (isinstance(factor, Line) and factor.count == 1)
 
 
 def _one_sample(factor: Factor) -> bool:
@@ -294,6 +394,8 @@ def show(layout: Layout) -> str:
             return f"{'columns' if f.at else 'rows'}({f.dense})"
         if isinstance(f, Tokens):
             return f"tokens({f.dense})"
+        if isinstance(f, Line):
+            return f"{'columns' if f.at else 'rows'}({f.count})"
         if isinstance(f, Batch):
             return "batch" if f.sequences == 1 else f"{f.sequences}*batch"
         return str(f.size)

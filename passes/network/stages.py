@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.axes.grid_axes import follow_grid, follow_maps
-from passes.axes.grid_layout import Grid, GridAxes, size_of
+from passes.axes.grid import Grid, GridAxes, follow_grid, follow_maps
 from passes.graph.base import source_line
 from passes.graph.layout import expr
 from passes.graph.ops import CONV, CONV2D, LINEAR, elementwise
@@ -157,14 +156,20 @@ def _blocks(gm: GraphModule, above: dict[Node, int], bit: dict[Node, int]) -> li
         if form is None:
             continue
         nodes = paths[term] | paths[shortcut] | {node}
-        slides = form == Grid() or any(n.target in CONV2D and n.args[0] in maps.grids for n in paths[term])
-        block = ConvBlock(entry, shortcut, node, _output(node), nodes, form, size_of(node, form, maps.sizes), slides)
+        slides = form == Grid() or any(n.target in CONV2D and n.args[0] in maps.layouts for n in paths[term])
+        block = ConvBlock(entry, shortcut, node, _output(node), nodes, form, _size(node, form, maps), slides)
         inside = [b for b in found if b.add in paths[term]]
         if any(b.map == block.map or b.size != block.size for b in inside):
             continue  # a long skip around whole blocks
         found = [b for b in found if b not in inside]  # sums of fewer channels inside a block are part of it
         found.append(block)
     return found
+
+
+def _size(add: Node, form: Grid, maps: GridAxes) -> tuple[int, int]:
+    """Rows and columns of a sum."""
+    rows, columns = add.meta["val"].shape[2:] if form == Grid() else maps.size(add)
+    return rows, columns
 
 
 def _channels(form: Grid) -> int:
@@ -186,10 +191,9 @@ def _form(entry: Node, term: Node, add: Node, branch: frozenset[Node], maps: Gri
     if _on_a_grid(entry, term, branch):
         return Grid()
     form = maps.grid(add)
-    held = isinstance(form, Grid) and isinstance(maps.grid(entry), Grid)
     if (
-        not held
-        or maps.sizes[entry] != maps.sizes[add]
+        form is None
+        or maps.size(entry) != maps.size(add)
         or form.dims == (2, 3)
         or None in (form.rows, form.columns)
         or 0 in form.dims
@@ -202,12 +206,13 @@ def _viewed(block: ConvBlock) -> Node | None:
     """The map [B, C, H, W] that a block's output is viewed as, cell by cell, before anything else reads it."""
     node, within = block.output, frozenset(block.output.graph.nodes)
     axes = follow_grid(node, block.form, block.size, within)
-    while (axes.grid(node).rows, axes.grid(node).columns) != (2, 3):
+    while (grid := axes.grid(node)) is not None and (grid.rows, grid.columns) != (2, 3):
         readers = list(node.users)
-        grid = axes.grid(readers[0]) if len(readers) == 1 else None
-        if not isinstance(grid, Grid) or grid.mixed:
+        if len(readers) != 1 or readers[0] in axes.mixed:
             return None
         node = readers[0]
+    if grid is None:
+        return None
     return node if node.meta["val"].dim() == 4 else None
 
 
@@ -217,7 +222,7 @@ def _on_a_grid(entry: Node, term: Node, nodes: frozenset[Node]) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() != 4:
         return False
     axes = follow_grid(entry, within=nodes)
-    slides = any(n.target in CONV2D for n in axes.follows)
+    slides = any(n.target in CONV2D for n in axes.transfers)
     grid = axes.grid(term)
     return slides and (grid is None or grid.dims == (2, 3))
 

@@ -15,7 +15,7 @@ from passes.axes.reads import Picks
 from passes.axes.rules import Extent, Position
 from passes.graph.base import CompileError
 from passes.graph.fake import evaluate
-from passes.graph.layout import Batch, Dim, Layout, Size, Tokens, dim_size, expr, tokens_in
+from passes.graph.layout import Batch, Dim, Layout, Size, Tokens, dim_size, expr, factor_size, tokens_in
 from passes.graph.splice import REPLACED, fake, fake_mode, splice
 
 aten = torch.ops.aten
@@ -174,7 +174,7 @@ def _number(factors: Dim) -> int:
 def _extent(dim: Dim, count: int) -> Size:
     size = expr(1)
     for f in dim:
-        size *= count if isinstance(f, Tokens) else f.size
+        size *= count if isinstance(f, Tokens) else factor_size(f)
     return size
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -9,11 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
-from passes.axes.grid_axes import RESTORE, WAY_OUT, follow_grid
-from passes.axes.grid_layout import Follow, Grid, GridAxes, size_of
+from passes.axes.grid import RESTORE, WAY_OUT, GridAxes, follow_grid
+from passes.axes.rules import Extent, Transfer
 from passes.graph.base import CompileError, Pass, PassResult, Refusal
 from passes.graph.fake import evaluate
+from passes.graph.layout import Dim, Line, factor_size, lines_in
 from passes.graph.splice import fake, fake_mode, splice
 from passes.network.stages import Stage
 from passes.sites.grid_prune import GridPrune
@@ -52,7 +56,7 @@ class CutGrid(Pass):
             raise Refusal(
                 "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
             )
-        readers = [user for user in output.users if user in axes.follows]
+        readers = [user for user in output.users if user in axes.transfers]
         whole = _whole(axes)
         with graph.inserting_before(output.next):
             score = self.insert_score(graph)
@@ -64,10 +68,10 @@ class CutGrid(Pass):
         for reader in readers:
             reader.replace_input_with(output, short)
         cut = _Cut(gm, axes, rows, columns, short)
-        for node, follow in axes.follows.items():
-            cut.follow(node, follow)
+        for node, transfer in axes.transfers.items():
+            cut.follow(node, transfer)
         for consumer in axes.dense:
-            for value in [n for n in consumer.all_input_nodes if n in axes.grids]:
+            for value in [n for n in consumer.all_input_nodes if n in axes.layouts]:
                 consumer.replace_input_with(value, whole[value] if value in whole else cut.restored(value))
         return PassResult(gm, rewrites=1)
 
@@ -120,15 +124,14 @@ def _whole(axes: GridAxes) -> dict[Node, Node]:
 
     def copied(value: Node) -> Node:
         if value not in whole:
-            inputs = {n: copied(n) for n in value.all_input_nodes if n in axes.grids}
+            inputs = {n: copied(n) for n in value.all_input_nodes if n in axes.layouts}
             with value.graph.inserting_before(value):
                 whole[value] = value.graph.node_copy(value, lambda n: inputs.get(n, n))
         return whole[value]
 
     for consumer in axes.dense:
         for value in consumer.all_input_nodes:
-            grid = axes.grid(value)
-            if isinstance(grid, Grid) and not grid.mixed:
+            if axes.lines(value) and value not in axes.mixed:
                 copied(value)
     return whole
 
@@ -142,64 +145,71 @@ class _Cut:
         self.rows = rows
         self.columns = columns
         self.mode = fake_mode(gm.graph)
-        self.full = {n: tuple(n.meta["val"].shape) for n, g in axes.grids.items() if isinstance(g, Grid)}
-        self.sizes: dict[Node, tuple[int, int]] = {short: tuple(short.meta["val"].shape[2:])}
+        self.full = {n: tuple(n.meta["val"].shape) for n in axes.layouts if axes.lines(n)}
+        self.left: dict[Node, dict[int, int]] = {short: dict(enumerate(short.meta["val"].shape[2:]))}
         self.now: dict[Node, Node] = {axes.start: short}
         self.taken: dict[Node, Node] = {}
 
-    def follow(self, node: Node, follow: Follow) -> None:
+    def follow(self, node: Node, transfer: Transfer) -> None:
         """Gives the op inputs on the smaller grid and recomputes its value."""
-        for n in follow.aligned:
+        for n in transfer.aligned:
             if n not in self.taken:
                 with self.graph.inserting_before(node):
                     self.taken[n] = splice(self.graph, "gather", take, n, self.rows, self.columns)
             node.replace_input_with(n, self.taken[n])
-        if not follow.apart:
+        if not transfer.apart:
             self._same_cells(node)
-        self._rewrite(node, follow)
+        left = next((self.left[n] for n in node.all_input_nodes if n in self.left), {})
+        self._rewrite(node, transfer, left)
         before = node.meta["val"]
         try:
             op: Any = node.target
             node.meta["val"] = evaluate(self.mode, op, fake(node.args), fake(node.kwargs))
         except Exception as error:
             raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
-        after = node.meta["val"]
-        if follow.out is not None:
-            self.sizes[node] = size_of(node, follow.out, self.sizes)
-        if isinstance(after, torch.Tensor):
-            free = follow.out.dims if isinstance(follow.out, Grid) else ()
-            same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
-            if not all(same):
-                raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
-            gone = [before.shape[d] - after.shape[d] for d in free]
-            if any(n % period for n, period in zip(gone, follow.period, strict=False)):
-                raise Refusal(
-                    f"pads the map by amounts that may be others on the smaller grid, from which {gone[0]} rows and "
-                    f"{gone[1]} columns are gone",
-                    node,
-                    self.axes.fitting,
-                )
+        after, out = node.meta["val"], transfer.out
+        if out is not None:
+            self.left[node] = left
+        if not isinstance(after, torch.Tensor):
+            return
+        over = [lines_in(cast(Dim, dim)) for dim in out or ((),) * before.dim()]
+        same = [a == b for a, b, lines in zip(after.shape, before.shape, over, strict=False) if not lines]
+        if after.dim() != before.dim() or not all(same):
+            raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+        alone = {lines[0].at: after.shape[d] for d, lines in enumerate(over) if len(lines) == 1}
+        self.left[node] = left | alone
+        gone = {f.at: f.count - alone[f.at] for lines in over for f in lines if f.at in alone}
+        if any(n % transfer.period[at] for at, n in gone.items()):
+            raise Refusal(
+                f"pads the map by amounts that may be others on the smaller grid, from which {gone[0]} rows and "
+                f"{gone[1]} columns are gone",
+                node,
+                self.axes.fitting,
+            )
 
-    def _rewrite(self, node: Node, follow: Follow) -> None:
-        """Writes the smaller map's sizes where the op names the map's."""
-        if follow.sizes:
-            rows, columns = self.sizes[node.all_input_nodes[0]]
-            new = {"rows": rows, "columns": columns, "cells": rows * columns}
-            others, sizes = node.args[:-1], [*cast(Any, node.args[-1])]
-            for at, what in follow.sizes:
-                sizes[at] = new[what]
-            node.args = (*others, sizes)
+    def _rewrite(self, node: Node, transfer: Transfer, left: Mapping[int, int]) -> None:
+        """Writes what a rule gives in the place of the op or its arguments, with the sizes of the smaller map."""
+        now = self.now | self.taken
+
+        def fitted(given: Any) -> Any:
+            if isinstance(given, Extent):
+                return math.prod(left[f.at] if isinstance(f, Line) else int(factor_size(f)) for f in given.dim)
+            return now.get(given, given) if isinstance(given, Node) else given
+
+        if transfer.target is not None:
+            node.target = transfer.target
+        if transfer.args is not None:
+            node.args = cast(Any, map_aggregate(transfer.args, fitted))
+        if transfer.kwargs is not None:
+            node.kwargs = cast(Any, map_aggregate(dict(transfer.kwargs), fitted))
 
     def _same_cells(self, node: Node) -> None:
         """Maps that meet must be equally large, lest one of a single row be broadcast."""
         start = self.axes.start
-        grids = {n: self.axes.grid(start if n is self.now[start] else n) for n in node.all_input_nodes}
-        sizes = {
-            self.sizes[n] if len(g.dims) == 1 and g.columns == g.rows else tuple(n.meta["val"].shape[d] for d in g.dims)
-            for n, g in grids.items()
-            if isinstance(g, Grid)
-        }
-        if len(sizes) > 1:
+        inputs = {n: start if n is self.now[start] else n for n in node.all_input_nodes}
+        held = [(n, lines) for n, was in inputs.items() if (lines := self.axes.lines(was))]
+        sizes = {tuple(self.left[n][f.at] for f in lines) for n, lines in held}
+        if any(len({self.left[n][at] for n, lines in held if at in [f.at for f in lines]}) > 1 for at in (0, 1)):
             raise Refusal(
                 f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
                 node,
@@ -209,16 +219,16 @@ class _Cut:
     def restored(self, value: Node) -> Node:
         """The value at full size, from the nearest cells that are left."""
         grid = self.axes.grid(value)
-        is_map = isinstance(grid, Grid) and (grid.rows, grid.columns) == (2, 3) and len(self.full[value]) == 4
-        if not is_map:
+        if grid is None or (grid.rows, grid.columns) != (2, 3) or len(self.full[value]) != 4:
             raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
         if not self.axes.sample_for_sample(value):
             raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT)
         start = (float(grid.start[0]), float(grid.start[1]))
         size: Any = self.full[value][2:]
+        cut: Any = self.axes.size(self.axes.start)
 
         def back(x: Tensor, r: Tensor, c: Tensor) -> Tensor:
-            return spread(x, r, c, self.axes.size, size, grid.step, start)
+            return spread(x, r, c, cut, size, grid.step, start)
 
         with self.graph.inserting_before(value.next):
             return splice(self.graph, RESTORE, back, value, self.rows, self.columns)

@@ -15,7 +15,7 @@ from passes.axes.rules import Extent, Kept, Position, Transfer
 from passes.axes.token_axis import WAY_OUT, follow
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
 from passes.graph.fake import evaluate
-from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
+from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, factor_size, over_samples, tokens_in
 from passes.graph.ops import SDPA, SOFTMAX
 from passes.graph.splice import fake, fake_mode, splice
 from passes.sites.site import SITE, Site
@@ -193,7 +193,7 @@ class _Emitter:
         """The compact size of a dimension, as an expression."""
         size = expr(1)
         for f in dim:
-            size *= f.compact(self.site.left) if isinstance(f, Tokens) else f.size
+            size *= f.compact(self.site.left) if isinstance(f, Tokens) else factor_size(f)
         return size
 
     def _argument(self, given: Any, swapped: dict[Node, Node]) -> Any:

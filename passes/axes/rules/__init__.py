@@ -1,13 +1,15 @@
-"""The transfer rules of the token axis, by family of op."""
+"""The transfer rules of tokens, and of rows and columns, by family of op."""
 
-from passes.axes.rules import contractions, pointwise, reductions, tokens, views
+from passes.axes.rules import contractions, maps, pointwise, reductions, tokens, views, windows
 from passes.axes.rules.registry import (
     Context,
     Extent,
     Kept,
+    MapContext,
     Position,
     Transfer,
     Untransferable,
+    register_grid_rule,
     register_token_rule,
     rule_for,
 )
@@ -16,14 +18,18 @@ __all__ = [
     "Context",
     "Extent",
     "Kept",
+    "MapContext",
     "Position",
     "Transfer",
     "Untransferable",
     "contractions",
+    "maps",
     "pointwise",
     "reductions",
+    "register_grid_rule",
     "register_token_rule",
     "rule_for",
     "tokens",
     "views",
+    "windows",
 ]

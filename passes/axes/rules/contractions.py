@@ -10,17 +10,16 @@ from torch.fx import Node
 from passes.axes.rules.full_length import paired
 from passes.axes.rules.pointwise import align, broadcast, joined, no_weights
 from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
-from passes.axes.rules.views import carried
 from passes.graph.layout import Batch, Dim, Layout, tokens_in
 from passes.graph.ops import argument, shape_of
 
 aten = torch.ops.aten
 
 
-@rules_for(aten.linear.default)
+@rules_for(aten.linear.default, maps=True)
 def linear(node: Node, ctx: Context) -> Transfer:
     """Acts on channels; a linear layer over tokens has a fixed number of them."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     if tokens_in(layout[-1]):
         raise Untransferable("a linear layer over the tokens, of a fixed size")
     need_free(layout, [-1], "a linear layer")
@@ -155,7 +154,7 @@ def attention(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.conv1d.default, aten.conv2d.default)
 def conv(node: Node, ctx: Context) -> Transfer:
     """[B, C, N], or attention maps [B, H, N, N], with a kernel of one entry: a linear layer of channels or heads."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     weight = node.args[1]
     assert isinstance(weight, Node)
     steps, pads = argument(node, "stride"), argument(node, "padding")

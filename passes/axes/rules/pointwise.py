@@ -10,8 +10,22 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for
-from passes.graph.layout import Batch, Dim, Free, Layout, Part, Tokens, dim_size, tokens_in, whole_grids
+from passes.axes.rules.registry import Context, MapContext, Transfer, Untransferable, need_free, rules_for
+from passes.graph.layout import (
+    Batch,
+    Dim,
+    Free,
+    Layout,
+    Line,
+    Maps,
+    Part,
+    Tokens,
+    dim_size,
+    followed,
+    meet,
+    tokens_in,
+    whole_grids,
+)
 from passes.graph.ops import ELEMENTWISE, PASS_ON, SHAPED_LIKE, shape_of
 
 aten = torch.ops.aten
@@ -31,24 +45,27 @@ def tensors(args: Any) -> list[Node]:
 
 
 def joined(dims: Sequence[Dim]) -> Dim | None:
-    """The dimension that these broadcast to where one of them runs over tokens or samples."""
-    over_tokens = [d for d in dims if tokens_in(d)]
-    if over_tokens:
-        first = over_tokens[0]
+    """The dimension that these broadcast to where one of them runs over tokens, rows, columns or samples."""
+    shorter = [d for d in dims if followed(d)]
+    if shorter:
+        first = shorter[0]
         weights = False
-        for other in over_tokens:
-            a, b = tokens_in(first), tokens_in(other)
+        for other in shorter:
+            a, b = followed(first), followed(other)
             assert a is not None and b is not None
-            if not a.same_sequence(b):
-                raise Untransferable("two different sequences of tokens meet")
-            if [f for f in first if f != a] != [f for f in other if f != b] or first.index(a) != other.index(b):
-                raise Untransferable("tokens are folded with different dimensions")
-            weights |= a.weights or b.weights
+            if not meet(a, b):
+                raise Untransferable(a.named.apart)
+            if len(first) != len(other) or not all(map(meet, first, other)):
+                raise Untransferable(f"{a.named.many} are folded with different dimensions")
+            weights |= any(isinstance(f, Tokens) and f.weights for f in (a, b))
     if len({_in_row(d) for d in dims if any(not isinstance(f, Free) for f in d)}) > 1:
         raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
-    if over_tokens:
+    if shorter:
         return tuple(replace(f, weights=weights) if isinstance(f, Tokens) else f for f in first)
-    return next((d for d in dims if any(isinstance(f, Batch) for f in d)), None)
+    over = [d for d in dims if any(isinstance(f, Batch) for f in d)]
+    parted = any(isinstance(f, Maps) and f.parted for d in over for f in d)
+    found = next((d for d in over if dim_size(d) != 1), over[0] if over else None)
+    return tuple(replace(f, parted=True) if isinstance(f, Maps) else f for f in found) if found and parted else found
 
 
 def _in_row(dim: Dim) -> Any:
@@ -65,6 +82,8 @@ def broadcast(ctx: Context, inputs: Sequence[Node], shape: Sequence[Any]) -> Lay
         at = d - len(shape)
         dims = [layout[at] for layout in carrying if len(layout) >= -at and layout[at] != ()]
         dim = joined(dims)
+        if dim and isinstance(dim[0], Maps) and dim_size(dim) == 1:
+            dim = ctx.resized(dim, size, "repeats the")  # one for all
         out.append(dim if dim is not None else ctx.plain(size))
     return tuple(out)
 
@@ -74,21 +93,24 @@ class Ungatherable(Untransferable):
 
 
 def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layout]:
-    """The inputs that have an entry per token along a dimension in which they do not carry tokens."""
+    """The inputs that have an entry per token (cell) along a dimension in which they do not carry tokens (lines)."""
     aligned: dict[Node, Layout] = {}
     for n in inputs:
         own = ctx.layout(n)
         shape = shape_of(n)
         for at in range(-len(shape), 0):
-            over = tokens_in(out[at])
+            over = followed(out[at])
             if own is not None and own[at] and out[at]:
                 joined([own[at], out[at]])
-                if tokens_in(own[at]) and over is None:
-                    raise Untransferable("tokens meet what does not run over them")
+                if (mine := followed(own[at])) and over is None:
+                    raise Untransferable(f"{mine.named.many} meet what does not run over them")
             if over is None or (isinstance(shape[at], int) and shape[at] == 1):
                 continue
-            if own is None or tokens_in(own[at]) is None:
+            if own is None or followed(own[at]) is None:
                 aligned[n] = out
+    if isinstance(ctx, MapContext):
+        _check_cut_alike(ctx, inputs, aligned, out)
+        return aligned
     parts = [dim for dim in out if isinstance(tokens_in(dim), Part)]
     if aligned and not whole_grids(out):
         raise Ungatherable("an input has an entry per row or column of the tokens' grid, and those left form none")
@@ -97,6 +119,21 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
     if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
         _check_one_sample(ctx, aligned, out)
     return aligned
+
+
+def _check_cut_alike(ctx: MapContext, inputs: Sequence[Node], aligned: Collection[Node], out: Layout) -> None:
+    """Declines where an input with an entry per cell is no map [B, C, H, W] from before the cut, like the cut one."""
+    for n in aligned:
+        if ctx.layout(n) is not None:
+            raise Untransferable(Line.named.apart)
+        if n in ctx.fixed:
+            raise Untransferable("meets what was pooled to a fixed grid and given rows and columns again")
+        like = len(out) == 4 and ctx.cut is not None and out[2:] == ctx.cut[1:]
+        if not like or shape_of(n)[2:] != tuple(map(dim_size, out[2:])):
+            raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
+    carrying = [layout for n in inputs if (layout := ctx.layout(n)) is not None and len(layout) == len(out)]
+    if aligned and ctx.cut is not None and any(layout[0] != ctx.cut[0] for layout in carrying):
+        raise Untransferable("meets a value from before the cut, of which it has not every sample")
 
 
 def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> None:
@@ -111,7 +148,7 @@ def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> N
             )
 
 
-@rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE)
+@rules_for("pointwise", *ELEMENTWISE, *SHAPED_LIKE, maps=True)
 def pointwise(node: Node, ctx: Context) -> Transfer:
     """Elementwise with broadcasting; dropout, casts and copies are the case of one input."""
     val = node.meta["val"]
@@ -156,12 +193,12 @@ def _like_only(node: Node, other: Node) -> bool:
     return node.target is aten.type_as.default and other is not node.args[0]
 
 
-@rules_for(aten.prelu.default)
+@rules_for(aten.prelu.default, maps=True)
 def prelu(node: Node, ctx: Context) -> Transfer:
     """One slope for every entry, or one for each entry of dimension 1."""
-    layout, slopes = ctx.layout(node.args[0]), node.args[1]
-    if layout is None or ctx.layout(slopes) is not None:
-        raise Untransferable("only a side input of it carries tokens")
+    layout, slopes = ctx.carried(node), node.args[1]
+    if ctx.layout(slopes) is not None:
+        raise Untransferable(ctx.side)
     if shape_of(slopes) != (1,):
         need_free(layout, [1], "a slope for each entry of what")
     return Transfer(tuple(no_weights(dim) for dim in layout))

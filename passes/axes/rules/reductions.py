@@ -8,17 +8,23 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
-from passes.axes.rules.views import carried, without
-from passes.graph.layout import Dim, Tokens, tokens_in
+from passes.axes.rules.views import without
+from passes.graph.layout import Dim, Line, Tokens, followed, holds_lines, tokens_in
 from passes.graph.ops import SOFTMAX, argument, shape_of, wrap
 
 aten = torch.ops.aten
 
 
-@rules_for(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default, aten._fused_rms_norm.default)
+@rules_for(
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.native_layer_norm.default,
+    aten._fused_rms_norm.default,
+    maps=True,
+)
 def norm(node: Node, ctx: Context) -> Transfer:
     """Normalises the last dimensions, which must be channels."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     last = len(argument(node, "normalized_shape"))
     need_free(layout, range(len(layout) - last, len(layout)), "a norm")
     val = node.meta["val"]
@@ -31,7 +37,7 @@ def norm(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.batch_norm.default)
 def batch_norm(node: Node, ctx: Context) -> Transfer:
     """With running statistics it is an affine map of channels (dimension 1)."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     if argument(node, "training"):
         raise Untransferable("batch norm in training mode, whose statistics run over tokens")
     need_free(layout, [1], "batch norm")
@@ -41,37 +47,45 @@ def batch_norm(node: Node, ctx: Context) -> Transfer:
 _REDUCTIONS = (
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim,
     aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.var.correction, aten.var.dim, aten.std.correction,
-    aten.std.dim, aten.var_mean.correction, aten.logsumexp.default, aten.prod.dim_int, aten.any.dim, aten.all.dim,
-    aten.argmax.default, aten.argmin.default,
+    aten.std.dim, aten.var_mean.correction, aten.var_mean.dim, aten.logsumexp.default, aten.prod.dim_int, aten.any.dim,
+    aten.all.dim, aten.argmax.default, aten.argmin.default,
 )  # fmt: skip
-_OVER_TOKENS = {aten.mean.dim, aten.amax.default}  # mean the same on a shorter sequence
+# mean the same over fewer tokens, and over fewer rows and columns
+_OVER = {
+    Tokens: {aten.mean.dim, aten.amax.default},
+    Line: {
+        aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction, aten.var.dim, aten.std.correction,
+        aten.std.dim, aten.var_mean.correction, aten.var_mean.dim,
+    },
+}  # fmt: skip
 
 
-@rules_for(*_REDUCTIONS)
+@rules_for(*_REDUCTIONS, maps=True)
 def reduction(node: Node, ctx: Context) -> Transfer:
-    """Over channels anything goes; over tokens the mean, the maximum, or a sum of attention weights."""
-    layout = carried(node, ctx)
+    """Over channels anything goes; over tokens, rows or columns what does not depend on how many there are."""
+    layout = ctx.carried(node)
     given: Any = argument(node, "dim")
     keepdim = bool(argument(node, "keepdim"))
     dims = range(len(layout)) if given is None or given == [] else [given] if isinstance(given, int) else given
     over = {wrap(d, len(layout)) for d in dims}
-    tokens = {d for d in over if tokens_in(layout[d])}
-    need_free(layout, over - tokens, "a reduction")
-    for d in tokens:
-        factor = tokens_in(layout[d])
-        weights = factor is not None and factor.weights and node.target is aten.sum.dim_IntList
-        if len(layout[d]) != 1 or not (weights or node.target in _OVER_TOKENS):
-            raise Untransferable("a reduction over tokens that depends on how many there are")
+    shorter = {d: f for d in over if (f := followed(layout[d])) is not None}
+    need_free(layout, over - shorter.keys(), "a reduction")
+    for d, f in shorter.items():
+        alone = len(layout[d]) == 1 or isinstance(f, Line)  # nothing but columns is folded with rows
+        weights = isinstance(f, Tokens) and f.weights and node.target is aten.sum.dim_IntList
+        kind = Line if isinstance(f, Line) else Tokens
+        if not alone or not (weights or node.target in _OVER[kind]):
+            raise Untransferable(f"a reduction over {f.named.many} that depends on how many there are")
     out = without(layout, over, keepdim)
     val = node.meta["val"]
-    mixes = bool(tokens)
+    mixes = bool(shorter) or holds_lines(layout)  # what lost its channels is no map to give back as it was
     return Transfer(tuple(out for _ in val) if isinstance(val, (tuple, list)) else out, mixes=mixes)
 
 
 @rules_for(*SOFTMAX)
 def softmax(node: Node, ctx: Context) -> Transfer:
     """Over channels it is per token; over keys it makes attention weights, to be summed over later."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     if tokens_in(layout[d]) is None:
         need_free(layout, [d], "a softmax")
@@ -83,10 +97,10 @@ def softmax(node: Node, ctx: Context) -> Transfer:
     return Transfer(layout[:d] + (weights,) + layout[d + 1 :], mixes=True)
 
 
-@rules_for(aten.log_softmax.int, aten.cumsum.default, aten.glu.default)
+@rules_for(aten.log_softmax.int, aten.cumsum.default, aten.glu.default, maps=True)
 def along(node: Node, ctx: Context) -> Transfer:
     """Works along one dimension, which must be channels."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     need_free(layout, [d], "an op along a dimension that")
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
@@ -95,7 +109,7 @@ def along(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.adaptive_avg_pool1d.default)
 def pool(node: Node, ctx: Context) -> Transfer:
     """[B, C, N] pooled to one entry is the mean over tokens."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     if tokens_in(layout[-1]) is None:
         need_free(layout, [-1], "pooling")
         return Transfer((*layout[:-1], ctx.plain(shape_of(node)[-1])))

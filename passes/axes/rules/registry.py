@@ -1,23 +1,26 @@
-"""One table: for every op that may meet a token axis, what it does to it. An op without a rule refuses."""
+"""Two tables: for every op that may meet tokens, or rows and columns of a map, what it does to them.
+
+An op without a rule refuses. Where an op leaves what gets shorter alone, one rule stands in both tables.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch.fx import Node
 
 from passes.graph.base import CompileError, op_name
-from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, plain, tokens_in
+from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, followed, plain, resized, tokens_in
 from passes.graph.ops import checked_operator, shape_of
 
 
 class Untransferable(CompileError):
-    """A rule declines: the op is not proven to mean the same on a shorter sequence. Holds the reason."""
+    """A rule declines: the op is not proven to mean the same on fewer tokens, rows or columns. Holds the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What an op does to the token axis.
+    """What an op does to tokens, or to rows and columns.
 
     Args:
         out: the result's layout, a tuple of them for a tuple result, None where the result does not run
-            over tokens any more.
-        aligned: inputs that pair up with tokens by position and are gathered first, with the layout that
+            over tokens (rows, columns) any more.
+        aligned: inputs that pair up with tokens (cells) by position and are gathered first, with the layout that
             they broadcast to (right-aligned, as broadcasting does).
         target: the op to emit, where it is another.
         args: its arguments, where they differ; `Extent` and `Position` become sizes.
@@ -59,6 +62,9 @@ class Transfer:
         ordered: and on the order that they come in (a scan, a convolution, causal attention).
         decay: the arguments to emit instead where the schedule says gap="decay", for an op that can carry
             its state over the gap that pruned tokens leave; may hold `Kept`.
+        period: of maps: the arguments are right where rows and columns shrink by multiples of these.
+        fixed: of maps: the result is a grid of a fixed size instead.
+        apart: its inputs may be maps of different sizes.
     """
 
     out: Layout | tuple[Layout | None, ...] | None
@@ -70,19 +76,37 @@ class Transfer:
     mixes: bool = False
     ordered: bool = False
     decay: tuple[Any, ...] | None = None
+    period: tuple[int, int] = (1, 1)
+    fixed: bool = False
+    apart: bool = False
 
 
 class Context:
     """What a rule may ask about an op's inputs."""
+
+    side: ClassVar = "only a side input of it carries tokens"
+    unknown: ClassVar = "no rule says what this op does to a shorter sequence of tokens"
 
     def __init__(self, layouts: Mapping[Node, Any], batch: Batch, ends: Container[Node] = ()) -> None:
         self._layouts = layouts
         self._ends = ends  # read with every token
         self.batch = batch
 
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        """The table for what is followed."""
+        return TOKEN_RULES
+
     def layout(self, node: Any) -> Layout | None:
-        """The layout of an input that runs over tokens, else None."""
+        """The layout of an input that runs over tokens (rows, columns), else None."""
         return self._layouts.get(node) if isinstance(node, Node) and node not in self._ends else None
+
+    def carried(self, node: Node) -> Layout:
+        """The layout of an op's first input, which must be one that runs over tokens (rows, columns)."""
+        layout = self.layout(node.args[0])
+        if layout is None:
+            raise Untransferable(self.side)
+        return layout
 
     def sides(self, node: Any) -> Layout:
         """The layout of any tensor input: its own, or one read off its shape."""
@@ -92,9 +116,50 @@ class Context:
     def plain(self, size: Any) -> Dim:
         return plain(size, self.batch)
 
+    def resized(self, dim: Dim, size: Any, doing: str) -> Dim:
+        """A dimension of which an op picks or joins entries; declines where it runs over samples that keep tokens."""
+        out = resized(dim, size, self.batch)
+        if out is None:
+            raise Untransferable(f"{doing} samples of the batch")
+        return out
+
+
+class MapContext(Context):
+    """The same where rows and columns of a map are followed.
+
+    Args:
+        layouts, batch: see `Context`.
+        cut: of the map that is cut its samples, rows and columns; None where maps are followed and none is cut.
+        fixed: values made from the map pooled to a grid of a fixed size.
+    """
+
+    side = "the rows and columns do not come in by its first input alone"
+    unknown = "no rule says what this op does on a smaller grid of rows and columns"
+
+    def __init__(
+        self,
+        layouts: Mapping[Node, Any],
+        batch: Batch,
+        cut: tuple[Dim, Dim, Dim] | None = None,
+        fixed: Container[Node] = (),
+    ) -> None:
+        super().__init__(layouts, batch)
+        self.cut, self.fixed = cut, fixed
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        return GRID_RULES
+
+    def carried(self, node: Node) -> Layout:
+        layout = super().carried(node)
+        if sum(n in self._layouts for n in node.all_input_nodes) != 1:
+            raise Untransferable(self.side)
+        return layout
+
 
 Rule: TypeAlias = Callable[[Node, Context], Transfer]
 TOKEN_RULES: dict[Any, Rule] = {}
+GRID_RULES: dict[Any, Rule] = {}
 
 
 def register_token_rule(op: Any, rule: Rule) -> None:
@@ -111,15 +176,28 @@ def register_token_rule(op: Any, rule: Rule) -> None:
     TOKEN_RULES[checked_operator(op)] = rule
 
 
-def rule_for(target: Any) -> Rule | None:
+def register_grid_rule(op: Any, rule: Rule) -> None:
+    """Says what an op does to the rows and columns of a map, for custom ops and for ops that have no rule yet.
+
+    Args:
+        op: see `register_token_rule`.
+        rule: likewise; the layouts that it reads and returns have `Line` factors.
+
+    Raises:
+        TypeError: `op` is no op.
+    """
+    GRID_RULES[checked_operator(op)] = rule
+
+
+def rule_for(target: Any, rules: Mapping[Any, Rule] = TOKEN_RULES) -> Rule | None:
     """The rule of an op: its own, its class's, its packet's, or the pointwise rule where torch tags it so."""
-    if target in TOKEN_RULES or type(target) in TOKEN_RULES:
-        return TOKEN_RULES.get(target) or TOKEN_RULES[type(target)]
+    if target in rules or type(target) in rules:
+        return rules.get(target) or rules[type(target)]
     if isinstance(target, torch._ops.OpOverload):
-        if target.overloadpacket in TOKEN_RULES:
-            return TOKEN_RULES[target.overloadpacket]
+        if target.overloadpacket in rules:
+            return rules[target.overloadpacket]
         if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
-            return TOKEN_RULES["pointwise"]
+            return rules["pointwise"]
     return None
 
 
@@ -134,12 +212,20 @@ def rule_faults(node: Node) -> Iterator[None]:
         raise Untransferable(text) from error
 
 
-def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
-    """Decorator: one rule for several ops."""
+def rules_for(*ops: Any, maps: bool = False) -> Callable[[Rule], Rule]:
+    """Decorator: one rule for several ops, to which tokens may come, or with `maps` rows and columns as well."""
+    return _into([TOKEN_RULES, GRID_RULES] if maps else [TOKEN_RULES], ops)
 
+
+def grid_rules_for(*ops: Any) -> Callable[[Rule], Rule]:
+    """Decorator: one rule for several ops to which rows and columns may come."""
+    return _into([GRID_RULES], ops)
+
+
+def _into(tables: Sequence[dict[Any, Rule]], ops: Sequence[Any]) -> Callable[[Rule], Rule]:
     def add(rule: Rule) -> Rule:
-        for op in ops:
-            TOKEN_RULES[op] = rule
+        for table in tables:
+            table.update(dict.fromkeys(ops, rule))
         return rule
 
     return add
@@ -151,10 +237,11 @@ def need_whole(dim: Dim, doing: str) -> None:
         raise Untransferable(f"{doing} rows or columns of the tokens' grid alone")
 
 
-def need_free(layout: Layout, dims: Any, doing: str) -> None:
-    """Declines where one of the dimensions runs over tokens or samples."""
+def need_free(layout: Sequence[Dim], dims: Any, doing: str) -> None:
+    """Declines where one of the dimensions runs over tokens, rows, columns or samples."""
     for d in dims:
-        if tokens_in(layout[d]) is not None:
-            raise Untransferable(f"{doing} runs over the token axis")
+        over = followed(layout[d])
+        if over is not None:
+            raise Untransferable(f"{doing} runs over {over.named.axis}")
         if any(isinstance(f, Batch) for f in layout[d]):
             raise Untransferable(f"{doing} runs over the samples of the batch")

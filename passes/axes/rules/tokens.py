@@ -10,8 +10,7 @@ from torch.fx import Node
 
 from passes.axes.rules.pointwise import align, broadcast, no_weights, tensors
 from passes.axes.rules.registry import Context, Position, Transfer, Untransferable, need_free, need_whole, rules_for
-from passes.axes.rules.views import carried
-from passes.graph.layout import Batch, Dim, Fixed, Free, Layout, Piece, Tokens, merged, tokens_in
+from passes.graph.layout import Batch, Dim, Fixed, Free, Layout, Maps, Piece, Tokens, lines_in, merged, tokens_in
 from passes.graph.ops import argument, shape_of, sizes_of, wrap
 
 aten = torch.ops.aten
@@ -35,14 +34,11 @@ def _unweighted(over: Tokens) -> None:
 @rules_for(aten.slice.Tensor, aten.narrow.default)
 def slice_(node: Node, ctx: Context) -> Transfer:
     """A stretch between borders: `x[:, 1:]`, `x[:, :n_prefix]`."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
-    size = int(shape_of(node)[d]) if tokens_in(layout[d]) else 0
     if tokens_in(layout[d]) is None:
-        if any(isinstance(f, Batch) for f in layout[d]) and layout[d] != ctx.plain(shape_of(node)[d]):
-            raise Untransferable("picks samples of the batch")
-        return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
-    over = _alone(layout[d])
+        return Transfer(layout[:d] + (ctx.resized(layout[d], shape_of(node)[d], "picks"),) + layout[d + 1 :])
+    over, size = _alone(layout[d]), int(shape_of(node)[d])
     if argument(node, "step", 1) != 1:
         raise Untransferable("takes every other token")
     start = argument(node, "start") or 0
@@ -60,7 +56,7 @@ def slice_(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.select.int)
 def select(node: Node, ctx: Context) -> Transfer:
     """One token that always stays: the class token."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     rest = layout[:d] + layout[d + 1 :]
     if tokens_in(layout[d]) is None:
@@ -82,15 +78,18 @@ def select(node: Node, ctx: Context) -> Transfer:
     aten.chunk.default,
     aten.tensor_split.indices,
     aten.tensor_split.sections,
+    maps=True,
 )
 def split(node: Node, ctx: Context) -> Transfer:
     """Several stretches at once, cut at borders."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     parts = node.meta["val"]
     if tokens_in(layout[d]) is None:
-        need_free(layout, [d], "splits a dimension that")
-        return Transfer(tuple(layout[:d] + (ctx.plain(p.shape[d]),) + layout[d + 1 :] for p in parts))
+        if lines_in(layout[d]):
+            need_free(layout, [d], "a split")
+        dims = [ctx.resized(layout[d], p.shape[d], "splits a dimension that runs over the") for p in parts]
+        return Transfer(tuple(layout[:d] + (dim,) + layout[d + 1 :] for dim in dims))
     over = _alone(layout[d])
     _unweighted(over)
     out: list[Layout] = []
@@ -105,14 +104,14 @@ def split(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(out), target=aten.tensor_split.indices, args=(node.args[0], cuts, d), kwargs={})
 
 
-@rules_for(operator.getitem)
+@rules_for(operator.getitem, maps=True)
 def getitem(node: Node, ctx: Context) -> Transfer:
     """One result of an op that has several."""
     layouts: Any = ctx.layout(node.args[0])
     return Transfer(layouts[node.args[1]])
 
 
-@rules_for(aten.cat.default, aten.concat.default, aten.concatenate.default)
+@rules_for(aten.cat.default, aten.concat.default, aten.concatenate.default, maps=True)
 def cat(node: Node, ctx: Context) -> Transfer:
     """Joins along tokens (a class token, the patches) or along channels."""
     given: Any = node.args[0]
@@ -121,8 +120,8 @@ def cat(node: Node, ctx: Context) -> Transfer:
     shapes = [ctx.sides(n) for n in inputs]
     pairs = broadcast(_Without(ctx, d), tensors(inputs), tuple(s for i, s in enumerate(shape_of(node)) if i != d))
     along = [layout[d] for layout in shapes]
-    if any(isinstance(f, Batch) for dim in along for f in dim):
-        raise Untransferable("joins the samples of the batch")
+    if any(lines_in(dim) for dim in along):
+        need_free(along, range(len(along)), "a concatenation")
     if any(tokens_in(dim) for dim in along):
         pieces: list[Piece] = []
         for n, dim in zip(inputs, along, strict=True):
@@ -137,10 +136,14 @@ def cat(node: Node, ctx: Context) -> Transfer:
                 pieces.append(Fixed(size))
         dim = merged((Tokens.of(pieces),))
     else:
-        dim = ctx.plain(shape_of(node)[d])
+        samples = next((dim for dim in along if any(isinstance(f, Batch) for f in dim)), ())
+        dim = ctx.resized(samples, shape_of(node)[d], "joins the")
     out = pairs[:d] + (dim,) + pairs[d:]
     hidden = out[:d] + ((),) + out[d + 1 :]  # along d nothing pairs up
-    return Transfer(out, align(ctx, tensors(inputs), hidden))
+    aligned = align(ctx, tensors(inputs), hidden)
+    if aligned and any(isinstance(f, Maps) and f.parted for f in dim):
+        raise Untransferable("joins samples of a map from before the cut")
+    return Transfer(out, aligned)
 
 
 class _Without(Context):
@@ -155,7 +158,7 @@ class _Without(Context):
         return None if own is None else own[: self._dim] + own[self._dim + 1 :]
 
 
-@rules_for(aten.stack.default)
+@rules_for(aten.stack.default, maps=True)
 def stack(node: Node, ctx: Context) -> Transfer:
     """A new dimension; the others pair up."""
     inputs: Any = node.args[0]
@@ -165,10 +168,10 @@ def stack(node: Node, ctx: Context) -> Transfer:
     return Transfer(pairs[:d] + (ctx.plain(shape[d]),) + pairs[d:], align(ctx, tensors(inputs), pairs))
 
 
-@rules_for(aten.index.Tensor)
+@rules_for(aten.index.Tensor, maps=True)
 def index(node: Node, ctx: Context) -> Transfer:
     """One constant list of entries of a dimension that runs neither over tokens nor over samples."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     indices: Any = node.args[1]
     used = [d for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or len(shape_of(indices[used[0]])) != 1 or ctx.layout(indices[used[0]]) is not None:
@@ -197,10 +200,10 @@ def gather(node: Node, ctx: Context) -> Transfer:
     return Transfer(out, aligned)
 
 
-@rules_for(aten.index_select.default)
+@rules_for(aten.index_select.default, maps=True)
 def index_select(node: Node, ctx: Context) -> Transfer:
     """As `index`, in its older spelling."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     need_free(layout, [d], "indexes a dimension that")
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
@@ -209,7 +212,7 @@ def index_select(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.constant_pad_nd.default, aten.pad.default)
 def pad(node: Node, ctx: Context) -> Transfer:
     """Pads dimensions that do not run over tokens."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     pads = list(argument(node, "pad"))
     out = list(layout)
     for i in range(0, len(pads), 2):

@@ -8,18 +8,10 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for
-from passes.graph.layout import Batch, Layout, merged, regroup, show, tokens_in
+from passes.graph.layout import Batch, Layout, followed, merged, regroup, show, tokens_in
 from passes.graph.ops import PERMUTING, argument, permuted, shape_of, wrap
 
 aten = torch.ops.aten
-
-
-def carried(node: Node, ctx: Context) -> Layout:
-    """The layout of an op's first input, which must be the one that carries tokens."""
-    layout = ctx.layout(node.args[0])
-    if layout is None:
-        raise Untransferable("only a side input of it carries tokens")
-    return layout
 
 
 @rules_for(
@@ -37,7 +29,7 @@ def carried(node: Node, ctx: Context) -> Layout:
 )
 def reshape(node: Node, ctx: Context) -> Transfer:
     """Regroups the factors; tokens stay whole."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     out = regroup(layout, shape_of(node))
     if out is None:
         shape = [str(s) for s in shape_of(node)]
@@ -46,10 +38,10 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
-@rules_for(*PERMUTING)
+@rules_for(*PERMUTING, maps=True)
 def permute(node: Node, ctx: Context) -> Transfer:
     """Dimensions change places, and take their factors along."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     order = permuted(node)
     assert order is not None
     return Transfer(tuple(layout[d] for d in order))
@@ -58,7 +50,7 @@ def permute(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def expand(node: Node, ctx: Context) -> Transfer:
     """Dimensions of size one grow; the others stay."""
-    layout, shape = carried(node, ctx), shape_of(node)
+    layout, shape = ctx.carried(node), shape_of(node)
     layout = ((),) * (len(shape) - len(layout)) + layout
     out = tuple(dim if dim else ctx.plain(size) for dim, size in zip(layout, shape, strict=True))
     return Transfer(out, target=aten.expand.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
@@ -67,7 +59,7 @@ def expand(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.repeat.default)
 def repeat(node: Node, ctx: Context) -> Transfer:
     """Repeats along dimensions that do not run over tokens or samples."""
-    layout, repeats = carried(node, ctx), argument(node, "repeats")
+    layout, repeats = ctx.carried(node), argument(node, "repeats")
     layout = ((),) * (len(repeats) - len(layout)) + layout
     out = []
     for dim, times, size in zip(layout, repeats, shape_of(node), strict=True):
@@ -82,10 +74,10 @@ def repeat(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(out))
 
 
-@rules_for(aten.unbind.int)
+@rules_for(aten.unbind.int, maps=True)
 def unbind(node: Node, ctx: Context) -> Transfer:
     """Takes a dimension apart that does not run over tokens (q, k, v)."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     if tokens_in(layout[d]):
         raise Untransferable("takes the sequence apart token by token")
@@ -94,25 +86,26 @@ def unbind(node: Node, ctx: Context) -> Transfer:
     return Transfer(tuple(rest for _ in node.meta["val"]))
 
 
-@rules_for(aten.flip.default, aten.roll.default)
+@rules_for(aten.flip.default, aten.roll.default, maps=True)
 def reorder(node: Node, ctx: Context) -> Transfer:
     """Reverses or shifts along dimensions that do not run over tokens or samples."""
-    layout = carried(node, ctx)
+    layout = ctx.carried(node)
     dims: Any = argument(node, "dims")
     over = [wrap(d, len(layout)) for d in dims] if dims else range(len(layout))
-    if any(tokens_in(layout[d]) for d in over):
-        raise Untransferable("changes the order of the tokens")
+    if moved := [f for d in over if (f := followed(layout[d]))]:
+        raise Untransferable(f"changes the order of the {moved[0].named.many}")
     if any(isinstance(f, Batch) for d in over for f in layout[d]):
         raise Untransferable("changes the order of the samples")
     return Transfer(layout)
 
 
-@rules_for(aten.sym_size.int)
+@rules_for(aten.sym_size.int, maps=True)
 def sym_size(node: Node, ctx: Context) -> Transfer:
     """The number of samples is the same; the number of tokens is not."""
-    layout = carried(node, ctx)
-    if tokens_in(layout[wrap(argument(node, "dim"), len(layout))]):
-        raise Untransferable("reads the number of tokens as a value")
+    layout = ctx.carried(node)
+    over = followed(layout[wrap(argument(node, "dim"), len(layout))])
+    if over is not None:
+        raise Untransferable(f"reads the number of {over.named.many} as a value")
     return Transfer(None)
 
 

@@ -12,8 +12,7 @@ from graphs import first_input, graph_of, leaves
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes.axes.grid_axes import follow_grid
-from passes.axes.grid_layout import Grid
+from passes.axes.grid import Grid, follow_grid
 from passes.graph.base import Refusal
 
 F0 = Fraction(0)
@@ -47,6 +46,14 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "a side input": lambda x: x + SIDE,
     "hard swish": F.hardswish,
     "learned slopes": lambda x: F.prelu(x, torch.ones(4)),
+    "channels the other way round": lambda x: x.flip(1).roll(1, 1),
+    "some channels": lambda x: x[:, [0, 2]].index_select(1, torch.tensor([1, 0])),
+    "narrowed": lambda x: x.narrow(1, 1, 2),
+    "in thirds": lambda x: x.tensor_split(3, 1)[1],
+    "there and back": lambda x: x.movedim(1, -1).mT.swapaxes(1, 3).movedim((0, 1, 2, 3), (0, 3, 1, 2)),
+    "a dimension more": lambda x: x.unsqueeze(1).relu().squeeze(1),
+    "stacked": lambda x: torch.stack([x, x.relu()], 1)[:, 1],
+    "stacked with one from before": lambda x: torch.stack([x, SIDE.expand(x.shape[0], -1, -1, -1)], 2)[:, :, 0],
     "spelt otherwise": lambda x: torch.subtract(torch.multiply(x, CHANNELS), 1).negative(),
 }
 
@@ -107,6 +114,11 @@ MOVED: dict[str, tuple[Callable[[Tensor], Tensor], Grid]] = {
     "attention to a smaller map": (lambda x: attend(cells(x), cells(F.avg_pool2d(x, 2))), Grid(1, 1, mixed=True)),
     "mean of channels": (lambda x: x.mean(1), Grid(1, 2, mixed=True)),
     "mean of columns": (lambda x: x.mean(3), Grid(2, None, mixed=True)),
+    "a gate of each row": (lambda x: x * x.mean(3, keepdim=True).sigmoid(), Grid(mixed=True)),
+    "a gate of rows and columns": (lambda x: x.mean(3, keepdim=True) + x.amax(2, keepdim=True), Grid(mixed=True)),
+    "rows in heads": (lambda x: x.mean(3).view(x.shape[0], 2, 2, -1), Grid(3, None, mixed=True)),
+    "stacked last": (lambda x: torch.stack([x, x.relu()], -1), Grid()),
+    "one sample for all": (lambda x: x[:1] + x, Grid()),
     "gated": (lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), Grid()),
 }
 
@@ -158,6 +170,21 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "by amounts that the model may compute from their number",
     ),
     "padding of channels too": (lambda x: F.pad(x, (0, 1, 0, 1, 0, 1)), "pads other dimensions together with rows"),
+    "rows reversed": (lambda x: x.flip(2), "changes the order of the rows or columns"),
+    "shifted": (lambda x: x.roll(1), "changes the order of the rows or columns"),
+    "row by row": (lambda x: x.unbind(2)[0], "takes apart a dimension that runs over rows or columns"),
+    "rows split": (lambda x: x.split(5, 2)[0], "a split runs over rows or columns"),
+    "picked rows": (lambda x: x[:, :, [0, 2]], "indexes a dimension that runs over rows or columns"),
+    "rows by number": (lambda x: x.narrow(2, 0, 4), "takes rows or columns by their number"),
+    "rows written, channels open": (lambda x: x.mean(3).view(x.shape[0], -1, 10), "reshapes the map of 10 to"),
+    "repeated": (lambda x: x.repeat(1, 2, 1, 1), "no rule says what this op does on a smaller grid"),
+    "mean of samples": (lambda x: x.mean(0), "a reduction runs over the samples of the batch"),
+    "each sample with each": (lambda x: x[:, None] * x, "lets the samples of the batch meet"),
+    "a table for each column": (lambda x: x + x.mean(3, keepdim=True) * torch.ones(7), "do not belong together"),
+    "batch norm of rows": (
+        lambda x: F.batch_norm(x.transpose(1, 2), torch.zeros(10), torch.ones(10)),
+        "batch norm runs over rows or columns",
+    ),
     "along rows": (lambda x: x.softmax(2), "an op along a dimension that runs over rows or columns"),
     "joined along rows": (lambda x: torch.cat([x, x], 2), "a concatenation runs over rows or columns"),
     "norm over rows": (lambda x: F.layer_norm(x, [10, 7]), "a norm runs over rows or columns"),
@@ -192,6 +219,22 @@ def test_refusals_name_the_op_the_line_and_a_way_out(f: Callable[[Tensor], Tenso
     assert "aten." in str(e.value) and "in the model: File" in str(e.value) and "way out: cut a later" in str(e.value)
 
 
+def test_frames_folded_into_the_samples() -> None:
+    """[8 B, C, H, W], of each sample's frames in a row: taken apart and joined again they are the same."""
+
+    def frames(x: Tensor) -> Tensor:
+        whole = x.repeat(8, 1, 1, 1)
+        start = whole * 2
+        return start.unflatten(0, (-1, 8)).sin().flatten(0, 1) + whole
+
+    gm = graph_of(frames, x())
+    (start,) = (n for n in gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+    (end,) = leaves(gm)
+    axes = follow_grid(start)
+    assert axes.grid(end) == Grid() and axes.sample_for_sample(end)
+    assert [n.target for n in axes.transfers[end].aligned] == [torch.ops.aten.repeat.default]
+
+
 def test_maps_of_two_steps_do_not_meet() -> None:
     square = torch.randn(2, 4, 8, 8)
     gm = graph_of(lambda x: F.conv2d(x, W, stride=2, padding=1) * F.conv2d(x, torch.ones(4, 4, 5, 5)), square)
@@ -202,4 +245,4 @@ def test_maps_of_two_steps_do_not_meet() -> None:
 def test_within_a_branch_nothing_is_refused() -> None:
     gm = graph_of(lambda x: F.relu(x).flatten(1), x())
     axes = follow_grid(first_input(gm), within=set(gm.graph.nodes))
-    assert [n.target for n in axes.follows] == [torch.ops.aten.relu.default]
+    assert [n.target for n in axes.transfers] == [torch.ops.aten.relu.default]

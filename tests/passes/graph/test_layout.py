@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import sympy
@@ -17,18 +18,24 @@ from passes.graph.layout import (
     Fixed,
     Free,
     Layout,
+    Line,
+    Maps,
     Part,
     Prunable,
     Tokens,
     dim_size,
     factor_size,
+    holds_lines,
+    meet,
     merged,
     plain,
     regroup,
+    resized,
     runs_over_tokens,
     sequences,
     show,
     tokens_in,
+    whole_lines,
 )
 
 SYMBOL = sympy.Symbol("s", positive=True, integer=True)
@@ -36,6 +43,7 @@ BATCH = Batch(SYMBOL)
 SEQUENCE = Tokens((Fixed(1), Prunable(6)))
 PATCHES = Tokens((Prunable(6),))
 GRID = tuple(Part(PATCHES.pieces, at=at, sizes=(2, 3)) for at in (0, 1))
+MAPS, ROWS, COLUMNS = Maps(SYMBOL), Line(0, 10), Line(1, 7)
 SAMPLES = 11  # prime, and no other size
 
 
@@ -166,11 +174,37 @@ def test_sizes_and_text() -> None:
         (dims(BATCH, SEQUENCE, free(8)), (SYMBOL, 7, 9), None),  # no view at all
         (dims(BATCH, SEQUENCE), (SYMBOL * 7, 2), None),
         (dims(free(4), BATCH, SEQUENCE), (2 * SYMBOL, 14), None),  # four and the samples interleave
+        (dims(MAPS, free(4), ROWS, COLUMNS), (SYMBOL, 4, 70), "[batch, 4, rows(10)*columns(7)]"),
+        (((MAPS,), (ROWS, COLUMNS), (free(4),)), (SYMBOL, 10, 7, 2, 2), "[batch, rows(10), columns(7), 2, 2]"),
+        (((MAPS,), (ROWS, COLUMNS), (free(4),)), (SYMBOL, 7, 10, 4), None),
+        (dims(MAPS, free(4), ROWS, COLUMNS), (SYMBOL, 4, 5, 2, 7), None),  # windows
+        (dims(MAPS, free(4), Line(0, 1), COLUMNS), (SYMBOL, 4, 7), "[batch, 4, rows(1)*columns(7)]"),
+        (dims(MAPS, ROWS, Line(1, 1), free(4)), (SYMBOL, 10, 4), "[batch, rows(10)*columns(1), 4]"),
+        (dims(MAPS, free(4), ROWS, Line(1, 1)), (SYMBOL, 2, 2, 10, 1), "[batch, 2, 2, rows(10), columns(1)]"),
+        (dims(Maps(8 * SYMBOL), free(4), COLUMNS), (SYMBOL, 8, 4, 7), "[batch, 8, 4, columns(7)]"),
+        (dims(Maps(8 * SYMBOL), free(4), COLUMNS), (8, SYMBOL, 4, 7), "[8, batch, 4, columns(7)]"),
     ],
 )
 def test_regroup(layout: Layout, shape: tuple[sympy.Expr | int, ...], after: str | None) -> None:
     found = regroup(layout, shape)
     assert (None if found is None else show(found)) == after
+
+
+def test_rows_and_columns() -> None:
+    layout: Layout = ((MAPS,), (free(4),), (ROWS, COLUMNS))
+    assert holds_lines(layout) and not holds_lines(layout[:2]) and dim_size(layout[2]) == 70
+    assert whole_lines(layout) and whole_lines(dims(MAPS, COLUMNS, ROWS))
+    assert not any(whole_lines((dim,)) for dim in ((COLUMNS, ROWS), (free(4), ROWS), (ROWS, free(4), COLUMNS)))
+    assert meet(ROWS, Line(0, 10, start=Fraction(1, 2))) and not meet(ROWS, Line(0, 10, 2)) and not meet(ROWS, COLUMNS)
+
+
+def test_samples_that_an_op_picks_or_joins() -> None:
+    """Of maps they are parted; tokens are kept for each sample, so nothing may."""
+    assert resized((MAPS,), SYMBOL, MAPS) == (MAPS,) and resized((BATCH,), SYMBOL, BATCH) == (BATCH,)
+    assert resized((MAPS,), 2 * SYMBOL, MAPS) == (Maps(2 * SYMBOL, True),) and resized((BATCH,), 1, BATCH) is None
+    assert resized((free(4),), 3, BATCH) == (free(3),)
+    halves = regroup(dims(Maps(2 * SYMBOL, True), free(3)), (2, SYMBOL, 3))
+    assert halves == ((free(2),), (Maps(SYMBOL, True),), (free(3),))
 
 
 @st.composite

@@ -100,6 +100,14 @@ HEADS: dict[str, tuple[Any, list[nn.Module]]] = {
     "sizes written": (lambda m, a: a.view(len(a), 4, a.shape[2] * a.shape[3]).tanh().amax(2), []),
     "fixed grid": (lambda m, a: m.more(a), [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 5)]),
     "fixed grid of maxima": (lambda m, a: m.more(a), [nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)]),
+    "moved about": (
+        lambda m, a: (
+            torch.stack([a.movedim(1, 3).mT, a.permute(0, 2, 1, 3).flip(2)], 1).squeeze(1)[:, 1].transpose(1, 2)
+        ),
+        [],
+    ),
+    "a dimension more": (lambda m, a: a.flatten(2).unsqueeze(1)[:, 0].roll(1, 1).unflatten(2, a.shape[2:]), []),
+    "a gate of each row": (lambda m, a: a * a.mean(3, keepdim=True).sigmoid() * a[:, [2, 0, 1, 3]], []),
     "one window": (lambda m, a: m.more(a).reshape(a.shape[:2]), [nn.AvgPool2d(20, ceil_mode=True, padding=4)]),
 }
 
@@ -180,6 +188,11 @@ def test_a_value_from_before_the_cut_is_cut_alike() -> None:
 SAMPLES: dict[str, tuple[Any, str]] = {
     "some": (lambda m, x, a, b: m.wide(a[:1]), "an output has other samples than the map that was cut"),
     "half of them": (lambda m, x, a, b: m.wide(a).chunk(2)[1], "an output has other samples"),
+    "one for all": (lambda m, x, a, b: m.wide(a[:1] + a), "an output has other samples"),
+    "as many, in two parts": (
+        lambda m, x, a, b: m.wide(torch.cat([a, a]).view(2, *a.shape)[0]),
+        "other samples",
+    ),
     "twice": (lambda m, x, a, b: m.wide(torch.cat([a, a])), "an output has other samples"),
     "where channels are": (lambda m, x, a, b: m.wide(a).transpose(0, 1), "an output has other samples"),
     "one with all of before": (lambda m, x, a, b: (a[:1] + m.stem(x)).mean((2, 3)), "of which it has not every sample"),

@@ -11,7 +11,6 @@ from graphs import aten, graph_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes.axes.grid_layout import rule_for
 from passes.axes.rules import registry
 from passes.graph.ops import ELEMENTWISE, SHAPED_LIKE, elementwise
 
@@ -71,7 +70,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_activations_have_a_rule_in_both_tables(f: Callable[[Tensor], Tensor]) -> None:
     ops = [n.target for n in graph_of(f, torch.randn(2, 3)).graph.nodes if n.op == "call_function"]
     assert ops and all(elementwise(op) for op in ops)
-    assert all(registry.rule_for(op) and rule_for(op) for op in ops)
+    assert all(registry.rule_for(op) and registry.rule_for(op, registry.GRID_RULES) for op in ops)
 
 
 def test_what_is_not_elementwise() -> None:

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from passes.axes.grid_layout import Follow, GridAxes, carried, grid_rules_for
-from passes.axes.rules.registry import Untransferable
+from passes.axes.rules import tokens
+from passes.axes.rules.registry import Context, Transfer, Untransferable, grid_rules_for, need_free
+from passes.graph.layout import Layout, Line, holds_lines, lines_in
 from passes.graph.ops import CONV2D, POOL2D, argument, shape_of
 
 aten = torch.ops.aten
@@ -60,24 +61,32 @@ def window_of(node: Node) -> Window | None:
     return Window(_pair(kernel), _pair(stride), _pair(padding), _pair(dilation))
 
 
+def map_in(layout: Layout) -> tuple[Line, Line] | None:
+    """The rows and columns of a map [B, C, H, W]; None where a value holds them otherwise."""
+    rows, columns = (lines_in(dim) for dim in layout[2:]) if len(layout) == 4 else ((), ())
+    if holds_lines(layout[:2]) or ([f.at for f in rows], [f.at for f in columns]) != ([0], [1]):
+        return None
+    return rows[0], columns[0]
+
+
 @grid_rules_for(*CONV2D, *POOL2D)
-def window(node: Node, axes: GridAxes) -> Follow:
+def window(node: Node, ctx: Context) -> Transfer:
     """Any stride, padding, dilation and groups: it slides over a smaller map as over a smaller image."""
-    grid, slides = carried(node, axes), window_of(node)
+    layout, slides, size = ctx.carried(node), window_of(node), shape_of(node)[2:]
+    lines = map_in(layout)
     assert slides is not None
-    if (grid.rows, grid.columns) != (2, 3):
+    if lines is None:
         raise Untransferable("a window slides over other dimensions than rows and columns")
-    if tuple(shape_of(node)[2:]) == (1, 1):
-        return Follow(None)  # one cell, of a smaller map too: it is held against the dense shape
-    step, stride = grid.step, slides.stride
-    centre = [Fraction(slides.reach[i], 2) - slides.padding[i] for i in (0, 1)]
-    out = replace(
-        grid,
-        step=(step[0] * stride[0], step[1] * stride[1]),
-        start=(grid.start[0] + step[0] * centre[0], grid.start[1] + step[1] * centre[1]),
-        mixed=grid.mixed or slides.kernel != (1, 1) or stride != (1, 1),
-    )
-    return Follow(out)
+    if size == (1, 1):
+        return Transfer(None)  # one cell, of a smaller map too: it is held against the dense shape
+    need_free(layout, [1] if node.target in CONV2D else [], "a convolution over a dimension that")
+    out = []
+    for i, line in enumerate(lines):
+        centre = Fraction(slides.reach[i], 2) - slides.padding[i]
+        out.append((Line(i, size[i], line.step * slides.stride[i], line.start + line.step * centre),))
+    channels = layout[1] if node.target in POOL2D else ctx.plain(shape_of(node)[1])
+    mixes = (slides.kernel, slides.stride) != ((1, 1), (1, 1))
+    return Transfer((layout[0], channels, *out), mixes=mixes)
 
 
 def _by_torch(node: Node) -> bool:
@@ -87,21 +96,25 @@ def _by_torch(node: Node) -> bool:
 
 
 @grid_rules_for(aten.pad.default, aten.constant_pad_nd.default)
-def pad(node: Node, axes: GridAxes) -> Follow:
+def pad(node: Node, ctx: Context) -> Transfer:
     """More channels; rows and columns where the amounts are the same for the smaller map."""
-    grid, rank = carried(node, axes), len(shape_of(node))
+    layout, rank, size = ctx.carried(node), len(shape_of(node)), shape_of(node)
     given: Any = argument(node, "pad")
     others = {rank - 1 - i // 2: (given[i], given[i + 1]) for i in range(0, len(given), 2)}
-    here = {d: others.pop(d) for d in grid.dims if d in others}
+    here = {d: others.pop(d) for d in range(rank) if lines_in(layout[d]) and d in others}
     only_others = any(map(any, others.values())) and not any(map(any, here.values()))
     if not here or only_others:
-        return Follow(grid)
-    if grid.dims != (2, 3) or any(map(any, others.values())):
+        return tokens.pad(node, ctx)
+    lines = map_in(layout)
+    if lines is None or any(map(any, others.values())):
         raise Untransferable("pads other dimensions together with rows or columns")
     rows, columns = here.get(2, (0, 0)), here[3]
     period = (1, 1) if _by_torch(node) else _as_tensorflow(node, (sum(rows), sum(columns)))
-    start = (grid.start[0] - rows[0] * grid.step[0], grid.start[1] - columns[0] * grid.step[1])
-    return Follow(replace(grid, start=start, mixed=True), period=period)
+    out = [
+        (replace(line, count=size[2 + i], start=line.start - before[0] * line.step),)
+        for i, (line, before) in enumerate(zip(lines, (rows, columns), strict=True))
+    ]
+    return Transfer((*layout[:2], *out), mixes=True, period=period)
 
 
 def _as_tensorflow(node: Node, amounts: Pair) -> Pair:
@@ -126,10 +139,10 @@ def _as_tensorflow(node: Node, amounts: Pair) -> Pair:
 
 
 @grid_rules_for(aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
-def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
+def adaptive_pool(node: Node, ctx: Context) -> Transfer:
     """To one cell it is the mean or the maximum of the map; to a fixed grid, that of the smaller map's parts."""
-    grid, size = carried(node, axes), _pair(argument(node, "output_size"))
-    if grid.dims != (2, 3):
+    layout, size = ctx.carried(node), _pair(argument(node, "output_size"))
+    if map_in(layout) is None:
         raise Untransferable("pools other dimensions than rows and columns")
     if size != (1, 1):
         # a module may be told to leave an axis as it is, which looks like its size
@@ -138,4 +151,4 @@ def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
                 f"pools the map to {size[0]} x {size[1]}, a size that the model may compute from the map's"
             )
     ended = (None, None) if isinstance(node.meta["val"], (tuple, list)) else None
-    return Follow(ended, fixed=size != (1, 1))
+    return Transfer(ended, fixed=size != (1, 1))
