@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from passes.axes.grid_axes import follow_grid
 from passes.graph.base import CompileError, Refusal, finish
+from passes.graph.codes import Code
 from passes.graph.cost import count
 from passes.graph.verify import no_stale_shapes
 from passes.network.stages import Stage, StageReport, find_stages
@@ -72,12 +73,14 @@ def check_stages(stages: Sequence[Stage], wanted: Sequence[int]) -> None:
             None,
             "where it has residual MLP blocks on tokens, use Schedule(keep={block: ratio}); "
             "rs_compile.explain(model, inputs) shows what was found",
+            code=Code.NO_BLOCK,
         )
     for i in wanted:
         if i >= len(stages):
             raise CompileError(
                 f"the schedule names stage {i}, but the model has {len(stages)} stages, 0 to {len(stages) - 1}; "
-                "rs_compile.explain(model, inputs) lists them"
+                "rs_compile.explain(model, inputs) lists them",
+                code=Code.NO_SUCH_PART,
             )
 
 

@@ -20,6 +20,7 @@ from passes.cleanup.relative_shift import WriteRelativeShifts
 from passes.device.name_flash import NameFlash
 from passes.device.pad_keys import PadKeys, with_matrix_units
 from passes.graph.base import CompileError, PassResult, Refusal, Skip, finish
+from passes.graph.codes import Code
 from passes.graph.cost import count
 from passes.graph.splice import REPLACED
 from passes.graph.verify import no_stale_shapes, not_put_back
@@ -140,6 +141,7 @@ def prune(
                 f"blocks {taken[at]} and {p.block} are parallel branches of one sum, after which tokens leave once",
                 at,
                 f"schedule one of them: block {taken[at]} with the product of both keep ratios",
+                code=Code.TOO_MANY,
             )
         else:
             taken[at] = p.block
@@ -188,5 +190,6 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         if i >= len(blocks):
             raise CompileError(
                 f"the schedule names block {i}, but the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}; "
-                "rs_compile.explain(model, inputs) lists them"
+                "rs_compile.explain(model, inputs) lists them",
+                code=Code.NO_SUCH_PART,
             )

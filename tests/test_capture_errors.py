@@ -151,7 +151,7 @@ def test_a_long_message_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> Non
         error = not_captured(Picture(), cause, (), ran=True)
     assert "%node299" in caplog.text and "%node299" not in str(cause)
     assert "(281 more lines in the log of passes.capture.capture_errors)" in str(cause)
-    assert str(error).startswith("torch.export cannot capture Picture: no such op\n")
+    assert str(error).startswith("torch.export cannot capture Picture: no such op [RSC-202]\n")
     assert "way out: the model runs, so write that line with ops that torch.export traces" in str(error)
 
 
@@ -160,7 +160,7 @@ class Strange(Exception):
 
 
 def strange(*_: Any, **__: Any) -> Any:
-    raise Strange("as nobody expects\nat length")
+    raise Strange("as nobody expects [RSC-999]\nat length")
 
 
 STAGES = [
@@ -179,7 +179,9 @@ STAGES = [
 def named_error(run: Callable[[], Any], what: str) -> None:
     with pytest.raises(rs_compile.CompileError) as error:
         run()
-    assert str(error.value).startswith(f"{what} failed: Strange: as nobody expects\n  way out: the model is as it was")
+    assert str(error.value).startswith(
+        f"{what} failed: Strange: as nobody expects [RSC-999]\n  way out: the model is as it was"
+    )
     assert type(error.value.__cause__) is Strange
 
 

@@ -18,6 +18,7 @@ from passes.axes.grid_layout import Follow, Grid, GridAxes, rule_for, size_of
 from passes.axes.grid_windows import window_of
 from passes.axes.rules.registry import Untransferable, rule_faults
 from passes.graph.base import Refusal, op_name
+from passes.graph.codes import Code
 from passes.graph.splice import ORIGIN
 
 RULES = (grid_rules, grid_windows)  # to import them fills the table
@@ -60,7 +61,7 @@ def follow_grid(
                 follow = _follow(node, axes)
             except Untransferable as reason:
                 if within is None:
-                    raise Refusal(str(reason), node, WAY_OUT) from reason
+                    raise Refusal(reason.text, node, WAY_OUT, code=reason.code) from reason
             else:
                 axes.follows[node] = follow
                 if follow.fixed:
@@ -92,14 +93,19 @@ def follow_maps(gm: GraphModule) -> GridAxes:
 
 def _need_no_size(node: Node) -> None:
     if op_name(node).startswith("aten.upsample"):
-        raise Refusal("resizes what was pooled to a fixed grid to a size that may be the map's", node, WAY_OUT)
+        raise Refusal(
+            "resizes what was pooled to a fixed grid to a size that may be the map's",
+            node,
+            WAY_OUT,
+            code=Code.FIXED_GRID,
+        )
 
 
 def _follow(node: Node, axes: GridAxes) -> Follow:
     rule = rule_for(node.target)
     if rule is None:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise Untransferable("writes in place into a map whose rows and columns leave")
-        raise Untransferable("no rule says what this op does on a smaller grid of rows and columns")
+            raise Untransferable("writes in place into a map whose rows and columns leave", code=Code.IN_PLACE)
+        raise Untransferable("no rule says what this op does on a smaller grid of rows and columns", code=Code.NO_RULE)
     with rule_faults(node):
         return rule(node, axes)

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.registry import Untransferable
+from passes.graph.codes import Code
 from passes.graph.layout import expr
 from passes.graph.ops import checked_operator
 
@@ -148,7 +149,7 @@ def carried(node: Node, axes: GridAxes) -> Grid:
     """The grid of the first input, which must be the only one that holds it."""
     grid = axes.grid(node.args[0])
     if not isinstance(grid, Grid) or sum(n in axes.grids for n in node.all_input_nodes) != 1:
-        raise Untransferable("the rows and columns do not come in by its first input alone")
+        raise Untransferable("the rows and columns do not come in by its first input alone", code=Code.OTHER_SEQUENCE)
     return grid
 
 

@@ -18,6 +18,7 @@ from torch.fx import Node
 from passes.axes.grid_layout import Follow, Grid, GridAxes, carried, grid_rules_for
 from passes.axes.rules.pointwise import tensors
 from passes.axes.rules.registry import Untransferable
+from passes.graph.codes import Code
 from passes.graph.layout import expr
 from passes.graph.ops import ELEMENTWISE, SHAPED_LIKE, VIEWS, argument, shape_of, view_sizes, wrap
 
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 
 def _need_free(grid: Grid, dims: Sequence[int], doing: str) -> None:
     if set(dims) & set(grid.dims):
-        raise Untransferable(f"{doing} runs over rows or columns")
+        raise Untransferable(f"{doing} runs over rows or columns", code=Code.NEEDS_THE_MAP)
 
 
 def _parted(grid: Grid, dim: int, before: Any, after: Any) -> Grid:
@@ -46,14 +47,16 @@ def _joined(node: Node, axes: GridAxes, inputs: Sequence[Node], rank: int) -> Fo
         if found is None:
             found, size = own, axes.sizes[n]
         elif (own.rows, own.columns, own.step) != (found.rows, found.columns, found.step) or size != axes.sizes[n]:
-            raise Untransferable("two maps meet whose rows or columns do not belong together")
+            raise Untransferable("two maps meet whose rows or columns do not belong together", code=Code.OTHER_SEQUENCE)
         else:
             found = replace(found, mixed=found.mixed or own.mixed, parted=found.parted or own.parted)
     assert found is not None
     out = shape_of(node) if isinstance(node.meta["val"], torch.Tensor) else tuple(node.meta["val"][0].shape)
     aligned = tuple(n for n in inputs if axes.grid(n) is None and _per_cell(n, found, axes, out, rank))
     if aligned and not all(axes.sample_for_sample(n) for n in inputs if n in axes.grids and len(shape_of(n)) == rank):
-        raise Untransferable("meets a value from before the cut, of which it has not every sample")
+        raise Untransferable(
+            "meets a value from before the cut, of which it has not every sample", code=Code.SAMPLES_MEET
+        )
     return Follow(found, aligned)
 
 
@@ -69,11 +72,15 @@ def _per_cell(n: Node, grid: Grid, axes: GridAxes, out: Sequence[Any], rank: int
     if not any(full):
         return False
     if n in axes.fixed:
-        raise Untransferable("meets what was pooled to a fixed grid and given rows and columns again")
+        raise Untransferable(
+            "meets what was pooled to a fixed grid and given rows and columns again", code=Code.FIXED_GRID
+        )
     same = grid.step == (1, 1) and grid.start == (0, 0) and (grid.rows, grid.columns) == (2, 3)
     cut = axes.sizes.get(axes.start)  # None where all maps of a graph are followed, and none is cut
     if not (same and all(full) and len(shape) == 4 and tuple(out[2:]) == cut):
-        raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
+        raise Untransferable(
+            "meets a value from before the cut, whose rows and columns cannot be matched here", code=Code.OTHER_SEQUENCE
+        )
     return True
 
 
@@ -105,9 +112,11 @@ def reduction(node: Node, axes: GridAxes) -> Follow:
     dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
     over = {wrap(d, rank) for d in dims}
     if over & set(grid.dims) and node.target in _CHANNELS_ONLY:
-        raise Untransferable("reduces rows and columns to something that depends on how many there are")
+        raise Untransferable(
+            "reduces rows and columns to something that depends on how many there are", code=Code.NEEDS_THE_MAP
+        )
     if 0 in over:
-        raise Untransferable("reduces the samples of the batch")
+        raise Untransferable("reduces the samples of the batch", code=Code.SAMPLES_MEET)
     kept = bool(argument(node, "keepdim"))
 
     def after(dim: int | None) -> int | None:
@@ -202,7 +211,7 @@ def cat(node: Node, axes: GridAxes) -> Follow:
     _need_free(follow.out, [dim], "a concatenation")
     out = _parted(follow.out, dim, shape_of(parts[0]), shape_of(node))
     if out.parted and follow.aligned:
-        raise Untransferable("joins samples of a map from before the cut")
+        raise Untransferable("joins samples of a map from before the cut", code=Code.SAMPLES_MEET)
     return replace(follow, out=out)
 
 
@@ -230,9 +239,11 @@ def slice_(node: Node, axes: GridAxes) -> Follow:
         return Follow(_parted(grid, dim, shape, shape_of(node)))
     start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
     if start not in (None, 0) or not (end is None or end == torch.iinfo(torch.int64).max):
-        raise Untransferable("takes rows or columns by their number")
+        raise Untransferable("takes rows or columns by their number", code=Code.NEEDS_THE_MAP)
     if step != 1 and grid.rows == grid.columns:
-        raise Untransferable("takes every n-th cell of a map that is folded into one dimension")
+        raise Untransferable(
+            "takes every n-th cell of a map that is folded into one dimension", code=Code.NEEDS_THE_MAP
+        )
     steps = (step, 1) if dim == grid.rows else (1, step)
     return Follow(replace(grid, step=(grid.step[0] * steps[0], grid.step[1] * steps[1]), mixed=grid.mixed or step != 1))
 
@@ -248,7 +259,7 @@ def size(node: Node, axes: GridAxes) -> Follow:
 def new(node: Node, axes: GridAxes) -> Follow:
     """A value of its own, such as the mask of stochastic depth; it must not have a size of the grid."""
     if any(isinstance(s, int) and s != 1 for s in shape_of(node)):
-        raise Untransferable("makes a value whose size may be that of the grid")
+        raise Untransferable("makes a value whose size may be that of the grid", code=Code.FIXED_GRID)
     return Follow(None)
 
 
@@ -259,7 +270,7 @@ def select(node: Node, axes: GridAxes) -> Follow:
     over = wrap(argument(node, "dim"), len(shape))
     _need_free(grid, [over], "one entry of a dimension that")
     if not isinstance(shape[over], int):
-        raise Untransferable("takes one sample of the batch")
+        raise Untransferable("takes one sample of the batch", code=Code.SAMPLES_MEET)
     rows, columns = (None if d is None else d - (d > over) for d in (grid.rows, grid.columns))
     out, val = replace(grid, rows=rows, columns=columns), node.meta["val"]
     return Follow(tuple(out for _ in val) if isinstance(val, (tuple, list)) else out)
@@ -271,12 +282,14 @@ def attention(node: Node, axes: GridAxes) -> Follow:
     given: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
     query, key, value = grids = [axes.grid(n) for n in given]
     if argument(node, "attn_mask") is not None or argument(node, "is_causal"):
-        raise Untransferable("attends by a mask, which may have an entry per cell, or in order")
+        raise Untransferable(
+            "attends by a mask, which may have an entry per cell, or in order", code=Code.NEEDS_THE_MAP
+        )
     for n, grid in zip(given, grids, strict=True):
         if grid is not None and (grid.rows, grid.columns) != (len(shape_of(n)) - 2,) * 2:
-            raise Untransferable("attends along rows or columns alone, or over channels")
+            raise Untransferable("attends along rows or columns alone, or over channels", code=Code.NEEDS_THE_MAP)
     if (key is None) != (value is None) or (key is not None and axes.sizes[given[1]] != axes.sizes[given[2]]):
-        raise Untransferable("takes keys and values of different maps")
+        raise Untransferable("takes keys and values of different maps", code=Code.OTHER_SEQUENCE)
     return Follow(None if query is None else replace(query, mixed=True), apart=True)
 
 
@@ -328,5 +341,6 @@ def view(node: Node, axes: GridAxes) -> Follow:
     size = " x ".join(str(shape[d]) for d in grid.dims)
     raise Untransferable(
         f"reshapes the map of {size} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
-        "a fixed grid that the layers behind it need"
+        "a fixed grid that the layers behind it need",
+        code=Code.FIXED_GRID,
     )

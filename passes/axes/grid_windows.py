@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from passes.axes.grid_layout import Follow, GridAxes, carried, grid_rules_for
 from passes.axes.rules.registry import Untransferable
+from passes.graph.codes import Code
 from passes.graph.ops import CONV2D, POOL2D, argument, shape_of
 
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ def window(node: Node, axes: GridAxes) -> Follow:
     grid, slides = carried(node, axes), window_of(node)
     assert slides is not None
     if (grid.rows, grid.columns) != (2, 3):
-        raise Untransferable("a window slides over other dimensions than rows and columns")
+        raise Untransferable("a window slides over other dimensions than rows and columns", code=Code.NEEDS_THE_MAP)
     if tuple(shape_of(node)[2:]) == (1, 1):
         return Follow(None)  # one cell, of a smaller map too: it is held against the dense shape
     step, stride = grid.step, slides.stride
@@ -97,7 +98,7 @@ def pad(node: Node, axes: GridAxes) -> Follow:
     if not here or only_others:
         return Follow(grid)
     if grid.dims != (2, 3) or any(map(any, others.values())):
-        raise Untransferable("pads other dimensions together with rows or columns")
+        raise Untransferable("pads other dimensions together with rows or columns", code=Code.NEEDS_THE_MAP)
     rows, columns = here.get(2, (0, 0)), here[3]
     period = (1, 1) if _by_torch(node) else _as_tensorflow(node, (sum(rows), sum(columns)))
     start = (grid.start[0] - rows[0] * grid.step[0], grid.start[1] - columns[0] * grid.step[1])
@@ -121,7 +122,9 @@ def _as_tensorflow(node: Node, amounts: Pair) -> Pair:
                 wanted = max((math.ceil(size[i] / stride) - 1) * stride + slides.reach[i] + 1 - size[i], 0)
                 period[i] = math.lcm(period[i], stride)
             if wanted != amounts[i]:
-                raise Untransferable("pads rows or columns by amounts that the model may compute from their number")
+                raise Untransferable(
+                    "pads rows or columns by amounts that the model may compute from their number", code=Code.FIXED_GRID
+                )
     return period[0], period[1]
 
 
@@ -130,12 +133,13 @@ def adaptive_pool(node: Node, axes: GridAxes) -> Follow:
     """To one cell it is the mean or the maximum of the map; to a fixed grid, that of the smaller map's parts."""
     grid, size = carried(node, axes), _pair(argument(node, "output_size"))
     if grid.dims != (2, 3):
-        raise Untransferable("pools other dimensions than rows and columns")
+        raise Untransferable("pools other dimensions than rows and columns", code=Code.NEEDS_THE_MAP)
     if size != (1, 1):
         # a module may be told to leave an axis as it is, which looks like its size
         if not _by_torch(node) or any(a == b for a, b in zip(size, shape_of(node.args[0])[2:], strict=True)):
             raise Untransferable(
-                f"pools the map to {size[0]} x {size[1]}, a size that the model may compute from the map's"
+                f"pools the map to {size[0]} x {size[1]}, a size that the model may compute from the map's",
+                code=Code.FIXED_GRID,
             )
     ended = (None, None) if isinstance(node.meta["val"], (tuple, list)) else None
     return Follow(ended, fixed=size != (1, 1))

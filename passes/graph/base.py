@@ -12,6 +12,7 @@ from typing import ClassVar, TypeAlias
 from torch.fx import GraphModule, Node
 
 from passes.graph.aliasing import writes
+from passes.graph.codes import Code
 
 HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
@@ -20,11 +21,33 @@ Check = Callable[[GraphModule], None]
 
 
 class CompileError(Exception):
-    """Anything this compiler refuses to do. The message says what to do instead."""
+    """Anything this compiler refuses to do. The message says what to do instead.
+
+    Args:
+        text: the message; its first line is shown with the code behind it.
+        code: the family that the refusal belongs to; the class's own where there is none.
+    """
+
+    family: ClassVar[Code] = Code.FAULT
+
+    def __init__(self, text: str, *, code: Code | None = None) -> None:
+        super().__init__(text)
+        self.code: Code = code or self.family
+
+    @property
+    def text(self) -> str:
+        """The message without its code."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        first, line, more = self.text.partition("\n")
+        return f"{first} [{self.code}]{line}{more}"
 
 
 class ScheduleError(CompileError, ValueError):
     """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""
+
+    family = Code.SCHEDULE
 
 
 class PassError(CompileError):
@@ -49,9 +72,10 @@ class Refusal(CompileError):
         reason: what cannot be proven, in a clause.
         node: where.
         way_out: what the user can do about it.
+        code: the family that it belongs to.
     """
 
-    def __init__(self, reason: str, node: Node | None = None, way_out: str = "") -> None:
+    def __init__(self, reason: str, node: Node | None = None, way_out: str = "", *, code: Code | None = None) -> None:
         self.reason = reason
         self.node_name = node.name if node is not None else ""
         self.op = op_name(node) if node is not None else ""
@@ -62,7 +86,18 @@ class Refusal(CompileError):
             parts.append(f"  in the model: {self.where}")
         if way_out:
             parts.append(f"  way out: {way_out}")
-        super().__init__("\n".join(parts))
+        super().__init__("\n".join(parts), code=code)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an op is not carried through, and the family that a refusal for it belongs to."""
+
+    text: str
+    code: Code
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -119,7 +154,7 @@ class Pass(abc.ABC):
             try:
                 check(gm)
             except CompileError as error:
-                raise Precondition(f"before pass {name}: {error}", name, gm) from error
+                raise Precondition(f"before pass {name}: {error.text}", name, gm) from error
         result = self.call(gm)
         result.gm.meta[HISTORY] = before
         try:
@@ -138,7 +173,7 @@ class Pass(abc.ABC):
             try:
                 check(result.gm)
             except CompileError as error:
-                raise Postcondition(f"after pass {name}: {error}", name, result.gm) from error
+                raise Postcondition(f"after pass {name}: {error.text}", name, result.gm) from error
         result.gm.meta[HISTORY] = (*before, name)
         return result
 

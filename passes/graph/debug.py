@@ -47,7 +47,7 @@ def watched(folder: str | Path) -> Iterator[Path]:
             try:
                 no_stale_shapes(result.gm)
             except CompileError as error:
-                raise Postcondition(f"after pass {pass_.name}: {error}", pass_.name, result.gm) from error
+                raise Postcondition(f"after pass {pass_.name}: {error.text}", pass_.name, result.gm) from error
 
     token = OBSERVER.set(observe)
     try:

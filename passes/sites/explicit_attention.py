@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.graph.base import Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 from passes.sites.sizes import KEY_SIZES, with_bias
@@ -42,7 +43,9 @@ def write_out(gm: GraphModule, op: Node) -> Node:
         return known
     given: dict[str, Any] = arguments(op)
     if given["dropout_p"]:
-        raise Refusal("attention with dropout has no one map to read", op, "call model.eval() first")
+        raise Refusal(
+            "attention with dropout has no one map to read", op, "call model.eval() first", code=Code.TRAIN_MODE
+        )
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Tensor | None

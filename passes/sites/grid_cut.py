@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.axes.grid_axes import RESTORE, WAY_OUT, follow_grid
 from passes.axes.grid_layout import Follow, Grid, GridAxes, size_of
 from passes.graph.base import CompileError, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.fake import evaluate
 from passes.graph.splice import fake, fake_mode, splice
 from passes.network.stages import Stage
@@ -50,7 +51,10 @@ class CutGrid(Pass):
         axes = follow_grid(output)
         if axes.dense and self.compact_outputs:
             raise Refusal(
-                "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
+                "an output of the model is a map, which has no short form",
+                output,
+                'use token_outputs="restore"',
+                code=Code.OUTPUTS,
             )
         readers = [user for user in output.users if user in axes.follows]
         whole = _whole(axes)
@@ -77,7 +81,8 @@ class CutGrid(Pass):
             if left >= there:
                 raise CompileError(
                     f"{left} {name} are to leave stage {self.stage.index}, which has {there} {name}; "
-                    f"write {name} from 0 to {there - 1}"
+                    f"write {name} from 0 to {there - 1}",
+                    code=Code.TOO_MANY,
                 )
 
     def insert_score(self, graph: torch.fx.Graph) -> Node:
@@ -102,6 +107,7 @@ class CutGrid(Pass):
                 f"stage {self.stage.index} has one block, whose output is the stage's",
                 output,
                 'use GridPrune(against="shortcut")',
+                code=Code.NO_SCORE,
             )
         return splice(graph, "score", score, sums, blocks[0].output)
 
@@ -162,7 +168,9 @@ class _Cut:
             op: Any = node.target
             node.meta["val"] = evaluate(self.mode, op, fake(node.args), fake(node.kwargs))
         except Exception as error:
-            raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+            raise Refusal(
+                f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT, code=Code.FIXED_GRID
+            ) from error
         after = node.meta["val"]
         if follow.out is not None:
             self.sizes[node] = size_of(node, follow.out, self.sizes)
@@ -170,7 +178,7 @@ class _Cut:
             free = follow.out.dims if isinstance(follow.out, Grid) else ()
             same = [a == b for d, (a, b) in enumerate(zip(after.shape, before.shape, strict=True)) if d not in free]
             if not all(same):
-                raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+                raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT, code=Code.FIXED_GRID)
             gone = [before.shape[d] - after.shape[d] for d in free]
             if any(n % period for n, period in zip(gone, follow.period, strict=False)):
                 raise Refusal(
@@ -178,6 +186,7 @@ class _Cut:
                     f"{gone[1]} columns are gone",
                     node,
                     self.axes.fitting,
+                    code=Code.FIXED_GRID,
                 )
 
     def _rewrite(self, node: Node, follow: Follow) -> None:
@@ -204,6 +213,7 @@ class _Cut:
                 f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
                 node,
                 f"{self.axes.fitting}, or {WAY_OUT}",
+                code=Code.FIXED_GRID,
             )
 
     def restored(self, value: Node) -> Node:
@@ -211,9 +221,11 @@ class _Cut:
         grid = self.axes.grid(value)
         is_map = isinstance(grid, Grid) and (grid.rows, grid.columns) == (2, 3) and len(self.full[value]) == 4
         if not is_map:
-            raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
+            raise Refusal(
+                "an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT, code=Code.OUTPUTS
+            )
         if not self.axes.sample_for_sample(value):
-            raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT)
+            raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT, code=Code.OUTPUTS)
         start = (float(grid.start[0]), float(grid.start[1]))
         size: Any = self.full[value][2:]
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import stream_layout
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Layout, expr, sequence_in
 from passes.graph.ops import arguments
 from passes.graph.splice import splice
@@ -111,5 +112,6 @@ class InsertMerge(Pass):
                 "[batch, heads, tokens, channels] of its stream",
                 stream,
                 "use Schedule(by=Stream())",
+                code=Code.NO_MERGE,
             )
         return keys

@@ -13,6 +13,7 @@ from passes.attention.attention_kernel import AUTOCAST
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import analyse, stream_layout
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, runs_over_tokens, sequence_in
 from passes.graph.ops import arguments
 from passes.graph.splice import splice
@@ -132,6 +133,7 @@ class InsertWard(Pass):
             f"Ward merges queries, keys and values, and block {self.block.index} {reason}",
             node,
             "use Schedule(by=Stream()), which merges after the complete block",
+            code=Code.NO_MERGE,
         )
 
     def _shift(self, gm: GraphModule, stream: Node, layout: Layout) -> Node | None:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from passes.axes.gather import original_positions
 from passes.axes.token_axis import WAY_OUT, TokenAxis
 from passes.graph.base import Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Part, tokens_in
 from passes.graph.splice import splice
 from passes.sites.site import SITE, Site
@@ -89,7 +90,10 @@ def refuse_mixed(axis: TokenAxis, value: Node, consumer: Node) -> None:
     if axis.transfers[value].mixes:
         reason = axis.dense[consumer]
         raise Refusal(
-            f"its result is read at full length ({reason}), but it comes from an op that mixes tokens", value, WAY_OUT
+            f"its result is read at full length ({reason}), but it comes from an op that mixes tokens",
+            value,
+            WAY_OUT,
+            code=Code.EVERY_TOKEN,
         )
 
 
@@ -104,9 +108,11 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
             continue
         over = [t for d in axis.layouts[leaf] if (t := tokens_in(d))]
         if any(isinstance(t, Part) for t in over):
-            raise Refusal("an output has its tokens on a grid, and those left have none", leaf, WAY_OUT)
+            raise Refusal(
+                "an output has its tokens on a grid, and those left have none", leaf, WAY_OUT, code=Code.OUTPUTS
+            )
         if len(over) != 1 or not over[0].same_sequence(site.tokens):
-            raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT)
+            raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT, code=Code.OUTPUTS)
         kept.setdefault(i, []).append(site.index)
     output.args = (tuple(site.compact.get(n, n) if isinstance(n, Node) else n for n in leaves),)
 

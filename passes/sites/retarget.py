@@ -14,6 +14,7 @@ from passes.axes.gather import original_positions, stretch_index, take
 from passes.axes.rules import Extent, Kept, Position, Transfer
 from passes.axes.token_axis import WAY_OUT, follow
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.fake import evaluate
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
 from passes.graph.ops import SDPA, SOFTMAX
@@ -59,6 +60,7 @@ class RetargetTokens(Pass):
                 "depends on the order of the tokens, which this merger changes",
                 in_turn,
                 "use Schedule(by=Stream()), which keeps it, or prune instead of merging",
+                code=Code.NO_MERGE,
             )
         decaying = [n for n, t in axis.transfers.items() if self.gap == "decay" and t.decay is not None]
         if self.gap == "decay" and not decaying:
@@ -66,6 +68,7 @@ class RetargetTokens(Pass):
                 "behind it no op carries a state that could decay over the gaps of pruned tokens",
                 site.stream,
                 'use Schedule(gap="compact")',
+                code=Code.UNREAD_OPTION,
             )
         emit = _Emitter(gm, site)
         site.compact |= {site.full: site.short, **{value: short for value, (_, short) in site.beside.items()}}
@@ -138,14 +141,18 @@ class _Emitter:
             op: Any = twin.target
             twin.meta["val"] = evaluate(self.mode, op, fake(twin.args), fake(twin.kwargs))
         except Exception as error:
-            raise Refusal(f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+            raise Refusal(
+                f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT, code=Code.WRONG_RULE
+            ) from error
         val = twin.meta["val"]
         if not isinstance(val, torch.Tensor) or transfer.out is None:
             return
         out: Any = transfer.out
         promised = [self._extent(dim) for dim in out]
         if len(promised) != val.dim() or any(p - expr(s) != 0 for p, s in zip(promised, val.shape, strict=True)):
-            raise Refusal(f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT)
+            raise Refusal(
+                f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT, code=Code.WRONG_RULE
+            )
 
     def _note_sizes(self, node: Node, twin: Node, transfer: Transfer) -> None:
         """Where a merged token counts for what it stands for: as a key of attention, and in a mean."""
@@ -164,6 +171,7 @@ class _Emitter:
                 "attention that is not scaled_dot_product_attention takes no size bias",
                 node,
                 "use Schedule(by=Stream(size_bias=False)), or prune instead of merging",
+                code=Code.SIZES,
             )
         elif node.target in MEANS and self.site.weighted_mean and transfer.mixes and layout is not None:
             tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
@@ -172,7 +180,10 @@ class _Emitter:
             over = tokens_in(layout[tokens])
             if not alone or over is None or isinstance(over, Part):
                 raise Refusal(
-                    "a mean over tokens folded with samples, or on a grid", node, "use Schedule(weighted_mean=False)"
+                    "a mean over tokens folded with samples, or on a grid",
+                    node,
+                    "use Schedule(weighted_mean=False)",
+                    code=Code.SIZES,
                 )
             twin.meta[MEAN_SIZES] = (self._sizes(over), samples, tokens)
 
@@ -224,7 +235,7 @@ class _Emitter:
         if whole.is_Integer:
             return int(whole)
         if rest.free_symbols:
-            raise Refusal("a size depends on a second batch", self.site.stream, WAY_OUT)
+            raise Refusal("a size depends on a second batch", self.site.stream, WAY_OUT, code=Code.DATA_DEPENDENT)
         if not any(isinstance(f, Batch) for f in dim):
             return int(rest)
         if self.samples is None:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from passes.attention.attention_kernel import ALIGN
 from passes.axes.gather import along
 from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, Piece, Prunable, Tokens
 from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by, splice
@@ -153,9 +154,13 @@ def check_biasable(node: Node, pairs: Layout, one_sample: bool) -> None:
     given: dict[str, Any] = arguments(node)
     way_out = "use Schedule(by=Stream(size_bias=False)), or prune instead of merging"
     if given["is_causal"]:
-        raise Refusal("causal attention, in which a merged token would stand at two places", node, way_out)
+        raise Refusal(
+            "causal attention, in which a merged token would stand at two places", node, way_out, code=Code.SIZES
+        )
     if given["dropout_p"]:
-        raise Refusal("attention with dropout does not take a size bias", node, "call model.eval() first")
+        raise Refusal(
+            "attention with dropout does not take a size bias", node, "call model.eval() first", code=Code.TRAIN_MODE
+        )
     alone = len(pairs) == 4 and (isinstance(pairs[0][0], Batch) if len(pairs[0]) == 1 else one_sample and not pairs[0])
     if not alone:
-        raise Refusal("this attention is not on [batch, heads, tokens, channels]", node, way_out)
+        raise Refusal("this attention is not on [batch, heads, tokens, channels]", node, way_out, code=Code.SIZES)

@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, rules_for
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Dim, Free, Layout, Part, Tokens, dim_size, tokens_in, whole_grids
 from passes.graph.ops import ELEMENTWISE, PASS_ON, SHAPED_LIKE, shape_of
 
@@ -40,12 +41,14 @@ def joined(dims: Sequence[Dim]) -> Dim | None:
             a, b = tokens_in(first), tokens_in(other)
             assert a is not None and b is not None
             if not a.same_sequence(b):
-                raise Untransferable("two different sequences of tokens meet")
+                raise Untransferable("two different sequences of tokens meet", code=Code.OTHER_SEQUENCE)
             if [f for f in first if f != a] != [f for f in other if f != b] or first.index(a) != other.index(b):
-                raise Untransferable("tokens are folded with different dimensions")
+                raise Untransferable("tokens are folded with different dimensions", code=Code.OTHER_SEQUENCE)
             weights |= a.weights or b.weights
     if len({_in_row(d) for d in dims if any(not isinstance(f, Free) for f in d)}) > 1:
-        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
+        raise Untransferable(
+            "lets the samples of the batch meet, and each keeps tokens of its own", code=Code.SAMPLES_MEET
+        )
     if over_tokens:
         return tuple(replace(f, weights=weights) if isinstance(f, Tokens) else f for f in first)
     return next((d for d in dims if any(isinstance(f, Batch) for f in d)), None)
@@ -84,16 +87,22 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
             if own is not None and own[at] and out[at]:
                 joined([own[at], out[at]])
                 if tokens_in(own[at]) and over is None:
-                    raise Untransferable("tokens meet what does not run over them")
+                    raise Untransferable("tokens meet what does not run over them", code=Code.OTHER_SEQUENCE)
             if over is None or (isinstance(shape[at], int) and shape[at] == 1):
                 continue
             if own is None or tokens_in(own[at]) is None:
                 aligned[n] = out
     parts = [dim for dim in out if isinstance(tokens_in(dim), Part)]
     if aligned and not whole_grids(out):
-        raise Ungatherable("an input has an entry per row or column of the tokens' grid, and those left form none")
+        raise Ungatherable(
+            "an input has an entry per row or column of the tokens' grid, and those left form none",
+            code=Code.OTHER_SEQUENCE,
+        )
     if aligned and any(len(dim) > 1 for dim in parts):
-        raise Ungatherable("an input with an entry per token meets a grid that is folded with another dimension")
+        raise Ungatherable(
+            "an input with an entry per token meets a grid that is folded with another dimension",
+            code=Code.OTHER_SEQUENCE,
+        )
     if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
         _check_one_sample(ctx, aligned, out)
     return aligned
@@ -102,12 +111,15 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
 def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> None:
     """Declines where inputs with an entry per token meet a value without samples, unless there is but one sample."""
     if ctx.batch.size != 1:
-        raise Ungatherable("an input with an entry per token has no dimension for samples to be gathered along")
+        raise Ungatherable(
+            "an input with an entry per token has no dimension for samples to be gathered along", code=Code.SAMPLES_MEET
+        )
     for n in aligned:
         shape = shape_of(n)
         if sum(shape[at] != 1 and tokens_in(out[at]) is not None for at in range(-len(shape), 0)) > 1:
             raise Untransferable(
-                "an input has an entry per pair of tokens, which may keep several images in one sequence apart"
+                "an input has an entry per pair of tokens, which may keep several images in one sequence apart",
+                code=Code.OTHER_SEQUENCE,
             )
 
 
@@ -161,7 +173,7 @@ def prelu(node: Node, ctx: Context) -> Transfer:
     """One slope for every entry, or one for each entry of dimension 1."""
     layout, slopes = ctx.layout(node.args[0]), node.args[1]
     if layout is None or ctx.layout(slopes) is not None:
-        raise Untransferable("only a side input of it carries tokens")
+        raise Untransferable("only a side input of it carries tokens", code=Code.OTHER_SEQUENCE)
     if shape_of(slopes) != (1,):
         need_free(layout, [1], "a slope for each entry of what")
     return Transfer(tuple(no_weights(dim) for dim in layout))

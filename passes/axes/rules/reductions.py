@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import carried, without
+from passes.graph.codes import Code
 from passes.graph.layout import Dim, Tokens, tokens_in
 from passes.graph.ops import SOFTMAX, argument, shape_of, wrap
 
@@ -33,7 +34,7 @@ def batch_norm(node: Node, ctx: Context) -> Transfer:
     """With running statistics it is an affine map of channels (dimension 1)."""
     layout = carried(node, ctx)
     if argument(node, "training"):
-        raise Untransferable("batch norm in training mode, whose statistics run over tokens")
+        raise Untransferable("batch norm in training mode, whose statistics run over tokens", code=Code.TRAIN_MODE)
     need_free(layout, [1], "batch norm")
     return Transfer(layout)
 
@@ -61,7 +62,7 @@ def reduction(node: Node, ctx: Context) -> Transfer:
         factor = tokens_in(layout[d])
         weights = factor is not None and factor.weights and node.target is aten.sum.dim_IntList
         if len(layout[d]) != 1 or not (weights or node.target in _OVER_TOKENS):
-            raise Untransferable("a reduction over tokens that depends on how many there are")
+            raise Untransferable("a reduction over tokens that depends on how many there are", code=Code.EVERY_TOKEN)
     out = without(layout, over, keepdim)
     val = node.meta["val"]
     mixes = bool(tokens)
@@ -77,7 +78,7 @@ def softmax(node: Node, ctx: Context) -> Transfer:
         need_free(layout, [d], "a softmax")
         return Transfer(layout)
     if len(layout[d]) != 1:
-        raise Untransferable("a softmax over tokens that are folded with another dimension")
+        raise Untransferable("a softmax over tokens that are folded with another dimension", code=Code.EVERY_TOKEN)
     need_whole(layout[d], "a softmax over")
     weights: Dim = tuple(Tokens(f.pieces, True) if isinstance(f, Tokens) else f for f in layout[d])
     return Transfer(layout[:d] + (weights,) + layout[d + 1 :], mixes=True)
@@ -100,5 +101,5 @@ def pool(node: Node, ctx: Context) -> Transfer:
         need_free(layout, [-1], "pooling")
         return Transfer((*layout[:-1], ctx.plain(shape_of(node)[-1])))
     if len(layout[-1]) != 1 or argument(node, "output_size") not in (1, [1]):
-        raise Untransferable("pools tokens into more than one")
+        raise Untransferable("pools tokens into more than one", code=Code.EVERY_TOKEN)
     return Transfer((*layout[:-1], ()), mixes=True)

@@ -12,12 +12,15 @@ import torch
 from torch.fx import Node
 
 from passes.graph.base import CompileError, op_name
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, plain, tokens_in
 from passes.graph.ops import checked_operator, shape_of
 
 
 class Untransferable(CompileError):
     """A rule declines: the op is not proven to mean the same on a shorter sequence. Holds the reason."""
+
+    family = Code.NO_RULE
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def rule_faults(node: Node) -> Iterator[None]:
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         text = f"its rule failed on this form of {op_name(node)} ({type(error).__name__}: {error})"
         warnings.warn(f"rs_compile: {op_name(node)}: {text}; please report this", RuntimeWarning, stacklevel=1)
-        raise Untransferable(text) from error
+        raise Untransferable(text, code=Code.NO_RULE) from error
 
 
 def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
@@ -148,13 +151,13 @@ def rules_for(*ops: Any) -> Callable[[Rule], Rule]:
 def need_whole(dim: Dim, doing: str) -> None:
     """Declines where a dimension runs over rows or columns of tokens alone."""
     if isinstance(tokens_in(dim), Part):
-        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone")
+        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone", code=Code.EVERY_TOKEN)
 
 
 def need_free(layout: Layout, dims: Any, doing: str) -> None:
     """Declines where one of the dimensions runs over tokens or samples."""
     for d in dims:
         if tokens_in(layout[d]) is not None:
-            raise Untransferable(f"{doing} runs over the token axis")
+            raise Untransferable(f"{doing} runs over the token axis", code=Code.EVERY_TOKEN)
         if any(isinstance(f, Batch) for f in layout[d]):
-            raise Untransferable(f"{doing} runs over the samples of the batch")
+            raise Untransferable(f"{doing} runs over the samples of the batch", code=Code.SAMPLES_MEET)

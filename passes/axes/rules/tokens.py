@@ -11,6 +11,7 @@ from torch.fx import Node
 from passes.axes.rules.pointwise import align, broadcast, no_weights, tensors
 from passes.axes.rules.registry import Context, Position, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import carried
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Dim, Fixed, Free, Layout, Piece, Tokens, merged, tokens_in
 from passes.graph.ops import argument, shape_of, sizes_of, wrap
 
@@ -22,14 +23,14 @@ def _alone(dim: Dim) -> Tokens:
     over = tokens_in(dim)
     assert over is not None
     if len(dim) != 1:
-        raise Untransferable("picks from tokens that are folded with another dimension")
+        raise Untransferable("picks from tokens that are folded with another dimension", code=Code.EVERY_TOKEN)
     need_whole(dim, "picks from")
     return over
 
 
 def _unweighted(over: Tokens) -> None:
     if over.weights:
-        raise Untransferable("picks single attention weights")
+        raise Untransferable("picks single attention weights", code=Code.EVERY_TOKEN)
 
 
 @rules_for(aten.slice.Tensor, aten.narrow.default)
@@ -40,16 +41,19 @@ def slice_(node: Node, ctx: Context) -> Transfer:
     size = int(shape_of(node)[d]) if tokens_in(layout[d]) else 0
     if tokens_in(layout[d]) is None:
         if any(isinstance(f, Batch) for f in layout[d]) and layout[d] != ctx.plain(shape_of(node)[d]):
-            raise Untransferable("picks samples of the batch")
+            raise Untransferable("picks samples of the batch", code=Code.SAMPLES_MEET)
         return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
     over = _alone(layout[d])
     if argument(node, "step", 1) != 1:
-        raise Untransferable("takes every other token")
+        raise Untransferable("takes every other token", code=Code.EVERY_TOKEN)
     start = argument(node, "start") or 0
     start = max(0, min(wrap(start, over.dense), over.dense))
     part = over.cut(start, start + size)
     if part is None:
-        raise Untransferable(f"takes tokens {start} to {start + size} of {over.dense}, some of which may be pruned")
+        raise Untransferable(
+            f"takes tokens {start} to {start + size} of {over.dense}, some of which may be pruned",
+            code=Code.PICKS_A_TOKEN,
+        )
     if part != over:
         _unweighted(over)
     out = layout[:d] + (merged((part,)),) + layout[d + 1 :]
@@ -71,7 +75,7 @@ def select(node: Node, ctx: Context) -> Transfer:
     index = wrap(argument(node, "index"), over.dense)
     part = over.cut(index, index + 1)
     if part is None or part.prunable:
-        raise Untransferable(f"reads token {index} of {over.dense}, which may be pruned")
+        raise Untransferable(f"reads token {index} of {over.dense}, which may be pruned", code=Code.PICKS_A_TOKEN)
     return Transfer(rest, args=(node.args[0], d, Position(over, index)), kwargs={})
 
 
@@ -99,7 +103,10 @@ def split(node: Node, ctx: Context) -> Transfer:
         borders.append(borders[-1] + int(p.shape[d]))
         part = over.cut(*borders[-2:])
         if part is None:
-            raise Untransferable(f"splits the tokens at {borders[-1]} of {over.dense}, between tokens that may go")
+            raise Untransferable(
+                f"splits the tokens at {borders[-1]} of {over.dense}, between tokens that may go",
+                code=Code.PICKS_A_TOKEN,
+            )
         out.append(layout[:d] + (merged((part,)),) + layout[d + 1 :])
     cuts = [Position(over, b) for b in borders[1:-1]]
     return Transfer(tuple(out), target=aten.tensor_split.indices, args=(node.args[0], cuts, d), kwargs={})
@@ -122,7 +129,7 @@ def cat(node: Node, ctx: Context) -> Transfer:
     pairs = broadcast(_Without(ctx, d), tensors(inputs), tuple(s for i, s in enumerate(shape_of(node)) if i != d))
     along = [layout[d] for layout in shapes]
     if any(isinstance(f, Batch) for dim in along for f in dim):
-        raise Untransferable("joins the samples of the batch")
+        raise Untransferable("joins the samples of the batch", code=Code.SAMPLES_MEET)
     if any(tokens_in(dim) for dim in along):
         pieces: list[Piece] = []
         for n, dim in zip(inputs, along, strict=True):
@@ -133,7 +140,7 @@ def cat(node: Node, ctx: Context) -> Transfer:
             else:
                 size = shape_of(n)[d]
                 if not isinstance(size, int):
-                    raise Untransferable("joins tokens with a stretch of unknown length")
+                    raise Untransferable("joins tokens with a stretch of unknown length", code=Code.OTHER_SEQUENCE)
                 pieces.append(Fixed(size))
         dim = merged((Tokens.of(pieces),))
     else:
@@ -172,7 +179,7 @@ def index(node: Node, ctx: Context) -> Transfer:
     indices: Any = node.args[1]
     used = [d for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or len(shape_of(indices[used[0]])) != 1 or ctx.layout(indices[used[0]]) is not None:
-        raise Untransferable("indexes with several or computed index tensors")
+        raise Untransferable("indexes with several or computed index tensors", code=Code.FORM)
     need_free(layout, used, "indexes a dimension that")
     d = used[0]
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
@@ -190,7 +197,7 @@ def gather(node: Node, ctx: Context) -> Transfer:
     sizes = (sizes_of(source), sizes_of(index))
     for i, dim in enumerate(pairs[:d] + ((),) + pairs[d:]):
         if not all(isinstance(f, Free) for f in dim) and len({s[i] for s in sizes if s is not None}) > 1:
-            raise Untransferable("picks for some of the tokens or samples only")
+            raise Untransferable("picks for some of the tokens or samples only", code=Code.PICKS_A_TOKEN)
     pairs = tuple(no_weights(dim) for dim in pairs)  # what is picked need not sum to one
     out = pairs[:d] + (no_weights(picks[d]),) + pairs[d:]
     aligned = align(ctx, [source], pairs[:d] + (given[d],) + pairs[d:]) | align(ctx, [index], out)

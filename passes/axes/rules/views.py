@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, merged, regroup, show, tokens_in
 from passes.graph.ops import PERMUTING, argument, permuted, shape_of, wrap
 
@@ -18,7 +19,7 @@ def carried(node: Node, ctx: Context) -> Layout:
     """The layout of an op's first input, which must be the one that carries tokens."""
     layout = ctx.layout(node.args[0])
     if layout is None:
-        raise Untransferable("only a side input of it carries tokens")
+        raise Untransferable("only a side input of it carries tokens", code=Code.OTHER_SEQUENCE)
     return layout
 
 
@@ -42,7 +43,9 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     if out is None:
         shape = [str(s) for s in shape_of(node)]
         rows = f", or its {ctx.batch.sequences} sequences a sample" if ctx.batch.sequences > 1 else ""
-        raise Untransferable(f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis{rows}")
+        raise Untransferable(
+            f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis{rows}", code=Code.EVERY_TOKEN
+        )
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
@@ -74,9 +77,9 @@ def repeat(node: Node, ctx: Context) -> Transfer:
         if times == 1:
             out.append(dim)
         elif tokens_in(dim):
-            raise Untransferable("repeats the sequence of tokens")
+            raise Untransferable("repeats the sequence of tokens", code=Code.EVERY_TOKEN)
         elif any(isinstance(f, Batch) for f in dim):
-            raise Untransferable("repeats the samples of the batch")
+            raise Untransferable("repeats the samples of the batch", code=Code.SAMPLES_MEET)
         else:
             out.append(ctx.plain(size))
     return Transfer(tuple(out))
@@ -88,7 +91,7 @@ def unbind(node: Node, ctx: Context) -> Transfer:
     layout = carried(node, ctx)
     d = wrap(argument(node, "dim"), len(layout))
     if tokens_in(layout[d]):
-        raise Untransferable("takes the sequence apart token by token")
+        raise Untransferable("takes the sequence apart token by token", code=Code.EVERY_TOKEN)
     need_free(layout, [d], "takes apart a dimension that")
     rest = layout[:d] + layout[d + 1 :]
     return Transfer(tuple(rest for _ in node.meta["val"]))
@@ -101,9 +104,9 @@ def reorder(node: Node, ctx: Context) -> Transfer:
     dims: Any = argument(node, "dims")
     over = [wrap(d, len(layout)) for d in dims] if dims else range(len(layout))
     if any(tokens_in(layout[d]) for d in over):
-        raise Untransferable("changes the order of the tokens")
+        raise Untransferable("changes the order of the tokens", code=Code.EVERY_TOKEN)
     if any(isinstance(f, Batch) for d in over for f in layout[d]):
-        raise Untransferable("changes the order of the samples")
+        raise Untransferable("changes the order of the samples", code=Code.SAMPLES_MEET)
     return Transfer(layout)
 
 
@@ -112,7 +115,7 @@ def sym_size(node: Node, ctx: Context) -> Transfer:
     """The number of samples is the same; the number of tokens is not."""
     layout = carried(node, ctx)
     if tokens_in(layout[wrap(argument(node, "dim"), len(layout))]):
-        raise Untransferable("reads the number of tokens as a value")
+        raise Untransferable("reads the number of tokens as a value", code=Code.EVERY_TOKEN)
     return Transfer(None)
 
 

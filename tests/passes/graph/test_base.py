@@ -11,6 +11,7 @@ from graphs import aten, graph_of, only
 from torch.fx import GraphModule
 
 from passes.graph.base import Check, CompileError, Pass, PassResult, Refusal, Skip, op_name, source_line
+from passes.graph.codes import Code
 
 
 def doubles(gm: GraphModule) -> int:
@@ -101,13 +102,17 @@ def test_writes_and_random_numbers() -> None:
 
 def test_requires_is_checked_on_the_input() -> None:
     gm = graph_of(lambda x: x + 1)
-    with pytest.raises(CompileError, match=r"^before pass NeedsMul: no mul is left \(before NeedsMul ran: none\)$"):
+    with pytest.raises(
+        CompileError, match=r"^before pass NeedsMul: no mul is left \(before NeedsMul ran: none\) \[RSC-999\]$"
+    ):
         NeedsMul()(gm)
     NeedsMul()(graph_of(lambda x: x * 2))
 
 
 def test_ensures_is_checked_on_the_result() -> None:
-    with pytest.raises(CompileError, match=r"^after pass PromisesMul: no mul is left \(before P\w+ ran: none\)$"):
+    with pytest.raises(
+        CompileError, match=r"^after pass PromisesMul: no mul is left \(before P\w+ ran: none\) \[RSC-999\]$"
+    ):
         PromisesMul()(graph_of(lambda x: x * 2))
     assert doubles(NewGraph()(graph_of(lambda x: x + 1)).gm) == 1  # the input has none, the result has
 
@@ -131,18 +136,18 @@ class Doubles(torch.nn.Module):
 def test_refusal_text() -> None:
     gm = graph_of(Doubles())
     node = only(gm, aten.mul.Tensor)
-    refusal = Refusal("this is not proven", node, "do something else")
+    refusal = Refusal("this is not proven", node, "do something else", code=Code.FORM)
     line = Doubles.forward.__code__.co_firstlineno + 1
     where = f'File "{__file__}", line {line}, in forward: return x * 2'
     assert str(refusal) == (
-        f"aten.mul.Tensor (mul): this is not proven\n  in the model: {where}\n  way out: do something else"
+        f"aten.mul.Tensor (mul): this is not proven [RSC-408]\n  in the model: {where}\n  way out: do something else"
     )
     assert (refusal.reason, refusal.op, refusal.node_name) == ("this is not proven", "aten.mul.Tensor", "mul")
     assert (refusal.where, refusal.way_out) == (where, "do something else")
-    assert str(Refusal("no node")) == "no node"
-    assert str(Refusal("no node", way_out="leave")) == "no node\n  way out: leave"
+    assert str(Refusal("no node")) == "no node [RSC-999]"
+    assert str(Refusal("no node", way_out="leave")) == "no node [RSC-999]\n  way out: leave"
     del node.meta["stack_trace"]
-    assert str(Refusal("no line", node)) == "aten.mul.Tensor (mul): no line"
+    assert str(Refusal("no line", node)) == "aten.mul.Tensor (mul): no line [RSC-999]"
 
 
 def test_lines_of_layers_are_the_models_lines() -> None:

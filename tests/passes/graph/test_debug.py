@@ -38,7 +38,9 @@ def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> No
     gm = graph_of(lambda x: x * 2 + 1)
     with watched(tmp_path / "debug") as home:
         ReluForMul()(gm)
-        with pytest.raises(Postcondition, match=r"^after pass Forgetful: .* \(before Forgetful ran: ReluForMul\)$"):
+        with pytest.raises(
+            Postcondition, match=r"^after pass Forgetful: .* \(before Forgetful ran: ReluForMul\) \[RSC-999\]$"
+        ):
             Forgetful()(gm)
     first, second = sorted(home.iterdir())
     assert (first.name, second.name) == ("00-ReluForMul.txt", "01-Forgetful.txt")
