@@ -47,8 +47,7 @@ def cut_stages(
         stage = stages[i]
         gm = CutGrid(stage, cut, score, compact_outputs).apply(gm).gm
         left[i] = (stage.grid[0] - cut.rows, stage.grid[1] - cut.columns)
-    finish(gm)
-    no_stale_shapes(gm)
+    finish(gm, no_stale_shapes)
     cost = count(gm)
     rows = [
         StageReport(

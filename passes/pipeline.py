@@ -23,7 +23,7 @@ from passes.graph.base import CompileError, PassResult, Refusal, Skip, finish
 from passes.graph.codes import Code
 from passes.graph.cost import count
 from passes.graph.splice import REPLACED
-from passes.graph.verify import no_stale_shapes, not_put_back
+from passes.graph.verify import no_stale_shapes
 from passes.network.branches import Block, Branch, block_before, blocks_of, find_branches
 from passes.network.no_block import no_block
 from passes.network.prunable import GUARDS, guarded_once
@@ -155,7 +155,6 @@ def prune(
         gm = RetargetTokens(anchors, None if compact_outputs else mine, behind.gap).apply(result.gm).gm
         gm = RestoreTokens(mine, compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
-        not_put_back(gm, site.full)
         sites[p.block] = site
         selections[p.block] = (*earlier, site.index)
         names.follow(site)
@@ -173,8 +172,7 @@ def prune(
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
         gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, skips + named.skips
-    finish(gm)
-    no_stale_shapes(gm)
+    finish(gm, no_stale_shapes)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
     rows = before.report(gm, cost, names, entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from passes.graph.base import OBSERVER, CompileError, Pass, PassResult, Postcondition, source_line
+from passes.graph.base import OBSERVER, CompileError, Pass, PassResult, Postcondition, Refusal, source_line
 from passes.graph.verify import no_stale_shapes
 
 
@@ -41,11 +40,12 @@ def watched(folder: str | Path) -> Iterator[Path]:
         (home / f"{number:02}-{pass_.name}.txt").write_text(
             "\n".join([head, *(f"skipped {s.node}: {s.reason}" for s in result.skips), "", *now, "", *changes, ""])
         )
-        logging.getLogger(f"passes.{pass_.name}").debug(head)
         before = now
         if not pass_.leaves_dead_code:
             try:
                 no_stale_shapes(result.gm)
+            except Refusal:
+                raise  # of the model
             except CompileError as error:
                 raise Postcondition(f"after pass {pass_.name}: {error.text}", pass_.name, result.gm) from error
 

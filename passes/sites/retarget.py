@@ -13,12 +13,13 @@ from torch.fx import GraphModule, Node
 from passes.axes.gather import original_positions, stretch_index, take
 from passes.axes.rules import Extent, Kept, Position, Transfer
 from passes.axes.token_axis import WAY_OUT, follow
-from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
 from passes.graph.codes import Code
 from passes.graph.fake import evaluate
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
 from passes.graph.ops import SDPA, SOFTMAX
 from passes.graph.splice import fake, fake_mode, splice
+from passes.sites.contract import open_site, retargeted
 from passes.sites.site import SITE, Site
 from passes.sites.sizes import KEY_SIZES, MEAN_SIZES, check_biasable, stretch_sizes
 
@@ -43,6 +44,9 @@ class RetargetTokens(Pass):
             the kept tokens are a shorter sequence. "decay": the state decays as over the tokens that are gone, as
             far as the op's rule knows how (`Transfer.decay`).
     """
+
+    requires: ClassVar[tuple[Check, ...]] = (open_site,)
+    ensures: ClassVar[tuple[Check, ...]] = (retargeted,)
 
     leaves_dead_code: ClassVar[bool] = True
 
