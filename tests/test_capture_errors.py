@@ -96,7 +96,7 @@ def test_inputs_that_another_form_mends(
 
 def test_another_image_size_is_the_models_own_error(model: nn.Module) -> None:
     text = error_of(lambda: rs_compile.explain(model, torch.randn(2, 3, 12, 12)))
-    assert text.startswith("Picture does not run on float32[2, 3, 12, 12] on cpu: images of 8 x 8, not of 12\n")
+    assert text.startswith("Picture does not run on float32[2, 3, 12, 12] on cpu: images of 8 x 8, not of 12 [RSC-201]\n")
     assert "test_capture_errors.py" in text and "way out: model(x) raises the same: check the number, the sizes" in text
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_keyword(model: nn.Module, training: bool) -> None:
 def test_real_inputs_for_a_meta_model(model: nn.Module) -> None:
     model.to("meta")
     text = error_of(lambda: rs_compile.plan(model, {0: 0.5}, images()))
-    assert "embed.weight of Picture is on the meta device, and the inputs are on cpu\n" in text
+    assert "embed.weight of Picture is on the meta device, and the inputs are on cpu [RSC-201]\n" in text
     assert "x.to('meta'); or load the weights first" in text
     rs_compile.plan(model, {0: 0.5}, images().to("meta"))
 
@@ -160,7 +160,7 @@ class Strange(Exception):
 
 
 def strange(*_: Any, **__: Any) -> Any:
-    raise Strange("as nobody expects [RSC-999]\nat length")
+    raise Strange("as nobody expects\nat length")
 
 
 STAGES = [
