@@ -148,8 +148,8 @@ class Code(str, Enum):
     PICKS_A_TOKEN = (
         "RSC-404",
         "An op picks a token by its number",
-        "The model reads or splits tokens at a fixed position, and the token there may have left.",
-        "`Schedule(keep, protected=(5,))` where it is token 5 that is read.",
+        "The model reads or splits tokens at a fixed position, and the token there may have left or moved.",
+        "Prune after a later block, behind that op. A token at either end that only the network's end reads stays anyway.",
     )
     SAMPLES_MEET = (
         "RSC-405",
