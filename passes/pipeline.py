@@ -22,6 +22,7 @@ from passes.device.pad_keys import PadKeys, with_matrix_units
 from passes.graph.base import CompileError, PassResult, Refusal, Skip, finish
 from passes.graph.codes import Code
 from passes.graph.cost import count
+from passes.graph.layout import LAYOUTS
 from passes.graph.splice import REPLACED
 from passes.graph.verify import no_stale_shapes
 from passes.network.branches import Block, Branch, block_before, blocks_of, find_branches
@@ -155,6 +156,7 @@ def prune(
         gm = RetargetTokens(anchors, None if compact_outputs else mine, behind.gap).apply(result.gm).gm
         gm = RestoreTokens(mine, compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
+        del gm.meta[LAYOUTS]
         sites[p.block] = site
         selections[p.block] = (*earlier, site.index)
         names.follow(site)

@@ -96,7 +96,9 @@ def test_inputs_that_another_form_mends(
 
 def test_another_image_size_is_the_models_own_error(model: nn.Module) -> None:
     text = error_of(lambda: rs_compile.explain(model, torch.randn(2, 3, 12, 12)))
-    assert text.startswith("Picture does not run on float32[2, 3, 12, 12] on cpu: images of 8 x 8, not of 12 [RSC-201]\n")
+    assert text.startswith(
+        "Picture does not run on float32[2, 3, 12, 12] on cpu: images of 8 x 8, not of 12 [RSC-201]\n"
+    )
     assert "test_capture_errors.py" in text and "way out: model(x) raises the same: check the number, the sizes" in text
 
 

@@ -149,7 +149,7 @@ class Code(str, Enum):
         "RSC-404",
         "An op picks a token by its number",
         "The model reads or splits tokens at a fixed position, and the token there may have left or moved.",
-        "Prune after a later block, behind that op. A token at either end that only the network's end reads stays anyway.",
+        "Prune after a later block, behind that op. Tokens at either end that only the last layers read stay anyway.",
     )
     SAMPLES_MEET = (
         "RSC-405",

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from passes.graph.base import OBSERVER, CompileError, Pass, PassResult, Postcondition, Refusal, source_line
+from passes.graph.layout import LAYOUTS, show
 from passes.graph.verify import no_stale_shapes
 
 
@@ -57,18 +58,19 @@ def watched(folder: str | Path) -> Iterator[Path]:
 
 
 def as_text(gm: GraphModule) -> list[str]:
-    """A line a node: its name, op, arguments, shapes, and the line of the model that made it."""
+    """A line a node: its name, op, arguments, shape, layout where it runs over tokens, and the model's line."""
 
     def shape(val: Any) -> str:
         if isinstance(val, torch.Tensor):
             return f"{str(val.dtype).removeprefix('torch.')}[{', '.join(map(str, val.shape))}]"
         return f"({', '.join(map(shape, val))})" if isinstance(val, (tuple, list)) else str(val)
 
-    lines = []
+    lines, layouts = [], gm.meta.get(LAYOUTS, {})
     for node in gm.graph.nodes:
         arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
         where = source_line(node).split(": ")[0]
-        lines.append(
-            f"{node.name} = {node.target}({arguments})  # {shape(node.meta.get('val'))}{'  ' + where if where else ''}"
-        )
+        val = node.meta.get("val")
+        layout = show(layouts[node]) if node in layouts and isinstance(val, torch.Tensor) else ""
+        notes = "  ".join(filter(None, (shape(val), layout, where)))
+        lines.append(f"{node.name} = {node.target}({arguments})  # {notes}")
     return lines

@@ -19,6 +19,9 @@ import torch
 Size: TypeAlias = sympy.Expr
 
 
+LAYOUTS = "layouts"  # gm.meta key: of the values that run over tokens which are leaving
+
+
 def expr(size: int | torch.SymInt | Size) -> Size:
     """The size as an expression in the batch symbol."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)

@@ -16,7 +16,7 @@ from passes.axes.token_axis import WAY_OUT, follow
 from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
 from passes.graph.codes import Code
 from passes.graph.fake import evaluate
-from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
+from passes.graph.layout import LAYOUTS, Batch, Dim, Layout, Part, Tokens, expr, over_samples, tokens_in
 from passes.graph.ops import SDPA, SOFTMAX
 from passes.graph.splice import fake, fake_mode, splice
 from passes.sites.contract import open_site, retargeted
@@ -58,6 +58,7 @@ class RetargetTokens(Pass):
         site: Site = gm.meta[SITE]
         beside = {value: layout for value, (layout, _) in site.beside.items()}
         axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors, self.streams, beside)
+        gm.meta[LAYOUTS] = axis.layouts
         in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
         if in_turn is not None and not site.in_order:
             raise Refusal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -64,6 +65,8 @@ def test_optimize_leaves_them_where_it_is_told(tmp_path: pathlib.Path, monkeypat
         rs_compile.optimize(model, {0: 0.5}, backend="eager", debug=tmp_path / "a")(x)
     names = [p.name.split("-")[1] for p in sorted((tmp_path / "a" / "1").iterdir())]
     assert names[0] == "InlineRegions.txt" and "InsertSelection.txt" in names and "RestoreTokens.txt" in names
+    (retargeted,) = (tmp_path / "a" / "1").glob("*-RetargetTokens.txt")
+    assert re.search(r"# float32\[\w+, 13, 16\]  \[batch, tokens\(13\), 16\]", retargeted.read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RS_COMPILE_DEBUG", "1")
     with torch.no_grad():
