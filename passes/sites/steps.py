@@ -86,8 +86,8 @@ def pass_for(
     """The pass that does a step, or None where there is nothing to do."""
     length = tokens_of(place_of(p, block))
     if length is None:
-        stream_layout(block.output)
-        raise Refusal("the residual stream has no token dimension", block.output, code=Code.NOT_A_SEQUENCE)
+        stream_layout(block.output)  # refuses, and says why
+    assert length is not None
     if isinstance(p, Prune):
         keep = p.kept(length)
         if keep < guard.count:
