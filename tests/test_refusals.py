@@ -11,11 +11,9 @@ import pandas
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import nn
 
 import rs_compile
-from rs_compile.cli import main
 from rs_compile.commands import UsageError, give
 from rs_compile.embed.features import Features
 from rs_compile.embed.loader import _stacked
@@ -26,29 +24,12 @@ from rs_compile.search import drift, pictures, plot
 from rs_compile.search.climb import Climb
 from rs_compile.search.pictures import SearchError
 from rs_compile.search.targets import _searched
-from rs_compile.visualize import command
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="Is a directory; the table above is all there is"):
         give("the table", lambda: "{}", str(tmp_path))
     assert capsys.readouterr().out == "the table\n"
-
-
-def test_a_picture_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*given: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(command, "save_picture", full)
-    photo, target = tmp_path / "a.png", tmp_path / "maps.png"
-    Image.new("RGB", (64, 64)).save(photo)
-    assert (
-        main(["visualize", str(photo), "--model", "test_vit", "--img-size", "64", "--layers", "1", "-o", str(target)])
-        == 2
-    )
-    assert "No space left on device; nothing was drawn [RSC-801]" in capsys.readouterr().err
 
 
 def test_features_of_a_model_that_has_none() -> None:
