@@ -23,6 +23,7 @@ from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
 from bench.tables.results import processor
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from rs_compile import OptimizedModel, Report, Schedule, TopViM, optimize, plan
 from rs_compile.arguments import positive
 from rs_compile.digits import load_digits
@@ -68,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints the table; returns the exit code, 1 where pictures could not be read."""
     if args.imagenet is not None and (args.checkpoint is None or args.quick):
-        raise CompileError("--imagenet needs ViM-T and its weights: pass --checkpoint FILE, and no --quick")
+        raise CompileError(
+            "--imagenet needs ViM-T and its weights: pass --checkpoint FILE, and no --quick", code=Code.COMMAND
+        )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.backend = args.backend or ("eager" if args.quick else "inductor")

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from passes.axes.grid import follow_grid
 from passes.graph.base import CompileError, Refusal, finish
+from passes.graph.codes import Code
 from passes.graph.cost import count
 from passes.graph.verify import no_stale_shapes
 from passes.network.stages import Stage, StageReport, find_stages
@@ -46,8 +47,7 @@ def cut_stages(
         stage = stages[i]
         gm = CutGrid(stage, cut, score, compact_outputs).apply(gm).gm
         left[i] = (stage.grid[0] - cut.rows, stage.grid[1] - cut.columns)
-    finish(gm)
-    no_stale_shapes(gm)
+    finish(gm, no_stale_shapes)
     cost = count(gm)
     rows = [
         StageReport(
@@ -72,12 +72,14 @@ def check_stages(stages: Sequence[Stage], wanted: Sequence[int]) -> None:
             None,
             "where it has residual MLP blocks on tokens, use Schedule(keep={block: ratio}); "
             "rs_compile.explain(model, inputs) shows what was found",
+            code=Code.NO_BLOCK,
         )
     for i in wanted:
         if i >= len(stages):
             raise CompileError(
                 f"the schedule names stage {i}, but the model has {len(stages)} stages, 0 to {len(stages) - 1}; "
-                "rs_compile.explain(model, inputs) lists them"
+                "rs_compile.explain(model, inputs) lists them",
+                code=Code.NO_SUCH_PART,
             )
 
 

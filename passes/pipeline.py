@@ -20,9 +20,11 @@ from passes.cleanup.relative_shift import WriteRelativeShifts
 from passes.device.name_flash import NameFlash
 from passes.device.pad_keys import PadKeys, with_matrix_units
 from passes.graph.base import CompileError, PassResult, Refusal, Skip, finish
+from passes.graph.codes import Code
 from passes.graph.cost import count
+from passes.graph.layout import LAYOUTS
 from passes.graph.splice import REPLACED
-from passes.graph.verify import no_stale_shapes, not_put_back
+from passes.graph.verify import no_stale_shapes
 from passes.network.branches import Block, Branch, block_before, blocks_of, find_branches
 from passes.network.no_block import no_block
 from passes.network.prunable import GUARDS, guarded_once
@@ -140,6 +142,7 @@ def prune(
                 f"blocks {taken[at]} and {p.block} are parallel branches of one sum, after which tokens leave once",
                 at,
                 f"schedule one of them: block {taken[at]} with the product of both keep ratios",
+                code=Code.TOO_MANY,
             )
         else:
             taken[at] = p.block
@@ -153,7 +156,7 @@ def prune(
         gm = RetargetTokens(anchors, None if compact_outputs else mine, behind.gap).apply(result.gm).gm
         gm = RestoreTokens(mine, compact_outputs).apply(gm).gm
         site: Site = gm.meta.pop(SITE)
-        not_put_back(gm, site.full)
+        del gm.meta[LAYOUTS]
         sites[p.block] = site
         selections[p.block] = (*earlier, site.index)
         names.follow(site)
@@ -171,8 +174,7 @@ def prune(
     if sites:  # with nothing to prune the result is bit-equal to the model's, whatever SDPA chooses
         named = NameFlash().apply(gm)
         gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, skips + named.skips
-    finish(gm)
-    no_stale_shapes(gm)
+    finish(gm, no_stale_shapes)
     gm.meta[SELECTIONS] = selections
     cost = count(gm)
     rows = before.report(gm, cost, names, entries)
@@ -188,5 +190,6 @@ def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], w
         if i >= len(blocks):
             raise CompileError(
                 f"the schedule names block {i}, but the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}; "
-                "rs_compile.explain(model, inputs) lists them"
+                "rs_compile.explain(model, inputs) lists them",
+                code=Code.NO_SUCH_PART,
             )

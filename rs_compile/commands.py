@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from passes.sites.importance import Shift
 from rs_compile import arguments, comparison, demo, models, timing
 from rs_compile.embed import command as embed_command
@@ -34,6 +35,8 @@ DTYPES = {name: getattr(torch, name) for name in arguments.DTYPES}
 
 class UsageError(CompileError):
     """An option that cannot be followed on this machine."""
+
+    family = Code.COMMAND
 
 
 def run(args: argparse.Namespace) -> int:

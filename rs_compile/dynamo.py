@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from passes.graph.base import CompileError, PassResult, Refusal, ScheduleError
+from passes.graph.codes import Code
 from passes.network.branches import blocks_of, find_branches
 from passes.network.stages import find_stages
 from rs_compile.compiling import Graphs
@@ -160,6 +161,7 @@ def _in_parts(cut: str, why: str) -> Refusal:
         None,
         "rs_compile.optimize(model, schedule), which captures the model as one graph; or mend the graph break, which "
         "torch.compile(..., fullgraph=True) shows",
+        code=Code.SURROUNDED,
     )
 
 

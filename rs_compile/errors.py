@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 _MACHINE = (MemoryError, torch.OutOfMemoryError)  # says nothing of the model; callers try a smaller batch
 _BY_DATA = "GuardOnDataDependentSymNode"
@@ -16,9 +17,13 @@ _BY_DATA = "GuardOnDataDependentSymNode"
 class OutputError(CompileError, ValueError):
     """Outputs were asked for that the model does not return. The message lists those that it does."""
 
+    family = Code.OUTPUTS
+
 
 class TowerError(CompileError, ValueError):
     """A model has no vision tower that can be found, or several. The message says how to name one."""
+
+    family = Code.NO_SUCH_PART
 
 
 @contextlib.contextmanager
@@ -39,9 +44,9 @@ def named(what: str) -> Iterator[None]:
         first, *more = str(error).strip().splitlines() or [""]
         said = f"{type(error).__name__}: {first}" + (f" {more[0]}" if first.endswith(":") and more else "")
         if type(error).__name__ == _BY_DATA:
-            text = f"{what} cannot tell a size that depends on the data: {said}"
+            code, text = Code.DATA_DEPENDENT, f"{what} cannot tell a size that depends on the data: {said}"
             way_out = "keep a fixed number of tokens in the model (argsort and a slice, topk), no boolean mask"
         else:
-            text = f"{what} failed: {said}"
+            code, text = Code.FAULT, f"{what} failed: {said}"
             way_out = "the model is as it was and runs unoptimized; please report this, with the traceback above"
-        raise CompileError(f"{text}\n  way out: {way_out}") from error
+        raise CompileError(f"{text}\n  way out: {way_out}", code=code) from error

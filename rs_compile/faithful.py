@@ -19,6 +19,7 @@ from passes.capture.capture import FIXED_BATCH, batched
 from passes.capture.first_run import PLAIN, SAMPLES, FirstRun, alike, first_hindrance, outputs_of
 from passes.graph.aliasing import moves_statistics, written_outside
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 from passes.network.branches import module_path
 from rs_compile.state import autocast_state
 
@@ -59,13 +60,20 @@ def check_faithful(
             got = gm(*few)
         except Exception as error:  # a check that holds in the model's own code no more
             what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise Refusal(f"torch.export captured a graph that does not run: {what}", None, _WAY_OUT) from error
+            raise Refusal(
+                f"torch.export captured a graph that does not run: {what}", None, _WAY_OUT, code=Code.NOT_THE_MODEL
+            ) from error
     tolerance = tolerance_of([*model.parameters(), *few, *wanted])
     wrong = wrong_outputs(got, wanted, tolerance)
     if wrong:
         agrees, differs = where_apart(model, gm, few, spec, tolerance)
         since = f"; up to {agrees.name} they agree" if agrees is not None else ""
-        raise Refusal(f"torch.export captured something else than the model does: {wrong}{since}", differs, _WAY_OUT)
+        raise Refusal(
+            f"torch.export captured something else than the model does: {wrong}{since}",
+            differs,
+            _WAY_OUT,
+            code=Code.NOT_THE_MODEL,
+        )
     return ""
 
 

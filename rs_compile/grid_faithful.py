@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from passes.axes.grid import RESTORE, WAY_OUT
 from passes.capture.first_run import outputs_of
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 from passes.graph.splice import ORIGIN
 from passes.sites.grid_cut import CUTS, MAPS
 from passes.sites.grid_select import take
@@ -106,6 +107,7 @@ def check_cuts(
             "size of the map is a fixed number here",
             differs,
             f"{WAY_OUT}; optimize(..., verify=False) takes the graph as it is",
+            code=Code.FIXED_GRID,
         )
     return ""
 

@@ -19,6 +19,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -29,9 +30,13 @@ _SHOWN = 3  # keys named in a message
 class ModelError(CompileError):
     """A model name, a checkpoint or a number of classes that does not fit; says what to write instead."""
 
+    family = Code.MODEL_FILE
+
 
 class ImageError(CompileError):
     """A file that cannot be read as an image."""
+
+    family = Code.MODEL_FILE
 
 
 def build(

@@ -16,6 +16,7 @@ from torch import nn
 from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
 from passes.cleanup.keep_outputs import KeepOutputs
 from passes.graph.base import CompileError, PassResult, Skip
+from passes.graph.codes import Code
 from passes.graph.debug import watched as watched_passes
 from passes.network.prunable import GUARDS
 from passes.pipeline import Progress, cleaned
@@ -120,13 +121,15 @@ class OptimizedModel(nn.Module):
         """
         plan: Program | None = self._last
         if plan is None:
-            raise CompileError("nothing is compiled before the first call; call the model once, then report()")
+            raise CompileError(
+                "nothing is compiled before the first call; call the model once, then report()", code=Code.NOT_CALLED
+            )
         return replace(plan.made.report, guard=plan.verdict)
 
     def graph_module(self) -> torch.fx.GraphModule:
         """The rewritten graph for the input signature that was called last, before `torch.compile`."""
         if self._last is None:
-            raise CompileError("nothing is compiled before the first call; call the model once")
+            raise CompileError("nothing is compiled before the first call; call the model once", code=Code.NOT_CALLED)
         gm: torch.fx.GraphModule = self._last.made.gm
         return gm
 
@@ -138,7 +141,8 @@ class OptimizedModel(nn.Module):
         """
         if self._options.guard is None:
             raise CompileError(
-                'nothing is measured without a guard; optimize(model, schedule, guard="measure") times both'
+                'nothing is measured without a guard; optimize(model, schedule, guard="measure") times both',
+                code=Code.NOT_CALLED,
             )
         with _CAPTURING:
             self.__dict__["_plans"] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from passes.graph.base import ScheduleError
+from passes.graph.codes import Code
 from passes.sites.choice import check_choice
 from passes.sites.grid_prune import GridPrune
 from passes.sites.importance import Lowest, Random, Score, Shift
@@ -126,25 +127,34 @@ class Schedule:
         }
         if name := next((name for name, is_unread in unread.items() if is_unread), ""):
             needs = {"by": "merge", "score": "keep or grid", "rounding": "keep"}[name]
-            raise ScheduleError(f"{name} is {getattr(self, name)!r}, and nothing reads it without {needs}; remove it")
+            raise ScheduleError(
+                f"{name} is {getattr(self, name)!r}, and nothing reads it without {needs}; remove it",
+                code=Code.UNREAD_OPTION,
+            )
         if self.grid:
             self._check_grid()
         if self.grid and (self.keep or self.merge):
             raise ScheduleError(
-                "grid prunes a CNN's stages, keep and merge a transformer's blocks; write one of the two"
+                "grid prunes a CNN's stages, keep and merge a transformer's blocks; write one of the two",
+                code=Code.UNREAD_OPTION,
             )
         if both := sorted(i for i, r in self.merge.items() if r and self.keep.get(i, 1) < 1):
-            raise ScheduleError(f"block {both[0]} both prunes and merges; leave it in one of keep and merge")
+            raise ScheduleError(
+                f"block {both[0]} both prunes and merges; leave it in one of keep and merge", code=Code.UNREAD_OPTION
+            )
 
     def _check_grid(self) -> None:
         by = self.score.score if isinstance(self.score, Lowest) else self.score
         if not isinstance(by, Random) and by != Shift(metric=by.metric if isinstance(by, Shift) else "l2"):
             raise ScheduleError(
                 f"score is {self.score!r}, and a stage has no tokens or attention to score; "
-                "write Shift(metric=...), Random() or Lowest of them, and GridPrune(against=...)"
+                "write Shift(metric=...), Random() or Lowest of them, and GridPrune(against=...)",
+                code=Code.UNREAD_OPTION,
             )
         if self.protected is not None:
-            raise ScheduleError("protected names tokens, and a stage has rows and columns; leave it out")
+            raise ScheduleError(
+                "protected names tokens, and a stage has rows and columns; leave it out", code=Code.UNREAD_OPTION
+            )
 
     @property
     def prunes(self) -> bool:
@@ -177,7 +187,8 @@ class Schedule:
                 raise ScheduleError(f"{name} is {value!r}; write an integer of at least {least}")
         if start >= depth:
             raise ScheduleError(
-                f"start is {start}, past the last of {depth} blocks; write a start from 0 to {depth - 1}"
+                f"start is {start}, past the last of {depth} blocks; write a start from 0 to {depth - 1}",
+                code=Code.NO_SUCH_PART,
             )
         return cls(dict.fromkeys(range(start, depth, every), keep_ratio))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from rs_compile.drift import apart, divergence, floats, logits_of
 from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet
 
@@ -108,7 +109,8 @@ def side_by_side(
     rows = tuple(_row(place, of_fast[place], value) for place, value in of_dense.items() if place in of_fast)
     if not rows:
         raise CompileError(
-            "the model returns no tensor of floats [B, ..., C] that both sides have; compare its outputs by hand"
+            "the model returns no tensor of floats [B, ..., C] that both sides have; compare its outputs by hand",
+            code=Code.OUTPUTS,
         )
     pick = logits_of(model, wanted)
     first = next(iter(of_dense.values()))

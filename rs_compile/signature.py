@@ -13,11 +13,14 @@ from torch.utils import _pytree as pytree
 from passes.capture.capture import batched
 from passes.capture.constant_inputs import LARGEST, input_names, is_small
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from passes.sites.select import FEW
 
 
 class InputError(CompileError, TypeError):
     """The model was called with something that cannot be captured; says what was expected."""
+
+    family = Code.INPUTS
 
 
 def check_inputs(model: nn.Module, leaves: Sequence[Any]) -> None:

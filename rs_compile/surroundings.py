@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules import module as _modules
 
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 _EXPORT = 'rs_compile.export(fast, inputs, "model.pt2"), or another file: .onnx, .xml, .pte'
@@ -45,7 +46,7 @@ def refuse_watchers() -> None:
         Refusal: torch.jit.trace is following the call, or a global hook is registered.
     """
     if torch._C._get_tracing_state() is not None:
-        raise Refusal("torch.jit.trace cannot follow an optimized model", None, _EXPORT)
+        raise Refusal("torch.jit.trace cannot follow an optimized model", None, _EXPORT, code=Code.SURROUNDED)
     for table in _GLOBAL:
         for hook in list(vars(_modules)[table].values()):
             if not (getattr(hook, "__module__", None) or "").startswith("torch."):  # torch's own count and watch
@@ -55,6 +56,7 @@ def refuse_watchers() -> None:
                     None,
                     "remove it, or register it on the model's own modules with module.register_forward_hook, "
                     "which are captured with their hooks",
+                    code=Code.SURROUNDED,
                 )
 
 
@@ -70,6 +72,7 @@ def not_exported() -> Refusal:
         "torch.export cannot follow an optimized model through its first call with inputs like these",
         None,
         f"call it once before, in the same mode, fast(*inputs); or {_EXPORT}",
+        code=Code.SURROUNDED,
     )
 
 

@@ -96,7 +96,9 @@ def test_inputs_that_another_form_mends(
 
 def test_another_image_size_is_the_models_own_error(model: nn.Module) -> None:
     text = error_of(lambda: rs_compile.explain(model, torch.randn(2, 3, 12, 12)))
-    assert text.startswith("Picture does not run on float32[2, 3, 12, 12] on cpu: images of 8 x 8, not of 12\n")
+    assert text.startswith(
+        "Picture does not run on float32[2, 3, 12, 12] on cpu: images of 8 x 8, not of 12 [RSC-201]\n"
+    )
     assert "test_capture_errors.py" in text and "way out: model(x) raises the same: check the number, the sizes" in text
 
 
@@ -110,7 +112,7 @@ def test_a_wrong_keyword(model: nn.Module, training: bool) -> None:
 def test_real_inputs_for_a_meta_model(model: nn.Module) -> None:
     model.to("meta")
     text = error_of(lambda: rs_compile.plan(model, {0: 0.5}, images()))
-    assert "embed.weight of Picture is on the meta device, and the inputs are on cpu\n" in text
+    assert "embed.weight of Picture is on the meta device, and the inputs are on cpu [RSC-201]\n" in text
     assert "x.to('meta'); or load the weights first" in text
     rs_compile.plan(model, {0: 0.5}, images().to("meta"))
 
@@ -151,7 +153,7 @@ def test_a_long_message_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> Non
         error = not_captured(Picture(), cause, (), ran=True)
     assert "%node299" in caplog.text and "%node299" not in str(cause)
     assert "(281 more lines in the log of passes.capture.capture_errors)" in str(cause)
-    assert str(error).startswith("torch.export cannot capture Picture: no such op\n")
+    assert str(error).startswith("torch.export cannot capture Picture: no such op [RSC-202]\n")
     assert "way out: the model runs, so write that line with ops that torch.export traces" in str(error)
 
 
@@ -179,7 +181,9 @@ STAGES = [
 def named_error(run: Callable[[], Any], what: str) -> None:
     with pytest.raises(rs_compile.CompileError) as error:
         run()
-    assert str(error.value).startswith(f"{what} failed: Strange: as nobody expects\n  way out: the model is as it was")
+    assert str(error.value).startswith(
+        f"{what} failed: Strange: as nobody expects [RSC-999]\n  way out: the model is as it was"
+    )
     assert type(error.value.__cause__) is Strange
 
 

@@ -76,7 +76,7 @@ def test_code_that_asks_whether_it_is_traced_is_refused(ratio: float) -> None:
         handle(tokens())
     text = str(refused.value)
     assert text.startswith("aten.linear.default (linear_9): torch.export captured something else than the model does: ")
-    assert "output 0 [2, 8, 16] differs by" in text and "; up to linear_8 they agree\n" in text
+    assert "output 0 [2, 8, 16] differs by" in text and "; up to linear_8 they agree [RSC-205]\n" in text
     assert "test_faithful.py" in text and "self.out(self.attend(" in text  # the line behind the attention
     assert "way out: let that code do the same while it is traced" in text and "verify=False" in text
 

@@ -101,7 +101,9 @@ def test_tracers_are_told_what_to_trace() -> None:
         torch.export.export(fast, (images,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(Refusal, match=r"torch.jit.trace cannot follow an optimized model\n  way out: rs_compile.e"):
+        with pytest.raises(
+            Refusal, match=r"jit.trace cannot follow an optimized model \[RSC-206\]\n  way out: rs_compile.e"
+        ):
             torch.jit.trace(fast, images)
     eager = fast(images)
     exported = torch.export.export(fast, (images,), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),))

@@ -41,7 +41,7 @@ def refusal(model: nn.Module, path: Path) -> str:
     with pytest.raises(ModelError) as caught:
         load_checkpoint(model, path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    return str(caught.value)
+    return caught.value.text
 
 
 def saved(path: Path, content: Any) -> Path:

@@ -175,7 +175,7 @@ def test_several_images_or_frames_are_refused_with_what_to_do(grids: Any) -> Non
     reason, where, way_out = str(error.value).splitlines()
     assert reason == (
         "aten.split_with_sizes.default (split_with_sizes_3): splits the tokens at 8 of 24, between tokens that may go, "
-        "and later layers depend on it; no layer lies between"
+        "and later layers depend on it; no layer lies between [RSC-404]"
     )
     assert "modeling_qwen2_vl.py" in where and "splits = [" in where
     assert way_out == (

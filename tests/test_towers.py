@@ -223,7 +223,7 @@ def test_of_several_towers_one_is_named_and_stands_wherever_it_stood() -> None:
     with pytest.raises(TowerError) as error:
         optimize_tower(model, KEEP)
     text = (
-        "Two has 2 vision towers: visual, side.vision_model\n"
+        "Two has 2 vision towers: visual, side.vision_model [RSC-103]\n"
         '  way out: optimize_tower(model, schedule, tower="visual"), and the same on the result for another'
     )
     assert str(error.value) == text
@@ -239,7 +239,8 @@ def test_what_cannot_be_optimized_says_what_to_do() -> None:
     with pytest.raises(TowerError) as error:
         optimize_tower(case.model.model.vision_tower, KEEP)
     assert str(error.value) == (
-        "SiglipVisionModel has no module named vision_tower, visual, vision_model, vision_encoder, image_tower\n"
+        "SiglipVisionModel has no module named vision_tower, visual, vision_model, vision_encoder, image_tower"
+        " [RSC-103]\n"
         '  way out: optimize_tower(model, schedule, tower="path.to.it"), or optimize(model, schedule) if it is the '
         "tower itself"
     )

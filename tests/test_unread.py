@@ -14,6 +14,7 @@ from schedules import merger_of
 from torch import Tensor, nn
 
 import rs_compile
+from passes.graph.codes import Code
 from rs_compile import OutputError, Schedule, optimize, plan
 
 SMALL: dict[str, Any] = {
@@ -157,7 +158,7 @@ def test_outputs_by_name_and_place(form: str, wanted: str | int, other: str | in
 def test_outputs_that_are_not_there(form: str, outputs: Any, text: str) -> None:
     with pytest.raises(OutputError) as caught:
         optimize(Several(form), {}, backend="eager", outputs=outputs)(torch.randn(2, 8))
-    assert str(caught.value) == text
+    assert caught.value.text == text and caught.value.code == Code.OUTPUTS
 
 
 @pytest.mark.parametrize("outputs", [(), (1.5,), (True,), {"a": 1}])

@@ -303,6 +303,17 @@ def test_seen_undoes_the_transform(files: tuple[str, str]) -> None:
     assert abs(seen(images, model)[0] * 255 - wanted).max() < 0.01
 
 
+def test_a_disk_that_is_full(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rs_compile.visualize.command.save_picture", full)
+    assert main(command(files, tmp_path / "o.png")) == 2
+    assert "No space left on device; nothing was drawn [RSC-801]" in capsys.readouterr().err
+
+
 def test_the_command_draws_and_tells(
     files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,10 +13,13 @@ from av.container import InputContainer
 from torch import Tensor
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 
 class VideoError(CompileError):
     """A file that cannot be read as a video, or is too short."""
+
+    family = Code.MODEL_FILE
 
 
 def uniform_frames(path: Path, count: int = 12) -> Tensor:

@@ -19,12 +19,15 @@ from torch import nn
 
 from bench.evaluate.ranks import Ranks
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 _WAY_OUT = "way out: give another --resume file, or delete this one"
 
 
 class EvaluationError(CompileError):
     """Data, a model or a resume file that an evaluation cannot go on with; says what to do."""
+
+    family = Code.COMMAND
 
 
 class Journal:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passes.axes.rules import Context, Kept, Transfer, Untransferable
+from passes.graph.codes import Code
 from passes.graph.layout import Layout
 from rs_compile import register_cost, register_token_rule
 
@@ -260,9 +261,9 @@ def _sequence(node: Any, ctx: Context, inputs: tuple[Any, ...]) -> Layout:
     layouts = [ctx.layout(n) for n in inputs]
     first = layouts[0]
     if first is None or any(other is None or other[:2] != first[:2] for other in layouts):
-        raise Untransferable("its inputs do not all run over the same tokens")
+        raise Untransferable("its inputs do not all run over the same tokens", code=Code.OTHER_SEQUENCE)
     if first[0] != ctx.plain(ctx.batch.size) or len(first[1]) != 1:
-        raise Untransferable("runs along something else than the tokens of one sample")
+        raise Untransferable("runs along something else than the tokens of one sample", code=Code.EVERY_TOKEN)
     return first
 
 

@@ -13,12 +13,15 @@ import timm
 import torch
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 Row = dict[str, Any]
 
 
 class UsageError(CompileError):
     """An option, a folder or a file that a command cannot follow; says what to do."""
+
+    family = Code.COMMAND
 
 
 def first_process() -> bool:

@@ -8,10 +8,13 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 
 class TrainingError(CompileError):
     """A recipe, data or a checkpoint that training cannot go on with; says what to do."""
+
+    family = Code.COMMAND
 
 
 def _option(default: Any, text: str) -> Any:

@@ -21,6 +21,7 @@ from passes.axes.rules import MapContext, Transfer, Untransferable
 from passes.axes.rules.applied import transfer_of
 from passes.axes.rules.windows import window_of
 from passes.graph.base import Refusal, op_name
+from passes.graph.codes import Code
 from passes.graph.layout import Dim, Layout, Line, Maps, expr, holds_lines, lines_in, plain, sequences
 from passes.graph.splice import ORIGIN
 
@@ -167,7 +168,7 @@ def follow_grid(
                 axes.put(node, _transfer(node, context))
             except Untransferable as reason:
                 if within is None:
-                    raise Refusal(str(reason), node, WAY_OUT) from reason
+                    raise Refusal(reason.text, node, WAY_OUT, code=reason.code) from reason
         node = node.next
     return axes
 
@@ -195,11 +196,16 @@ def follow_maps(gm: GraphModule) -> GridAxes:
 
 def _need_no_size(node: Node) -> None:
     if op_name(node).startswith("aten.upsample"):
-        raise Refusal("resizes what was pooled to a fixed grid to a size that may be the map's", node, WAY_OUT)
+        raise Refusal(
+            "resizes what was pooled to a fixed grid to a size that may be the map's",
+            node,
+            WAY_OUT,
+            code=Code.FIXED_GRID,
+        )
 
 
 def _transfer(node: Node, context: MapContext) -> Transfer:
     mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     if mutable and node.target not in context.rules:
-        raise Untransferable("writes in place into a map whose rows and columns leave")
+        raise Untransferable("writes in place into a map whose rows and columns leave", code=Code.IN_PLACE)
     return transfer_of(node, context)

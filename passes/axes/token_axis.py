@@ -20,7 +20,8 @@ from passes.axes.rules import Context, Transfer, Untransferable
 from passes.axes.rules.applied import transfer_of
 from passes.capture.capture import FIXED_BATCH
 from passes.graph.aliasing import Memory, writes
-from passes.graph.base import Refusal
+from passes.graph.base import Reason, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import (
     Batch,
     Dim,
@@ -38,7 +39,7 @@ from passes.graph.layout import (
 )
 
 WAY_OUT = "prune after a later block, or register a rule with rs_compile.register_token_rule"
-OUTPUT = "an output of the model"
+OUTPUT = Reason("an output of the model", Code.OUTPUTS)
 OF_OUTPUT = (
     "call the model without that output (output_attentions=False, say), or prune after the last block that makes it"
 )
@@ -63,7 +64,7 @@ class TokenAxis:
     batch: Batch
     layouts: dict[Node, Any] = field(default_factory=dict)
     transfers: dict[Node, Transfer] = field(default_factory=dict)
-    dense: dict[Node, str] = field(default_factory=dict)
+    dense: dict[Node, Reason] = field(default_factory=dict)
     sources: dict[Node, Layout] = field(default_factory=dict)
     ends: Mapping[Node, Needed] = field(default_factory=dict)
     whole: set[Node] = field(default_factory=set)
@@ -85,8 +86,8 @@ class Needed(Refusal):
         # a sequence without a dimension for samples may hold several
         one = "call the model with one image, " if over_samples(axis.layouts[axis.start]) is None else ""
         reason = axis.dense[consumer]
-        way_out = OF_OUTPUT if OUTPUT in reason else one + WAY_OUT
-        super().__init__(f"{reason}, and later layers depend on it{more}", consumer, way_out)
+        way_out = OF_OUTPUT if OUTPUT.text in reason.text else one + WAY_OUT
+        super().__init__(f"{reason}, and later layers depend on it{more}", consumer, way_out, code=reason.code)
         self.axis, self.consumer = axis, consumer
 
     def at_once(self) -> Needed:
@@ -116,6 +117,7 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
             f"the residual stream is {[str(s) for s in shape]}: how many tokens there are depends on the data",
             stream,
             'where a mask among the inputs picks them and is always the same, optimize(..., constant_inputs=["mask"])',
+            code=Code.DATA_DEPENDENT,
         )
     grid = len(shape) == 4 and over == [0]
     if not (grid or len(shape) == 3) or len(over) != 1 or over[0] == 2 or not _counts(shape[over[0]]):
@@ -125,6 +127,7 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
             stream,
             "tokens folded into the batch, or of several samples in one sequence cannot be pruned"
             + ("; with one sample a call they might" if samples > 1 else ""),
+            code=Code.NOT_A_SEQUENCE,
         )
     batch = Batch(expr(shape[over[0]]))
     if grid:
@@ -210,7 +213,9 @@ def _refuse_writes(axis: TokenAxis, writers: Mapping[Node, set[Node]]) -> None:
 
 
 def _written(node: Node) -> Refusal:
-    return Refusal("writes in place into a value that runs over tokens", node, "write the op out of place")
+    return Refusal(
+        "writes in place into a value that runs over tokens", node, "write the op out of place", code=Code.IN_PLACE
+    )
 
 
 def follow(
@@ -260,9 +265,8 @@ def _mixed(axis: TokenAxis, streams: Collection[Node], beside: Collection[Node])
                 continue
             seen.add(value)
             if axis.transfers[value].mixes:
-                axis.dense[value] = (
-                    f"its result is read at full length ({reason}), but it comes from an op that mixes tokens"
-                )
+                text = f"its result is read at full length ({reason}), but it comes from an op that mixes tokens"
+                axis.dense[value] = Reason(text, Code.EVERY_TOKEN)
                 return Needed(axis, value)
             todo += [n for n in value.all_input_nodes if n in axis.layouts]
     return None
@@ -306,7 +310,8 @@ def _step(
         if carries:
             behind[node] = node
         if carries or back:
-            axis.dense[node] = "reads every token" if carries else "reads tokens where they are back"
+            text = "reads every token" if carries else "reads tokens where they are back"
+            axis.dense[node] = Reason(text, Code.EVERY_TOKEN)
         return
     if not carries:
         return
@@ -316,19 +321,27 @@ def _step(
         transfer = transfer_of(node, context)
         while (side := _normalised(transfer, axis)) is not None:
             if side.source < axis.start:
-                raise Untransferable("meets weights that were normalised over tokens before some of them leave")
+                raise Untransferable(
+                    "meets weights that were normalised over tokens before some of them leave", code=Code.EVERY_TOKEN
+                )
             if over_samples(side.layout) is None and axis.batch.size != 1:
-                raise Untransferable("meets weights, normalised over tokens, that are the same for all samples")
+                raise Untransferable(
+                    "meets weights, normalised over tokens, that are the same for all samples", code=Code.SAMPLES_MEET
+                )
             axis.sources[side.source] = axis.layouts[side.source] = side.layout
             for link in side.chain:
                 _step(link, axis, context, behind, anchors, alone)
             if side.chain[-1] not in axis.layouts:
-                raise Untransferable("meets weights that were normalised over tokens, and cannot be again")
+                raise Untransferable(
+                    "meets weights that were normalised over tokens, and cannot be again", code=Code.EVERY_TOKEN
+                )
             transfer = transfer_of(node, context)
         if any(normalised(n, target, axis.layouts.__contains__) for n, target in transfer.beside.items()):
-            raise Untransferable("multiplies with weights that were normalised over tokens, and cannot be again")
+            raise Untransferable(
+                "multiplies with weights that were normalised over tokens, and cannot be again", code=Code.EVERY_TOKEN
+            )
     except Untransferable as reason:
-        axis.dense[node] = str(reason)
+        axis.dense[node] = Reason(reason.text, reason.code)
         behind[node] = node
         return
     axis.transfers[node] = transfer

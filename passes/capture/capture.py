@@ -17,6 +17,7 @@ from passes.capture.constant_inputs import HeldFast, input_names, is_small, writ
 from passes.capture.first_run import FirstRun, first_run
 from passes.capture.left_behind import Kept, Untouched
 from passes.graph.base import op_name, source_line
+from passes.graph.codes import Code
 from passes.graph.layout import expr
 
 FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
@@ -124,13 +125,16 @@ def _keeps_nothing(
         if any(t.untyped_storage()._cdata in read for t in pytree.tree_leaves(place.before) if _is_tensor(t)):
             raise CaptureError(
                 f"{name}: it reads what an earlier call of it left in {place.path}, and writes there again\n"
-                "  way out: pass that as an input and give it back as an output, or leave it out of the model's forward"
+                "  way out: pass that as an input and give it back as an output, or leave it out of "
+                "the model's forward",
+                code=Code.KEPT_STATE,
             )
     unknown = next((place for place in kept if place.new), None)
     if unknown is not None and first.why and not any(_is_tensor(x) and x.is_meta for x in leaves):
         raise CaptureError(
             f"{name}: it keeps a value in {unknown.path}, which was empty, and later calls may read it\n"
-            "  way out: call the model once on inputs of this size before, model(x); then that place holds a value"
+            "  way out: call the model once on inputs of this size before, model(x); then that place holds a value",
+            code=Code.KEPT_STATE,
         )
 
 
@@ -180,7 +184,8 @@ def _no_writes(model: nn.Module, held: HeldFast, exported: GraphModule) -> None:
             f"torch.export cannot capture {type(model).__name__}: "
             f"{op_name(node) + ' writes' if node is not None else 'it writes'} into a value of its constant_inputs\n"
             + (f"  in the model: {line}\n" if line else "")
-            + "  way out: write that line out of place, or name fewer inputs in constant_inputs"
+            + "  way out: write that line out of place, or name fewer inputs in constant_inputs",
+            code=Code.NOT_TRACED,
         )
 
 
@@ -193,7 +198,8 @@ def _no_vmap(model: nn.Module, exported: GraphModule) -> None:
             raise CaptureError(
                 f"torch.export cannot capture {type(model).__name__}: {op_name(node)} runs inside torch.func.vmap\n"
                 + (f"  in the model: {line}\n" if line else "")
-                + "  way out: write that line without vmap, or give the part of the model that it is not in"
+                + "  way out: write that line without vmap, or give the part of the model that it is not in",
+                code=Code.NOT_TRACED,
             )
 
 

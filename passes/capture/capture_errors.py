@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture.first_run import outputs_of
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 
 _log = logging.getLogger(__name__)
 _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)
@@ -40,6 +41,8 @@ _SWAPPED = (
 class CaptureError(CompileError):
     """The model does not run on the inputs, or torch.export cannot capture it; the message names the model's line."""
 
+    family = Code.NOT_TRACED
+
 
 def check_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuses arguments that the model's forward does not take, and parameters that are none.
@@ -53,14 +56,17 @@ def check_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         signature.bind(*args, **kwargs)
     except TypeError as error:
         text = f"{name}.forward takes {signature}: {error}"
-        raise CaptureError(f"{text}\n  way out: call it with these arguments, as the model itself") from error
+        raise CaptureError(
+            f"{text}\n  way out: call it with these arguments, as the model itself", code=Code.INPUTS
+        ) from error
     for module_name, module in model.named_modules():
         for key, value in module._parameters.items():
             if value is not None and not isinstance(value, nn.Parameter):
                 raise CaptureError(
                     f"the parameter {'.'.join(filter(None, (module_name, key)))} of {name} is a plain tensor, as "
                     "torch.func.functional_call puts there, and a graph holds parameters\n"
-                    "  way out: wrap each tensor as torch.nn.Parameter, or load them into a copy of the model"
+                    "  way out: wrap each tensor as torch.nn.Parameter, or load them into a copy of the model",
+                    code=Code.DOES_NOT_RUN,
                 )
 
 
@@ -85,7 +91,7 @@ def check_loaded(model: nn.Module, leaves: Sequence[Any], not_run: str) -> None:
     else:
         text += "; hooks load it while the model runs, which torch.export cannot record"
         way_out = "load the whole model onto one device: without offloading, or its hooks removed"
-    raise CaptureError(f"{text}\n  way out: {way_out}")
+    raise CaptureError(f"{text}\n  way out: {way_out}", code=Code.DOES_NOT_RUN)
 
 
 def does_not_run(model: nn.Module, error: Exception, leaves: Sequence[Any], spec: pytree.TreeSpec) -> CaptureError:
@@ -93,7 +99,9 @@ def does_not_run(model: nn.Module, error: Exception, leaves: Sequence[Any], spec
     check_loaded(model, leaves, "it raises")
     way_out = next((w for w, changed in _other_inputs(model, leaves, spec) if _runs(model, *changed)), _OWN)
     given = ", ".join(_in_words(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-    return CaptureError(_text(f"{type(model).__name__} does not run on {given}: {_said(error)}", error, way_out))
+    return CaptureError(
+        _text(f"{type(model).__name__} does not run on {given}: {_said(error)}", error, way_out), code=Code.DOES_NOT_RUN
+    )
 
 
 def _runs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> bool:
@@ -138,19 +146,21 @@ def not_captured(model: nn.Module, error: Exception, constants: Sequence[str], r
         ran: whether the model itself runs on these inputs.
     """
     said = _said(error)
-    reason, way_out = said, _TRACED if ran else _UNTRIED
+    reason, way_out, code = said, _TRACED if ran else _UNTRIED, Code.NOT_TRACED
     if re.search("data.?dependent|unbacked", f"{type(error).__name__} {said}", re.IGNORECASE):
         named = "".join(f'"{name}", ' for name in constants).strip()
         fast = (
             f"pass constant_inputs=({named}): the graph then holds the value of such an input fast, "
             "and another value is another capture"
         )
-        way_out = fast if constants else _DATA
+        way_out, code = fast if constants else _DATA, Code.DATA_DEPENDENT
     if "Couldn't swap" in said:
         reason, way_out = _SWAPPED
     if found := re.search(r"<class '([\w.]+)'> in output", said):
         reason, way_out = f"it returns a {found[1]}, which torch.export does not know", _KNOWN_OUTPUTS
-    return CaptureError(_text(f"torch.export cannot capture {type(model).__name__}: {reason}", error, way_out))
+    return CaptureError(
+        _text(f"torch.export cannot capture {type(model).__name__}: {reason}", error, way_out), code=code
+    )
 
 
 def _said(error: Exception) -> str:

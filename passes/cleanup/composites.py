@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from passes.axes.rules.registry import rule_for
-from passes.graph.base import Pass, PassResult
+from passes.graph.base import Check, CompileError, Pass, PassResult
+from passes.graph.codes import Code
 from passes.graph.splice import ORIGIN, splice
 
 _TORCHS = ("aten", "prim", "prims", "higher_order")
 
 
+def no_composite(gm: GraphModule) -> None:
+    """No composite op of another library is left."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and _composite(node):
+            raise CompileError(f"{node.name} ({node.target}) is not written out", code=Code.FAULT)
+
+
 @dataclass(frozen=True)
 class WriteComposites(Pass):
     """Puts what a composite op of another library does in its place."""
+
+    ensures: ClassVar[tuple[Check, ...]] = (no_composite,)
 
     def call(self, gm: GraphModule) -> PassResult:
         found = [n for n in gm.graph.nodes if n.op == "call_function" and _composite(n)]

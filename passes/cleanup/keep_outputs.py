@@ -21,6 +21,10 @@ class KeepOutputs(Pass):
 
     kept: Collection[int]
 
+    @property
+    def changes_outputs(self) -> bool:
+        return True
+
     def call(self, gm: GraphModule) -> PassResult:
         output = gm.graph.output_node()
         given: Any = output.args[0]

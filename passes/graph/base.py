@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
+import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from passes.graph.aliasing import writes
+from passes.graph.codes import Code
 
 HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
@@ -20,11 +24,33 @@ Check = Callable[[GraphModule], None]
 
 
 class CompileError(Exception):
-    """Anything this compiler refuses to do. The message says what to do instead."""
+    """Anything this compiler refuses to do. The message says what to do instead.
+
+    Args:
+        text: the message; its first line is shown with the code behind it.
+        code: the family that the refusal belongs to; the class's own where there is none.
+    """
+
+    family: ClassVar[Code] = Code.FAULT
+
+    def __init__(self, text: str, *, code: Code | None = None) -> None:
+        super().__init__(text)
+        self.code: Code = code or self.family
+
+    @property
+    def text(self) -> str:
+        """The message without its code."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        first, line, more = self.text.partition("\n")
+        return f"{first} [{self.code}]{line}{more}"
 
 
 class ScheduleError(CompileError, ValueError):
     """A pruning schedule that cannot mean anything. The message names the value and what to write instead."""
+
+    family = Code.SCHEDULE
 
 
 class PassError(CompileError):
@@ -49,9 +75,10 @@ class Refusal(CompileError):
         reason: what cannot be proven, in a clause.
         node: where.
         way_out: what the user can do about it.
+        code: the family that it belongs to.
     """
 
-    def __init__(self, reason: str, node: Node | None = None, way_out: str = "") -> None:
+    def __init__(self, reason: str, node: Node | None = None, way_out: str = "", *, code: Code | None = None) -> None:
         self.reason = reason
         self.node_name = node.name if node is not None else ""
         self.op = op_name(node) if node is not None else ""
@@ -62,7 +89,18 @@ class Refusal(CompileError):
             parts.append(f"  in the model: {self.where}")
         if way_out:
             parts.append(f"  way out: {way_out}")
-        super().__init__("\n".join(parts))
+        super().__init__("\n".join(parts), code=code)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an op is not carried through, and the family that a refusal for it belongs to."""
+
+    text: str
+    code: Code
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -91,6 +129,8 @@ class PassResult:
 class Pass(abc.ABC):
     """One rewrite. `pass_(gm)` runs `requires` on the input, `call`, clean-up, `ensures` on the result.
 
+    Every pass ensures that each op that is read has a fake value, and that outputs keep their shapes and dtypes.
+    The checks here are cheap; `passes.graph.debug` runs the whole graph on fake tensors behind every pass.
     `apply` does the same and leaves the graph's code stale, for who calls `finish` after the last of many passes.
     A pass may change the graph module in place: it is the compiler's private copy.
     """
@@ -104,6 +144,11 @@ class Pass(abc.ABC):
         """Rewrites `gm`; must not run dead-code removal, lint or recompile: they come after it."""
 
     @property
+    def changes_outputs(self) -> bool:
+        """Whether the graph gives other outputs afterwards."""
+        return False
+
+    @property
     def name(self) -> str:
         return type(self).__name__
 
@@ -115,11 +160,8 @@ class Pass(abc.ABC):
     def apply(self, gm: GraphModule) -> PassResult:
         """`__call__` without the recompilation of the graph's code."""
         name, before = self.name, gm.meta.get(HISTORY, ())
-        for check in self.requires:
-            try:
-                check(gm)
-            except CompileError as error:
-                raise Precondition(f"before pass {name}: {error}", name, gm) from error
+        _hold(self.requires, gm, Precondition, f"before pass {name}", name)
+        outputs = _outputs(gm)
         result = self.call(gm)
         result.gm.meta[HISTORY] = before
         try:
@@ -131,28 +173,68 @@ class Pass(abc.ABC):
                 )
         except RuntimeError as error:
             raise Postcondition(f"pass {name} left a malformed graph: {error}", name, result.gm) from error
+        logging.getLogger(f"passes.{name}").debug("%d rewrites, %d skips", result.rewrites, len(result.skips))
         observe = OBSERVER.get()
         if observe is not None:
             observe(self, result)
-        for check in self.ensures:
-            try:
-                check(result.gm)
-            except CompileError as error:
-                raise Postcondition(f"after pass {name}: {error}", name, result.gm) from error
+        ensured = (known_values, *(() if self.changes_outputs else (_same(outputs),)), *self.ensures)
+        _hold(ensured, result.gm, Postcondition, f"after pass {name}", name)
         result.gm.meta[HISTORY] = (*before, name)
         return result
+
+
+def _hold(checks: Iterable[Check], gm: GraphModule, kind: type[PassError], when: str, name: str) -> None:
+    for check in checks:
+        try:
+            check(gm)
+        except Refusal:
+            raise  # of the model, not of the pass
+        except CompileError as error:
+            raise kind(f"{when}: {error.text}", name, gm) from error
+
+
+def known_values(gm: GraphModule) -> None:
+    """Each op that is read has a value on fake tensors.
+
+    Raises:
+        CompileError: one has none.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.users and "val" not in node.meta:
+            raise CompileError(f"{node.name} ({op_name(node)}) has no fake value in its meta", code=Code.FAULT)
+
+
+def _outputs(gm: GraphModule) -> list[str]:
+    """Dtype and shape of each output, as they are written."""
+    leaves = pytree.tree_leaves(gm.graph.output_node().args)
+    values = (leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves)
+    return [f"{v.dtype}{tuple(v.shape)}" if isinstance(v, torch.Tensor) else type(v).__name__ for v in values]
+
+
+def _same(outputs: list[str]) -> Check:
+    def same_outputs(gm: GraphModule) -> None:
+        now = _outputs(gm)
+        if now != outputs:
+            raise CompileError(f"the outputs are {now}, and were {outputs}", code=Code.FAULT)
+
+    return same_outputs
 
 
 Observer: TypeAlias = Callable[[Pass, PassResult], None]
 OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)  # sees the graph after each pass
 
 
-def finish(gm: GraphModule) -> None:
-    """Brings a graph's code up to date after passes were applied, and lets go of the nodes that they removed."""
+def finish(gm: GraphModule, *ensures: Check) -> None:
+    """Brings a graph's code up to date after passes were applied, and lets go of the nodes that they removed.
+
+    Raises:
+        Postcondition: what must hold of the result does not.
+    """
     live, names = set(gm.graph.nodes), gm.graph._graph_namespace._obj_to_name
     for gone in [n for n in names if isinstance(n, Node) and n not in live]:
         del names[gone]  # its value would stay with it
     gm.recompile()
+    _hold(ensures, gm, Postcondition, "after all passes", "this check")
 
 
 def op_name(node: Node) -> str:

@@ -23,6 +23,7 @@ from torch.utils._sympy.functions import FloorDiv
 from torch.utils.flop_counter import flop_registry
 
 from passes.graph.base import CompileError, Skip, op_name
+from passes.graph.codes import Code
 from passes.graph.cost_rules import RULES, CostFn, Count
 from passes.graph.ops import checked_operator
 
@@ -177,7 +178,8 @@ def _sizes(gm: GraphModule, value: Any, batch: dict[sympy.Symbol, sympy.Integer]
         if val is None:
             raise CompileError(
                 f"cannot count: {value.name} carries no fake value; capture the model again, "
-                'or give the nodes that a pass inserts their meta["val"]'
+                'or give the nodes that a pass inserts their meta["val"]',
+                code=Code.FAULT,
             )
         return _sizes(gm, val, batch)
     if isinstance(value, torch.Tensor):

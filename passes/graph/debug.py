@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from passes.graph.base import OBSERVER, CompileError, Pass, PassResult, Postcondition, source_line
+from passes.graph.base import OBSERVER, CompileError, Pass, PassResult, Postcondition, Refusal, source_line
+from passes.graph.layout import LAYOUTS, show
 from passes.graph.verify import no_stale_shapes
 
 
@@ -41,13 +41,14 @@ def watched(folder: str | Path) -> Iterator[Path]:
         (home / f"{number:02}-{pass_.name}.txt").write_text(
             "\n".join([head, *(f"skipped {s.node}: {s.reason}" for s in result.skips), "", *now, "", *changes, ""])
         )
-        logging.getLogger(f"passes.{pass_.name}").debug(head)
         before = now
         if not pass_.leaves_dead_code:
             try:
                 no_stale_shapes(result.gm)
+            except Refusal:
+                raise  # of the model
             except CompileError as error:
-                raise Postcondition(f"after pass {pass_.name}: {error}", pass_.name, result.gm) from error
+                raise Postcondition(f"after pass {pass_.name}: {error.text}", pass_.name, result.gm) from error
 
     token = OBSERVER.set(observe)
     try:
@@ -57,18 +58,19 @@ def watched(folder: str | Path) -> Iterator[Path]:
 
 
 def as_text(gm: GraphModule) -> list[str]:
-    """A line a node: its name, op, arguments, shapes, and the line of the model that made it."""
+    """A line a node: its name, op, arguments, shape, layout where it runs over tokens, and the model's line."""
 
     def shape(val: Any) -> str:
         if isinstance(val, torch.Tensor):
             return f"{str(val.dtype).removeprefix('torch.')}[{', '.join(map(str, val.shape))}]"
         return f"({', '.join(map(shape, val))})" if isinstance(val, (tuple, list)) else str(val)
 
-    lines = []
+    lines, layouts = [], gm.meta.get(LAYOUTS, {})
     for node in gm.graph.nodes:
         arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
         where = source_line(node).split(": ")[0]
-        lines.append(
-            f"{node.name} = {node.target}({arguments})  # {shape(node.meta.get('val'))}{'  ' + where if where else ''}"
-        )
+        val = node.meta.get("val")
+        layout = show(layouts[node]) if node in layouts and isinstance(val, torch.Tensor) else ""
+        notes = "  ".join(filter(None, (shape(val), layout, where)))
+        lines.append(f"{node.name} = {node.target}({arguments})  # {notes}")
     return lines

@@ -18,7 +18,12 @@ from typing import ClassVar, NamedTuple, TypeAlias, TypeGuard
 import sympy
 import torch
 
+from passes.graph.codes import Code
+
 Size: TypeAlias = sympy.Expr
+
+
+LAYOUTS = "layouts"  # gm.meta key: of the values that run over tokens which are leaving
 
 
 def expr(size: int | torch.SymInt | Size) -> Size:
@@ -50,11 +55,15 @@ Piece: TypeAlias = Fixed | Prunable
 
 
 class Names(NamedTuple):
-    """What refusals call a kind of factor that gets shorter: its entries, its axis, and two of it that do not match."""
+    """What refusals call a kind of factor that gets shorter: its entries, its axis, and two of it that do not match.
+
+    Its code is of ops that need all of it.
+    """
 
     many: str
     axis: str
     apart: str
+    code: Code
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Tokens:
         weights: it holds attention weights, which sum to one along it.
     """
 
-    named: ClassVar = Names("tokens", "the token axis", "two different sequences of tokens meet")
+    named: ClassVar = Names("tokens", "the token axis", "two different sequences of tokens meet", Code.EVERY_TOKEN)
 
     pieces: tuple[Piece, ...]
     weights: bool = False
@@ -193,7 +202,10 @@ class Line:
     """
 
     named: ClassVar = Names(
-        "rows or columns", "rows or columns", "two maps meet whose rows or columns do not belong together"
+        "rows or columns",
+        "rows or columns",
+        "two maps meet whose rows or columns do not belong together",
+        Code.NEEDS_THE_MAP,
     )
 
     at: int

@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from passes.graph.base import CompileError, Refusal
+from passes.graph.codes import Code
 from passes.graph.fake import LiteralBatch
 from passes.graph.layout import expr
 from passes.graph.splice import fake, fake_mode
@@ -56,7 +57,7 @@ def _run(mode: FakeTensorMode, node: Node, values: dict[Node, Any], batch: Liter
             with mode, enable_python_dispatcher(), torch.enable_grad():  # keeps the batch symbolic
                 return node.target(*fake(node.args), **fake(node.kwargs))
         except Exception as error:
-            raise CompileError(f"{node.name} ({node.target}) does not run: {error}") from error
+            raise CompileError(f"{node.name} ({node.target}) does not run: {error}", code=Code.FAULT) from error
 
 
 def _literal(value: Any, batch: LiteralBatch | None) -> Any:
@@ -83,10 +84,12 @@ def _compare(node: Node, have: torch.Tensor, said: torch.Tensor, batch: LiteralB
             "how many entries it gives depends on the data (a boolean mask, nonzero)",
             node,
             "let the model take a fixed number of them (topk, or a slice of argsort, and gather)",
+            code=Code.DATA_DEPENDENT,
         )
     if (have.dtype, have.device, shape) != (said.dtype, said.device, want):
         raise CompileError(
-            f"{node.name} ({node.target}) gives {_shown(have, batch)}, its node says {tuple(said.shape)}"
+            f"{node.name} ({node.target}) gives {_shown(have, batch)}, its node says {tuple(said.shape)}",
+            code=Code.FAULT,
         )
 
 
@@ -109,4 +112,6 @@ def not_put_back(gm: GraphModule, full: Node) -> None:
     """
     if any(node is full for node in gm.graph.nodes):
         consumers = ", ".join(user.name for user in full.users)
-        raise CompileError(f"{full.name} puts pruned tokens back at once, and is still read by {consumers}")
+        raise CompileError(
+            f"{full.name} puts pruned tokens back at once, and is still read by {consumers}", code=Code.FAULT
+        )

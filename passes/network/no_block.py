@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 
 from passes.axes.token_axis import stream_layout
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 from passes.graph.ops import CONV, LINEAR
 from passes.network.branches import Branch
 from passes.network.stages import find_stages
@@ -22,6 +23,7 @@ def no_block(gm: GraphModule, branches: list[Branch]) -> Refusal:
             "tokens or rows could leave behind",
             last,
             "none for models without residual sums; a sum in other ops than aten.add is not looked for",
+            code=Code.NO_BLOCK,
         )
     why = nearest.reason or "no residual MLP follows it"
     return Refusal(
@@ -29,6 +31,7 @@ def no_block(gm: GraphModule, branches: list[Branch]) -> Refusal:
         f"{nearest.kind} branch ({why})",
         nearest.at or nearest.add,
         _way_out(gm, nearest),
+        code=Code.NO_BLOCK,
     )
 
 

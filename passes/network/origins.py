@@ -25,6 +25,7 @@ from passes.attention.constants import Constants
 from passes.axes.rules.pointwise import tensors
 from passes.graph.aliasing import Memory, writes
 from passes.graph.base import Refusal, op_name
+from passes.graph.codes import Code
 from passes.graph.contraction import is_alias
 from passes.graph.layout import expr
 from passes.graph.ops import LINEAR, NORMS, RESHAPES, SDPA, argument, arguments, aten_name, elementwise, shape_of, wrap
@@ -104,6 +105,7 @@ class _Trails:
                 f"whether a token is learned (a class token) cannot be followed through {op_name(at)}",
                 at,
                 "name the tokens that must stay: Schedule(keep, protected=(0,)), or protected=() where none must",
+                code=Code.UNKNOWN_ORIGIN,
             )
         learned = (found == 0).any(0) | (found == _PADDING).all(0)
         ends = zip(found.amax(0).tolist(), learned.tolist(), strict=True)

@@ -17,6 +17,7 @@ from passes.axes.rules.pointwise import pointwise
 from passes.axes.rules.registry import rule_for
 from passes.axes.token_axis import TokenAxis, analyse, stream_layout
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Layout, over_samples, sequence_in, tokens_in
 from passes.graph.ops import SOFTMAX, argument, arguments, shape_of, wrap
 from passes.graph.splice import splice
@@ -125,6 +126,7 @@ def _refuse_unknown(axis: TokenAxis, way_out: str) -> None:
             f"{reason}, so which tokens the attention behind it hides as padding cannot be told",
             node,
             way_out,
+            code=Code.PADDING,
         )
 
 

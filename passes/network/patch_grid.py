@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.rules.pointwise import tensors
 from passes.graph.base import Refusal, op_name
+from passes.graph.codes import Code
 from passes.graph.layout import expr
 from passes.graph.ops import CONV2D, POOL2D, RESHAPES, argument, elementwise, permuted, shape_of, wrap
 from passes.network.branches import ancestors
@@ -87,7 +88,9 @@ def find_grid(gm: GraphModule, stream: Node, dim: int) -> PatchGrid:
     found, above = origins(gm, stream, *dims), ancestors(gm)
     sources = {o.node for o in found if o is not None}
     if len(sources) != 1:
-        raise Refusal(f"the tokens come from {len(sources)} places, not from one map over the image", stream)
+        raise Refusal(
+            f"the tokens come from {len(sources)} places, not from one map over the image", stream, code=Code.NO_MAP
+        )
     source = sources.pop()
     at = [o.at if o is not None else None for o in found]
     over = [d for d, places in enumerate(zip(*filter(None, at), strict=True)) if len({*places}) > 1]
@@ -100,6 +103,7 @@ def find_grid(gm: GraphModule, stream: Node, dim: int) -> PatchGrid:
             f"the tokens run over {len(over)} dimensions ({sizes}), not over the rows and columns of one image",
             source,
             "maps are drawn for still images only; rs_compile.optimize prunes models of videos all the same",
+            code=Code.NO_MAP,
         )
     columns = int(shape_of(source)[over[1]])
     return PatchGrid(
@@ -124,7 +128,9 @@ def _extents(node: Node, down: int, across: int, above: Mapping[Node, int]) -> t
         _traced(node, d, Extent(int(shape_of(node)[d])), above) for d in (down, across)
     )
     if image is not other or x <= y:
-        raise Refusal("rows and columns of the tokens' map do not come from rows and columns of one image", node)
+        raise Refusal(
+            "rows and columns of the tokens' map do not come from rows and columns of one image", node, code=Code.NO_MAP
+        )
     return rows, columns
 
 
@@ -137,7 +143,7 @@ def _flattened(node: Node, dim: int, above: Mapping[Node, int]) -> tuple[Node, l
             if len(dims) > 1:
                 return before, dims
             if not dims:
-                raise Refusal("the tokens are cut in a way that is no grid of patches", node)
+                raise Refusal("the tokens are cut in a way that is no grid of patches", node, code=Code.NO_MAP)
             node, dim = before, dims[0]
         else:
             node, dim = _back(node, dim, above)
@@ -193,7 +199,9 @@ def _outer(before: list[sympy.Expr], after: list[sympy.Expr], dim: int, node: No
         inner = sympy.cancel(have / after[dim])
         if sympy.prod(before[:d]) == ahead and have != 1 and inner.is_integer:
             return d, int(inner)
-    raise Refusal("rows or columns of the tokens' map are cut in a way that is no grid of patches", node)
+    raise Refusal(
+        "rows or columns of the tokens' map are cut in a way that is no grid of patches", node, code=Code.NO_MAP
+    )
 
 
 def _window(node: Node, side: int) -> tuple[int, int, int]:
@@ -230,4 +238,5 @@ def _back(node: Node, dim: int, above: Mapping[Node, int]) -> tuple[Node, int]:
         f"the tokens' rows and columns cannot be followed back to the image through {op_name(node)}",
         node,
         "maps are drawn for models that cut an image into patches by convolutions or reshapes",
+        code=Code.NO_MAP,
     )

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.token_axis import follow, stream_layout
 from passes.graph.base import CompileError, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import sequence_in, tokens_in
 from passes.network.branches import Block, Branch
 from passes.network.padding import masking
@@ -44,7 +45,10 @@ def protected_tokens(gm: GraphModule, block: Block, given: tuple[int, ...] | Non
     tokens = sequence_in(layout)
     length = tokens.dense if tokens is not None else 0
     if max(given) >= length:
-        raise CompileError(f"protected token {max(given)} does not exist: there are {length} tokens, 0 to {length - 1}")
+        raise CompileError(
+            f"protected token {max(given)} does not exist: there are {length} tokens, 0 to {length - 1}",
+            code=Code.NO_SUCH_PART,
+        )
     stay = [i < found.prefix or i >= length - found.suffix or i in found.extra or i in given for i in range(length)]
     # the prefix stays what the model's own slices know; given tokens may move
     extra = tuple(i for i, s in enumerate(stay) if s and found.prefix <= i < length - found.suffix)
@@ -77,6 +81,7 @@ def prunable(gm: GraphModule, block: Block, branches: Sequence[Branch]) -> Answe
                 "none of its tokens is made from the input, so all of them are protected",
                 block.output,
                 "prune a stream of patches, frames or words; learned queries that read it have to stay",
+                code=Code.NOT_A_SEQUENCE,
             )
         masking(gm, block, guard.prefix, guard.suffix)
         layers = [b.add for b in branches if b.whole]

@@ -14,6 +14,7 @@ from passes.axes.gather import take
 from passes.axes.reads import Picks
 from passes.axes.rules import Extent, Position
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from passes.graph.fake import evaluate
 from passes.graph.layout import Batch, Dim, Layout, Size, Tokens, dim_size, expr, factor_size, tokens_in
 from passes.graph.splice import REPLACED, fake, fake_mode, splice
@@ -51,7 +52,9 @@ class AtPositions:
                 with self.graph.inserting_before(before):
                     self.twins[node] = self._twin(node)
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise CompileError(f"{node.name} does not run on the positions that are read: {error}") from error
+                raise CompileError(
+                    f"{node.name} does not run on the positions that are read: {error}", code=Code.FAULT
+                ) from error
 
     def note(self) -> None:
         """Notes which op stands in whose place, once the twins are read."""
@@ -126,7 +129,8 @@ class AtPositions:
             promised: list[Size] = [_extent(dim, picks.count) for dim in layout or ()]
             if [p - expr(s) for p, s in zip(promised, one.shape, strict=True)] != [0] * len(promised):
                 raise CompileError(
-                    f"{node.name} gives {tuple(one.shape)} on the positions that are read, not {promised}"
+                    f"{node.name} gives {tuple(one.shape)} on the positions that are read, not {promised}",
+                    code=Code.FAULT,
                 )
         return twin
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes.graph.base import Pass, PassResult, Refusal
+from passes.graph.base import Check, CompileError, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 from passes.sites.sizes import KEY_SIZES, with_bias
@@ -18,9 +19,17 @@ from passes.sites.sizes import KEY_SIZES, with_bias
 MAP = "attention map"  # node.meta key of an op that was written out
 
 
+def no_attention_op(gm: GraphModule) -> None:
+    """No attention is left as one op."""
+    if gm.graph.find_nodes(op="call_function", target=SDPA):
+        raise CompileError("an attention is not written out", code=Code.FAULT)
+
+
 @dataclass(frozen=True)
 class ExplicitAttention(Pass):
     """Writes out every attention that is still one op."""
+
+    ensures: ClassVar[tuple[Check, ...]] = (no_attention_op,)
 
     def call(self, gm: GraphModule) -> PassResult:
         ops = list(gm.graph.find_nodes(op="call_function", target=SDPA))
@@ -42,7 +51,9 @@ def write_out(gm: GraphModule, op: Node) -> Node:
         return known
     given: dict[str, Any] = arguments(op)
     if given["dropout_p"]:
-        raise Refusal("attention with dropout has no one map to read", op, "call model.eval() first")
+        raise Refusal(
+            "attention with dropout has no one map to read", op, "call model.eval() first", code=Code.TRAIN_MODE
+        )
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Tensor | None

@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 from passes.axes.grid import RESTORE, WAY_OUT, GridAxes, follow_grid
 from passes.axes.rules import Extent, Transfer
 from passes.graph.base import CompileError, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.fake import evaluate
 from passes.graph.layout import Dim, Line, factor_size, lines_in
 from passes.graph.splice import fake, fake_mode, splice
@@ -54,7 +55,10 @@ class CutGrid(Pass):
         axes = follow_grid(output)
         if axes.dense and self.compact_outputs:
             raise Refusal(
-                "an output of the model is a map, which has no short form", output, 'use token_outputs="restore"'
+                "an output of the model is a map, which has no short form",
+                output,
+                'use token_outputs="restore"',
+                code=Code.OUTPUTS,
             )
         readers = [user for user in output.users if user in axes.transfers]
         whole = _whole(axes)
@@ -81,7 +85,8 @@ class CutGrid(Pass):
             if left >= there:
                 raise CompileError(
                     f"{left} {name} are to leave stage {self.stage.index}, which has {there} {name}; "
-                    f"write {name} from 0 to {there - 1}"
+                    f"write {name} from 0 to {there - 1}",
+                    code=Code.TOO_MANY,
                 )
 
     def insert_score(self, graph: torch.fx.Graph) -> Node:
@@ -106,6 +111,7 @@ class CutGrid(Pass):
                 f"stage {self.stage.index} has one block, whose output is the stage's",
                 output,
                 'use GridPrune(against="shortcut")',
+                code=Code.NO_SCORE,
             )
         return splice(graph, "score", score, sums, blocks[0].output)
 
@@ -166,7 +172,9 @@ class _Cut:
             op: Any = node.target
             node.meta["val"] = evaluate(self.mode, op, fake(node.args), fake(node.kwargs))
         except Exception as error:
-            raise Refusal(f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+            raise Refusal(
+                f"does not run on the smaller grid: {str(error).splitlines()[0]}", node, WAY_OUT, code=Code.FIXED_GRID
+            ) from error
         after, out = node.meta["val"], transfer.out
         if out is not None:
             self.left[node] = left
@@ -175,7 +183,7 @@ class _Cut:
         over = [lines_in(cast(Dim, dim)) for dim in out or ((),) * before.dim()]
         same = [a == b for a, b, lines in zip(after.shape, before.shape, over, strict=False) if not lines]
         if after.dim() != before.dim() or not all(same):
-            raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT)
+            raise Refusal(f"gives {tuple(after.shape)} on the smaller grid", node, WAY_OUT, code=Code.FIXED_GRID)
         alone = {lines[0].at: after.shape[d] for d, lines in enumerate(over) if len(lines) == 1}
         self.left[node] = left | alone
         gone = {f.at: f.count - alone[f.at] for lines in over for f in lines if f.at in alone}
@@ -185,6 +193,7 @@ class _Cut:
                 f"{gone[1]} columns are gone",
                 node,
                 self.axes.fitting,
+                code=Code.FIXED_GRID,
             )
 
     def _rewrite(self, node: Node, transfer: Transfer, left: Mapping[int, int]) -> None:
@@ -214,15 +223,18 @@ class _Cut:
                 f"maps of different sizes meet on the smaller grid: {sorted(sizes)}",
                 node,
                 f"{self.axes.fitting}, or {WAY_OUT}",
+                code=Code.FIXED_GRID,
             )
 
     def restored(self, value: Node) -> Node:
         """The value at full size, from the nearest cells that are left."""
         grid = self.axes.grid(value)
         if grid is None or (grid.rows, grid.columns) != (2, 3) or len(self.full[value]) != 4:
-            raise Refusal("an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT)
+            raise Refusal(
+                "an output is no map [batch, channels, rows, columns] any more", value, WAY_OUT, code=Code.OUTPUTS
+            )
         if not self.axes.sample_for_sample(value):
-            raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT)
+            raise Refusal("an output has other samples than the map that was cut", value, WAY_OUT, code=Code.OUTPUTS)
         start = (float(grid.start[0]), float(grid.start[1]))
         size: Any = self.full[value][2:]
         cut: Any = self.axes.size(self.axes.start)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.gather import tokens_first
 from passes.graph.base import Refusal, ScheduleError
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, expr, tokens_in
 from passes.graph.ops import shape_of
 from passes.graph.splice import splice
@@ -100,6 +101,7 @@ class Shift(Score):
                 f"block {block.index} has no attention branch to score by",
                 block.output,
                 'use Schedule(score=Shift(of="mlp"))',
+                code=Code.NO_SCORE,
             )
         return branch.term, branch.stream
 
@@ -135,6 +137,7 @@ class TopViM(Score):
                 f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
                 block.output,
                 "use Schedule(score=Shift()), which any block has",
+                code=Code.NO_SCORE,
             )
         return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
 
@@ -157,6 +160,7 @@ class _OfAttention(Score):
                 else f"the attention of block {block.index} is not on [batch, heads, tokens, channels]",
                 block.output,
                 "use Schedule(score=Shift()), which needs no attention map",
+                code=Code.NO_SCORE,
             )
         self.check(block, prefix)
         _check_every_token(block, block.output, layout, block.attention.term if block.attention else op)
@@ -185,6 +189,7 @@ class ClassAttention(_OfAttention):
                 "class attention needs a class token in front",
                 block.output,
                 "use Schedule(score=MeanAttention()) or Shift()",
+                code=Code.NO_SCORE,
             )
 
 
@@ -250,6 +255,7 @@ def _check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) 
             f"tokens that left before block {block.index} come back inside of it, and not all have a score",
             stream,
             'use Schedule(score=Shift(of="mlp")), or prune after another block',
+            code=Code.NO_SCORE,
         )
 
 

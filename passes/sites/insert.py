@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from passes.axes.gather import original_positions, take
 from passes.axes.token_axis import sequences_per_sample, stream_layout
-from passes.graph.base import ALIVE, Pass, PassResult
+from passes.graph.base import ALIVE, Check, Pass, PassResult
 from passes.graph.layout import Tokens, sequence_in, tokens_in
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.padding import insert_padding
 from passes.network.protected import Protected
+from passes.sites.contract import no_open_site, open_site
 from passes.sites.importance import Score, Shift
 from passes.sites.select import MANY, keep_highest, protected_mask, way
 from passes.sites.site import SITE, Site, put_back
@@ -38,6 +40,9 @@ class InsertSelection(Pass):
         size_bias, weighted_mean: see `Site`.
         padded: a mask of the model's inputs may hide tokens, which then leave first (`passes.network.padding`).
     """
+
+    requires: ClassVar[tuple[Check, ...]] = (no_open_site,)
+    ensures: ClassVar[tuple[Check, ...]] = (open_site,)
 
     block: Block
     keep: int

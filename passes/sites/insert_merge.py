@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import stream_layout
-from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Layout, expr, sequence_in
 from passes.graph.ops import arguments
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites import matching
+from passes.sites.contract import no_open_site, open_site
 from passes.sites.importance import by_sample
 from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR
 from passes.sites.select import protected_mask
@@ -36,6 +39,9 @@ class InsertMerge(Pass):
         earlier: index nodes of the sites that this sequence already went through.
         sizes: how many of the model's tokens each stands for, [B, N], once some merged.
     """
+
+    requires: ClassVar[tuple[Check, ...]] = (no_open_site,)
+    ensures: ClassVar[tuple[Check, ...]] = (open_site,)
 
     block: Block
     r: int
@@ -111,5 +117,6 @@ class InsertMerge(Pass):
                 "[batch, heads, tokens, channels] of its stream",
                 stream,
                 "use Schedule(by=Stream())",
+                code=Code.NO_MERGE,
             )
         return keys

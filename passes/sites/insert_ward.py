@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,13 +13,15 @@ from torch.fx import GraphModule, Node
 from passes.attention.attention_kernel import AUTOCAST
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import analyse, stream_layout
-from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, runs_over_tokens, sequence_in
 from passes.graph.ops import arguments
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites import matching
+from passes.sites.contract import no_open_site, open_site
 from passes.sites.importance import Shift, by_sample
 from passes.sites.mergers import Ward
 from passes.sites.select import protected_mask
@@ -41,6 +44,9 @@ class InsertWard(Pass):
         by: what becomes of the merged tokens.
         earlier, sizes: see `InsertMerge`.
     """
+
+    requires: ClassVar[tuple[Check, ...]] = (no_open_site,)
+    ensures: ClassVar[tuple[Check, ...]] = (open_site,)
 
     block: Block
     r: int
@@ -132,6 +138,7 @@ class InsertWard(Pass):
             f"Ward merges queries, keys and values, and block {self.block.index} {reason}",
             node,
             "use Schedule(by=Stream()), which merges after the complete block",
+            code=Code.NO_MERGE,
         )
 
     def _shift(self, gm: GraphModule, stream: Node, layout: Layout) -> Node | None:

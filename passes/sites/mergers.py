@@ -9,6 +9,7 @@ from typing import ClassVar, get_args
 from torch.fx import Node
 
 from passes.graph.base import Refusal, ScheduleError
+from passes.graph.codes import Code
 from passes.network.branches import Block, Branch
 from passes.sites.choice import check_choice, check_flag
 from passes.sites.importance import AttentionEntropy, Score
@@ -56,6 +57,7 @@ def _attention(kind: str, where: str, block: Block) -> Branch:
             f"{kind} merges {where}, and block {block.index} has no such place",
             block.output,
             "use Schedule(by=Stream()), which merges after the complete block",
+            code=Code.NO_MERGE,
         )
     return block.attention
 

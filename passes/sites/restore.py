@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes.axes.gather import original_positions
 from passes.axes.token_axis import WAY_OUT, TokenAxis
-from passes.graph.base import Pass, PassResult, Refusal
+from passes.graph.base import Check, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Part, tokens_in
 from passes.graph.splice import splice
+from passes.sites.contract import put_back_nowhere, retargeted
 from passes.sites.site import SITE, Site
 
 KEPT = "kept"  # gm.meta key: for each short output leaf the selections it went through
@@ -40,8 +42,15 @@ class RestoreTokens(Pass):
         compact_outputs: leave outputs short, with the kept positions.
     """
 
+    requires: ClassVar[tuple[Check, ...]] = (retargeted,)
+    ensures: ClassVar[tuple[Check, ...]] = (put_back_nowhere,)
+
     streams: Collection[Node] = ()
     compact_outputs: bool = False
+
+    @property
+    def changes_outputs(self) -> bool:
+        return self.compact_outputs
 
     def call(self, gm: GraphModule) -> PassResult:
         site: Site = gm.meta[SITE]
@@ -89,7 +98,10 @@ def refuse_mixed(axis: TokenAxis, value: Node, consumer: Node) -> None:
     if axis.transfers[value].mixes:
         reason = axis.dense[consumer]
         raise Refusal(
-            f"its result is read at full length ({reason}), but it comes from an op that mixes tokens", value, WAY_OUT
+            f"its result is read at full length ({reason}), but it comes from an op that mixes tokens",
+            value,
+            WAY_OUT,
+            code=Code.EVERY_TOKEN,
         )
 
 
@@ -104,9 +116,11 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
             continue
         over = [t for d in axis.layouts[leaf] if (t := tokens_in(d))]
         if any(isinstance(t, Part) for t in over):
-            raise Refusal("an output has its tokens on a grid, and those left have none", leaf, WAY_OUT)
+            raise Refusal(
+                "an output has its tokens on a grid, and those left have none", leaf, WAY_OUT, code=Code.OUTPUTS
+            )
         if len(over) != 1 or not over[0].same_sequence(site.tokens):
-            raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT)
+            raise Refusal("an output runs over another sequence than the pruned one", leaf, WAY_OUT, code=Code.OUTPUTS)
         kept.setdefault(i, []).append(site.index)
     output.args = (tuple(site.compact.get(n, n) if isinstance(n, Node) else n for n in leaves),)
 
@@ -114,6 +128,10 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
 @dataclass(frozen=True)
 class AppendKept(Pass):
     """Appends to the outputs, for each short one, its kept original positions."""
+
+    @property
+    def changes_outputs(self) -> bool:
+        return True
 
     def call(self, gm: GraphModule) -> PassResult:
         output = next(iter(reversed(gm.graph.nodes)))

@@ -13,11 +13,13 @@ from torch.fx import GraphModule, Node
 from passes.axes.gather import original_positions, stretch_index, take
 from passes.axes.rules import Extent, Kept, Position, Transfer
 from passes.axes.token_axis import WAY_OUT, follow
-from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.fake import evaluate
-from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, expr, factor_size, over_samples, tokens_in
+from passes.graph.layout import LAYOUTS, Batch, Dim, Layout, Part, Tokens, expr, factor_size, over_samples, tokens_in
 from passes.graph.ops import SDPA, SOFTMAX
 from passes.graph.splice import fake, fake_mode, splice
+from passes.sites.contract import open_site, retargeted
 from passes.sites.site import SITE, Site
 from passes.sites.sizes import KEY_SIZES, MEAN_SIZES, check_biasable, stretch_sizes
 
@@ -43,6 +45,9 @@ class RetargetTokens(Pass):
             far as the op's rule knows how (`Transfer.decay`).
     """
 
+    requires: ClassVar[tuple[Check, ...]] = (open_site,)
+    ensures: ClassVar[tuple[Check, ...]] = (retargeted,)
+
     leaves_dead_code: ClassVar[bool] = True
 
     anchors: Collection[Node] = ()
@@ -53,12 +58,14 @@ class RetargetTokens(Pass):
         site: Site = gm.meta[SITE]
         beside = {value: layout for value, (layout, _) in site.beside.items()}
         axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors, self.streams, beside)
+        gm.meta[LAYOUTS] = axis.layouts
         in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
         if in_turn is not None and not site.in_order:
             raise Refusal(
                 "depends on the order of the tokens, which this merger changes",
                 in_turn,
                 "use Schedule(by=Stream()), which keeps it, or prune instead of merging",
+                code=Code.NO_MERGE,
             )
         decaying = [n for n, t in axis.transfers.items() if self.gap == "decay" and t.decay is not None]
         if self.gap == "decay" and not decaying:
@@ -66,6 +73,7 @@ class RetargetTokens(Pass):
                 "behind it no op carries a state that could decay over the gaps of pruned tokens",
                 site.stream,
                 'use Schedule(gap="compact")',
+                code=Code.UNREAD_OPTION,
             )
         emit = _Emitter(gm, site)
         site.compact |= {site.full: site.short, **{value: short for value, (_, short) in site.beside.items()}}
@@ -138,14 +146,18 @@ class _Emitter:
             op: Any = twin.target
             twin.meta["val"] = evaluate(self.mode, op, fake(twin.args), fake(twin.kwargs))
         except Exception as error:
-            raise Refusal(f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT) from error
+            raise Refusal(
+                f"does not run on the short sequence: {str(error).splitlines()[0]}", node, WAY_OUT, code=Code.WRONG_RULE
+            ) from error
         val = twin.meta["val"]
         if not isinstance(val, torch.Tensor) or transfer.out is None:
             return
         out: Any = transfer.out
         promised = [self._extent(dim) for dim in out]
         if len(promised) != val.dim() or any(p - expr(s) != 0 for p, s in zip(promised, val.shape, strict=True)):
-            raise Refusal(f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT)
+            raise Refusal(
+                f"gives {tuple(val.shape)} on the short sequence, not {promised}", node, WAY_OUT, code=Code.WRONG_RULE
+            )
 
     def _note_sizes(self, node: Node, twin: Node, transfer: Transfer) -> None:
         """Where a merged token counts for what it stands for: as a key of attention, and in a mean."""
@@ -164,6 +176,7 @@ class _Emitter:
                 "attention that is not scaled_dot_product_attention takes no size bias",
                 node,
                 "use Schedule(by=Stream(size_bias=False)), or prune instead of merging",
+                code=Code.SIZES,
             )
         elif node.target in MEANS and self.site.weighted_mean and transfer.mixes and layout is not None:
             tokens = next(d for d, dim in enumerate(layout) if tokens_in(dim))
@@ -172,7 +185,10 @@ class _Emitter:
             over = tokens_in(layout[tokens])
             if not alone or over is None or isinstance(over, Part):
                 raise Refusal(
-                    "a mean over tokens folded with samples, or on a grid", node, "use Schedule(weighted_mean=False)"
+                    "a mean over tokens folded with samples, or on a grid",
+                    node,
+                    "use Schedule(weighted_mean=False)",
+                    code=Code.SIZES,
                 )
             twin.meta[MEAN_SIZES] = (self._sizes(over), samples, tokens)
 
@@ -224,7 +240,7 @@ class _Emitter:
         if whole.is_Integer:
             return int(whole)
         if rest.free_symbols:
-            raise Refusal("a size depends on a second batch", self.site.stream, WAY_OUT)
+            raise Refusal("a size depends on a second batch", self.site.stream, WAY_OUT, code=Code.DATA_DEPENDENT)
         if not any(isinstance(f, Batch) for f in dim):
             return int(rest)
         if self.samples is None:

@@ -27,6 +27,10 @@ class ScoreOutputs(Pass):
 
     wanted: tuple[tuple[Block, Protected, Score], ...]
 
+    @property
+    def changes_outputs(self) -> bool:
+        return True
+
     def call(self, gm: GraphModule) -> PassResult:
         scores: list[Node] = []
         for block, protected, score in self.wanted:
@@ -42,6 +46,10 @@ class StageScoreOutputs(Pass):
     """Replaces the outputs by the score maps of stages: for each cut the [B, H, W] that it would choose by."""
 
     cuts: tuple[CutGrid, ...]
+
+    @property
+    def changes_outputs(self) -> bool:
+        return True
 
     def call(self, gm: GraphModule) -> PassResult:
         scores: list[Node] = []
@@ -62,6 +70,10 @@ class KeptOutputs(Pass):
 
     selections: Mapping[int, tuple[Node, ...]]
 
+    @property
+    def changes_outputs(self) -> bool:
+        return True
+
     def call(self, gm: GraphModule) -> PassResult:
         with gm.graph.inserting_before(gm.graph.output_node()):
             kept = [splice(gm.graph, "select", original_positions, *chain) for chain in self.selections.values()]
@@ -74,6 +86,10 @@ class CutOutputs(Pass):
     """Replaces the outputs by the kept rows and columns of cuts, a pair of them a stage (`gm.meta[CUTS]`)."""
 
     cuts: Mapping[int, tuple[Node, Node]]
+
+    @property
+    def changes_outputs(self) -> bool:
+        return True
 
     def call(self, gm: GraphModule) -> PassResult:
         _give(gm, [node for pair in self.cuts.values() for node in pair])

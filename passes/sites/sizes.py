@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Node
 
 from passes.attention.attention_kernel import ALIGN
 from passes.axes.gather import along
-from passes.graph.base import ALIVE, Pass, PassResult, Refusal
+from passes.graph.base import ALIVE, Check, CompileError, Pass, PassResult, Refusal
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, Piece, Prunable, Tokens
 from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by, splice
@@ -99,6 +100,12 @@ def weighed(x: Tensor, sizes: Tensor, samples: int | None, tokens: int) -> Tenso
     return x * along((sizes / sizes.mean(1, keepdim=True)).to(x.dtype), x.dim(), samples, tokens)
 
 
+def no_noted_size(gm: GraphModule) -> None:
+    """No mean waits for its sizes, and nothing that is not read is kept alive."""
+    if any(MEAN_SIZES in node.meta or ALIVE in node.meta for node in gm.graph.nodes):
+        raise CompileError("sizes of merged tokens are noted and not written", code=Code.FAULT)
+
+
 @dataclass(frozen=True)
 class ApplySizes(Pass):
     """Writes the noted sizes into attentions and means.
@@ -106,6 +113,8 @@ class ApplySizes(Pass):
     CPU's flash kernel takes a mask as it is, so there the bias is a mask; elsewhere a mask would force the flash kernel
     off, so it is a channel, unless a mask is there anyway.
     """
+
+    ensures: ClassVar[tuple[Check, ...]] = (no_noted_size,)
 
     def call(self, gm: GraphModule) -> PassResult:
         how: set[str] = set()
@@ -153,9 +162,13 @@ def check_biasable(node: Node, pairs: Layout, one_sample: bool) -> None:
     given: dict[str, Any] = arguments(node)
     way_out = "use Schedule(by=Stream(size_bias=False)), or prune instead of merging"
     if given["is_causal"]:
-        raise Refusal("causal attention, in which a merged token would stand at two places", node, way_out)
+        raise Refusal(
+            "causal attention, in which a merged token would stand at two places", node, way_out, code=Code.SIZES
+        )
     if given["dropout_p"]:
-        raise Refusal("attention with dropout does not take a size bias", node, "call model.eval() first")
+        raise Refusal(
+            "attention with dropout does not take a size bias", node, "call model.eval() first", code=Code.TRAIN_MODE
+        )
     alone = len(pairs) == 4 and (isinstance(pairs[0][0], Batch) if len(pairs[0]) == 1 else one_sample and not pairs[0])
     if not alone:
-        raise Refusal("this attention is not on [batch, heads, tokens, channels]", node, way_out)
+        raise Refusal("this attention is not on [batch, heads, tokens, channels]", node, way_out, code=Code.SIZES)

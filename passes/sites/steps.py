@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.token_axis import stream_layout
 from passes.graph.base import CompileError, Refusal
+from passes.graph.codes import Code
 from passes.network.branches import Block, tokens_of
 from passes.network.padding import masking
 from passes.network.protected import Protected
@@ -85,14 +86,15 @@ def pass_for(
     """The pass that does a step, or None where there is nothing to do."""
     length = tokens_of(place_of(p, block))
     if length is None:
-        stream_layout(block.output)
-        raise Refusal("the residual stream has no token dimension", block.output)
+        stream_layout(block.output)  # refuses, and says why
+    assert length is not None
     if isinstance(p, Prune):
         keep = p.kept(length)
         if keep < guard.count:
             raise CompileError(
                 f"after block {p.block} {keep} of {length} tokens would be left, "
-                f"fewer than the {guard.count} protected ones; keep a larger share"
+                f"fewer than the {guard.count} protected ones; keep a larger share",
+                code=Code.TOO_MANY,
             )
         if keep == length and not p.force:
             return None
@@ -103,7 +105,8 @@ def pass_for(
     if gone > able:
         raise CompileError(
             f"block {p.block} is to merge {gone} of {length} tokens away, and at most {able} can: "
-            "one of two, protected ones never; merge fewer there and the rest in later blocks"
+            "one of two, protected ones never; merge fewer there and the rest in later blocks",
+            code=Code.TOO_MANY,
         )
     if gone and isinstance(padded, Refusal):
         raise padded
@@ -112,6 +115,7 @@ def pass_for(
             "a mask of the inputs may hide tokens as padding, and padding must not merge into a real token",
             block.attention_op() or block.output,
             "prune: Schedule(keep=...) lets padding leave first; or call the model without its mask",
+            code=Code.PADDING,
         )
     if not gone:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from passes.graph.base import CompileError
 from rs_compile.embed.errors import EmbedError
 from rs_compile.embed.sources import PICTURES, Entry, arrow
 from rs_compile.models import read_image
@@ -90,6 +91,6 @@ def reason_of(error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, UnidentifiedImageError):
         return "no picture in a format that Pillow reads"
-    text = getattr(cause, "strerror", None) or str(cause)
+    text = cause.text if isinstance(cause, CompileError) else getattr(cause, "strerror", None) or str(cause)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(cause).__name__

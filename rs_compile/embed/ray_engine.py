@@ -134,7 +134,7 @@ class Actor:
                 )
             write({chunk: self._plan[chunk]}, self._embedder, self._folder, self._settings, speed, Silent())
         except CompileError as error:
-            refused = str(error)
+            refused = error.text
         return {"speed": [json.dumps(asdict(speed))], "refused": [refused]}
 
 

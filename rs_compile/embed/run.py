@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from passes.graph.codes import Code
 from passes.pipeline import Progress
 from rs_compile.compiling import Backend
 from rs_compile.embed.decode import Reader
@@ -184,7 +185,10 @@ def ready(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise EmbedError(f"{name} is {value!r}; give an integer of at least {least}")
     if model.training:
-        raise EmbedError("the model is in train mode, where features depend on the batch and on chance; call .eval()")
+        raise EmbedError(
+            "the model is in train mode, where features depend on the batch and on chance; call .eval()",
+            code=Code.TRAIN_MODE,
+        )
     colours = "RGB"
     if transform is None:
         if not hasattr(model, "pretrained_cfg"):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from passes.graph.codes import Code
 from rs_compile.embed.errors import EmbedError
 
 Kind = Literal["picture", "video", "tar", "rows"]
@@ -63,7 +64,7 @@ def entries_of(source: Source, column: str | None = None) -> tuple[list[Entry], 
         entries += found
         others += _kind(path) is None
     if any(entry.kind == "video" for entry in entries) and importlib.util.find_spec("av") is None:
-        raise EmbedError("there are videos, which need PyAV: pip install 'rs-compile[embed]'")
+        raise EmbedError("there are videos, which need PyAV: pip install 'rs-compile[embed]'", code=Code.MISSING)
     if not entries:
         raise EmbedError(
             f"nothing to embed in {_shown(source)}; give a folder or files with pictures "
@@ -184,7 +185,7 @@ def arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise EmbedError("Parquet needs pyarrow: pip install 'rs-compile[embed]'") from error
+        raise EmbedError("Parquet needs pyarrow: pip install 'rs-compile[embed]'", code=Code.MISSING) from error
     return pyarrow, pyarrow.parquet
 
 

@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from passes.graph.base import CompileError, op_name, source_line
+from passes.graph.codes import Code
 
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 _LONGEST = 300  # characters of what an exporter said
@@ -15,6 +16,8 @@ _LONGEST = 300  # characters of what an exporter said
 
 class ExportError(CompileError):
     """A model, a file or a runtime that does not fit together. The message says what to do instead."""
+
+    family = Code.EXPORT
 
 
 def refused(exporter: str, error: BaseException, program: ExportedProgram, way_out: str) -> ExportError:

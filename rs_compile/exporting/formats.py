@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from passes.graph.codes import Code
 from rs_compile.exporting.errors import ExportError, refused
 from rs_compile.exporting.metadata import KEY, WAY_OUT, add_to_archive
 from rs_compile.exporting.program import Exported
@@ -206,5 +207,7 @@ def format_of(path: Path, given: str | None) -> str:
     if path.suffix != found.suffix:
         raise ExportError(f"a file of {name} ends in {found.suffix}, not {path.name}; or write another of {listed}")
     if missing := [p for p in found.packages if find_spec(p) is None]:
-        raise ExportError(f"{name} is written by {', '.join(missing)}, which is not installed; {WAY_OUT}")
+        raise ExportError(
+            f"{name} is written by {', '.join(missing)}, which is not installed; {WAY_OUT}", code=Code.MISSING
+        )
     return name

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from passes.graph.codes import Code
 from rs_compile.exporting.errors import ExportError
 from rs_compile.report import Report
 from rs_compile.schedule import Schedule
@@ -103,7 +104,9 @@ def info(path: str | Path) -> Info:
     try:
         text = reader(path)
     except ImportError as error:
-        raise ExportError(f"{error.name} is missing, which reads {path.suffix}; {WAY_OUT}") from error
+        raise ExportError(
+            f"{error.name} is missing, which reads {path.suffix}; {WAY_OUT}", code=Code.MISSING
+        ) from error
     except Exception as error:  # whatever a reader makes of a foreign or broken file
         raise ExportError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if text is None:

@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from passes.capture.capture import batched
+from passes.graph.codes import Code
 from rs_compile.compiling import Graphs
 from rs_compile.errors import named
 from rs_compile.exporting.errors import ExportError
@@ -65,7 +66,9 @@ def program_of(handle: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> E
         CaptureError, Refusal: see `OptimizedModel.forward`.
     """
     if any(module.training for module in handle._model.modules()):
-        raise ExportError("the model is in train mode, and a file holds one mode; call fast.eval() first")
+        raise ExportError(
+            "the model is in train mode, and a file holds one mode; call fast.eval() first", code=Code.TRAIN_MODE
+        )
     if under := autocast_state():
         raise ExportError(
             f"autocast is on for {under[0][0]}, and a file would not have it; leave the autocast block, and convert "

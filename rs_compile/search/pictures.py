@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from rs_compile import models
 
 LEAST = 8
@@ -21,6 +22,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 class SearchError(CompileError, ValueError):
     """A search that cannot be made or whose target nothing reaches; says what to give instead."""
+
+    family = Code.PICTURES
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from passes.graph.codes import Code
 from rs_compile.search.pictures import SearchError
 from rs_compile.search.rows import Row
 
@@ -23,7 +24,7 @@ def check(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise SearchError(f"{path} is in no folder that exists; give one that does")
     if find_spec("matplotlib") is None:
-        raise SearchError("drawing needs matplotlib; pip install 'rs-compile[visualize]'")
+        raise SearchError("drawing needs matplotlib; pip install 'rs-compile[visualize]'", code=Code.MISSING)
 
 
 def draw(

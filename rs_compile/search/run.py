@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.graph.codes import Code
 from rs_compile.compiling import Backend
 from rs_compile.optimize import OptimizedModel
 from rs_compile.search.climb import Climb, Trial
@@ -83,7 +84,10 @@ def search(
     target = Target(speedup, macs, drift)
     check_model(model, OptimizedModel)
     if model.training:
-        raise SearchError("the model is in train mode, in which its outputs are not those to keep; call model.eval()")
+        raise SearchError(
+            "the model is in train mode, in which its outputs are not those to keep; call model.eval()",
+            code=Code.TRAIN_MODE,
+        )
     with bar(progress) as shown:
         shown.say("reading pictures")
         searched, held = _two(model, images, held_out, limit, seed)

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from passes.axes.token_axis import sequences_per_sample
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 from passes.network.branches import Block
 from passes.network.patch_grid import PatchGrid, find_grid
 from passes.network.protected import Protected
@@ -52,6 +53,7 @@ def patches(gm: GraphModule, block: Block) -> PatchGrid:
             f"a sample has {count} sequences of tokens (windows, frames), and a map shows one",
             block.output,
             "rs_compile.optimize prunes such a model all the same",
+            code=Code.NO_MAP,
         )
     shape = block.output.meta["val"].shape
     dim = next((d for d, size in enumerate(shape[:2]) if isinstance(size, int)), 1)

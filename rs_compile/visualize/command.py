@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from passes.sites.importance import Shift
 from rs_compile.models import load_images
 from rs_compile.schedule import Schedule
@@ -118,7 +119,7 @@ def visualize(
         else:
             save_picture(output, names, photos, maps)
     except OSError as error:
-        raise CompileError(f"-o {output}: {error.strerror}; nothing was drawn") from error
+        raise CompileError(f"-o {output}: {error.strerror}; nothing was drawn", code=Code.COMMAND) from error
     return Visualized(names, maps, output)
 
 
@@ -129,9 +130,11 @@ def check_output(output: Path) -> None:
         CompileError: neither PNG nor HTML, or no such directory.
     """
     if output.suffix.lower() not in _FORMATS:
-        raise CompileError(f"-o {output}: a picture ends in .png, a page in .html; name the file so")
+        raise CompileError(f"-o {output}: a picture ends in .png, a page in .html; name the file so", code=Code.COMMAND)
     if output.is_dir() or not output.parent.is_dir():
-        raise CompileError(f"-o {output}: no file can be written there; give one in a directory that exists")
+        raise CompileError(
+            f"-o {output}: no file can be written there; give one in a directory that exists", code=Code.COMMAND
+        )
 
 
 def parse_layers(text: str) -> list[int] | None:
@@ -144,7 +147,9 @@ def parse_layers(text: str) -> list[int] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if odd := [part for part in parts if not (part.isascii() and part.isdigit())]:
-        raise CompileError(f"--layers {text}: {odd[0]!r} is no block; write indices counted from 0, 1,5,9, or all")
+        raise CompileError(
+            f"--layers {text}: {odd[0]!r} is no block; write indices counted from 0, 1,5,9, or all", code=Code.COMMAND
+        )
     return list(dict.fromkeys(map(int, parts)))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from passes.grid_pipeline import check_stages
 from passes.network.branches import find_blocks, find_branches
 from passes.network.patch_grid import map_grid
@@ -73,11 +74,12 @@ def _chosen(layers: Sequence[int] | None, count: int, unit: str) -> list[int]:
     if layers is None:
         return list(range(count))
     if not layers:
-        raise CompileError(f"no layer is asked for; name at least one {unit}, counted from 0")
+        raise CompileError(f"no layer is asked for; name at least one {unit}, counted from 0", code=Code.NO_SUCH_PART)
     for i in layers:
         if not 0 <= i < count:
             raise CompileError(
                 f"layer {i} does not exist: the model has {count} {unit}s, counted from 0 to {count - 1}; "
-                "name some of these, or take all"
+                "name some of these, or take all",
+                code=Code.NO_SUCH_PART,
             )
     return list(layers)

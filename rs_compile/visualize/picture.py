@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from passes.network.patch_grid import Extent, PatchGrid
 from rs_compile.visualize.layers import ScoreMaps
 
@@ -32,6 +33,8 @@ LETTERS = 20  # pixels that text is high
 
 class MissingLibrary(CompileError):
     """An optional library that is not installed."""
+
+    family = Code.MISSING
 
 
 def save_picture(path: Path, names: Sequence[str], photos: Sequence[Picture], maps: ScoreMaps) -> None:

@@ -106,7 +106,7 @@ def layout_text(axis: TokenAxis, node: Node) -> str:
 
 def refusals(axis: TokenAxis) -> list[str]:
     """Why ops need every token, the batch symbol written as B; outputs of the model do not count."""
-    return [r.replace(str(axis.batch.size), "B") for n, r in axis.dense.items() if n.op != "output"]
+    return [str(r).replace(str(axis.batch.size), "B") for n, r in axis.dense.items() if n.op != "output"]
 
 
 def importance(x: Tensor) -> Tensor:

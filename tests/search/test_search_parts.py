@@ -151,11 +151,11 @@ def test_metrics_of_one_name_are_told_apart_by_their_code() -> None:
     assert known[0] == drift.choose(lambda a, b: a[:, 0], nn.Identity(), None).identity
 
 
-@pytest.mark.parametrize(("given", "text"), [(torch.zeros(3), r"gave \[3\] for 2"), (1.0, "gave float for 2")])
+@pytest.mark.parametrize(("given", "text"), [(torch.zeros(3), r"metric gave \[3\] for 2"), (1.0, "metric gave float")])
 def test_a_metric_that_is_not_one_number_a_picture(given: Any, text: str) -> None:
     with pytest.raises(SearchError, match=text):
         checked(given, 2)
-    with pytest.raises(SearchError, match="not finite"):
+    with pytest.raises(SearchError, match="the metric gave a number that is not finite"):
         checked(torch.tensor([float("nan"), 0.0]), 2)
 
 

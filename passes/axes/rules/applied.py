@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Transfer, Untransferable, rule_faults, rule_for
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, dim_size, expr, show, whole_grids
 
 
@@ -19,7 +20,7 @@ def transfer_of(node: Node, ctx: Context) -> Transfer:
     """
     rule = rule_for(node.target, ctx.rules)
     if rule is None:
-        raise Untransferable(ctx.unknown)
+        raise Untransferable(ctx.unknown, code=Code.NO_RULE)
     with rule_faults(node):
         transfer = rule(node, ctx)
     val = node.meta["val"]
@@ -36,9 +37,13 @@ def _check(value: Any, layout: Layout | None) -> None:
     if layout is None or not isinstance(value, torch.Tensor):
         return
     if not whole_grids(layout):
-        raise Untransferable("takes rows or columns of the tokens' grid by themselves")
+        raise Untransferable("takes rows or columns of the tokens' grid by themselves", code=Code.EVERY_TOKEN)
     if sum(isinstance(f, Batch) for dim in layout for f in dim) > 1:
-        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
+        raise Untransferable(
+            "lets the samples of the batch meet, and each keeps tokens of its own", code=Code.SAMPLES_MEET
+        )
     explained = [dim_size(dim) for dim in layout]
     if len(explained) != value.dim() or any(a - expr(b) != 0 for a, b in zip(explained, value.shape, strict=True)):
-        raise Untransferable(f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}")
+        raise Untransferable(
+            f"the layout {show(layout)} does not explain the shape {tuple(value.shape)}", code=Code.WRONG_RULE
+        )

@@ -10,6 +10,7 @@ from torch.fx import Node
 from passes.axes.rules.full_length import paired
 from passes.axes.rules.pointwise import align, broadcast, joined, no_weights
 from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Dim, Layout, tokens_in
 from passes.graph.ops import argument, shape_of
 
@@ -21,7 +22,7 @@ def linear(node: Node, ctx: Context) -> Transfer:
     """Acts on channels; a linear layer over tokens has a fixed number of them."""
     layout = ctx.carried(node)
     if tokens_in(layout[-1]):
-        raise Untransferable("a linear layer over the tokens, of a fixed size")
+        raise Untransferable("a linear layer over the tokens, of a fixed size", code=Code.EVERY_TOKEN)
     need_free(layout, [-1], "a linear layer")
     return Transfer(layout[:-1] + (ctx.plain(shape_of(node)[-1]),))
 
@@ -30,11 +31,13 @@ def _contracted(a: Dim, b: Dim) -> Dim:
     """The dimension that a product sums over, having checked that it may."""
     over_a, over_b = tokens_in(a), tokens_in(b)
     if any(isinstance(f, Batch) for f in a + b):
-        raise Untransferable("sums over the samples of the batch")
+        raise Untransferable("sums over the samples of the batch", code=Code.SAMPLES_MEET)
     if over_a is None and over_b is None:
         return ()
     if not any(t is not None and t.weights for t in (over_a, over_b)):
-        raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
+        raise Untransferable(
+            "sums over tokens with weights that no softmax over tokens has normalised", code=Code.EVERY_TOKEN
+        )
     return joined([d for d in (a, b) if tokens_in(d)]) or ()
 
 
@@ -62,7 +65,7 @@ class _Cut(Context):
 def _product(node: Node, ctx: Context, a: Node, b: Node, *more: Node) -> Transfer:
     la, lb = ctx.sides(a), ctx.sides(b)
     if len(la) < 2 or len(lb) < 2:
-        raise Untransferable("a product with a vector")
+        raise Untransferable("a product with a vector", code=Code.FORM)
     over = _contracted(la[-1], lb[-2])
     pairs = broadcast(_Cut(ctx), [a, b], shape_of(node)[:-2])
     out = pairs + (la[-2], lb[-1])
@@ -96,7 +99,7 @@ def einsum(node: Node, ctx: Context) -> Transfer:
     equation: Any = node.args[0]
     operands: Any = node.args[1]
     if "." in equation or "->" not in equation:
-        raise Untransferable("an einsum with an ellipsis or without an arrow")
+        raise Untransferable("an einsum with an ellipsis or without an arrow", code=Code.FORM)
     left, right = equation.replace(" ", "").split("->")
     terms = left.split(",")
     met: dict[str, list[Dim]] = {letter: [] for letter in "".join(terms)}
@@ -108,10 +111,12 @@ def einsum(node: Node, ctx: Context) -> Transfer:
     sums = set("".join(terms)) - set(right)
     for letter in sums:
         if any(isinstance(f, Batch) for f in whole[letter]):
-            raise Untransferable("sums over the samples of the batch")
+            raise Untransferable("sums over the samples of the batch", code=Code.SAMPLES_MEET)
         over = tokens_in(whole[letter])
         if over and not over.weights:
-            raise Untransferable("sums over tokens with weights that no softmax over tokens has normalised")
+            raise Untransferable(
+                "sums over tokens with weights that no softmax over tokens has normalised", code=Code.EVERY_TOKEN
+            )
     heads = _mixes_heads(tuple(f for letter in sums for f in whole[letter]), ctx, *operands)
     dims = {letter: dim if heads else no_weights(dim) for letter, dim in whole.items()}
     sides = [(n, tuple(dims[letter] for letter in term)) for term, n in zip(terms, operands, strict=True)]
@@ -131,16 +136,16 @@ def attention(node: Node, ctx: Context) -> Transfer:
     for layout in (lq, lk, lv):
         need_free(layout, [-1], "the channels of attention")
     if any(isinstance(f, Batch) for f in lk[-2] + lv[-2]):
-        raise Untransferable("attends over the samples of the batch")
+        raise Untransferable("attends over the samples of the batch", code=Code.SAMPLES_MEET)
     for dim in (lk[-2], lv[-2]):
         need_whole(dim, "attends to")
     over, of_value = tokens_in(lk[-2]), tokens_in(lv[-2])
     if (over is None) != (of_value is None):
-        raise Untransferable("keys and values belong to different sequences")
+        raise Untransferable("keys and values belong to different sequences", code=Code.OTHER_SEQUENCE)
     joined([lk[-2], lv[-2]])
     causal = bool(argument(node, "is_causal"))
     if causal and lq[-2] != lk[-2]:
-        raise Untransferable("causal attention between different sequences")
+        raise Untransferable("causal attention between different sequences", code=Code.OTHER_SEQUENCE)
     pairs = broadcast(_Cut(ctx), [query, key, value], shape_of(node)[:-2])
     aligned: dict[Node, Layout] = {}
     for n, layout in ((query, lq), (key, lk), (value, lv)):
@@ -173,10 +178,12 @@ def on_grid(node: Node, ctx: Context) -> Transfer:
 @rules_for(aten.im2col.default, aten.col2im.default, aten.unfold.default)
 def windows(node: Node, ctx: Context) -> Transfer:
     """Soft split: windows that overlap become tokens."""
-    raise Untransferable("cuts the tokens' grid into windows, or joins them, and needs every token")
+    raise Untransferable(
+        "cuts the tokens' grid into windows, or joins them, and needs every token", code=Code.EVERY_TOKEN
+    )
 
 
 def _on_grid(node: Node) -> Untransferable:
     if node.target is aten.conv1d.default:
-        return Untransferable("a convolution over the sequence of tokens")
-    return Untransferable("a convolution, which needs the tokens on their full grid")
+        return Untransferable("a convolution over the sequence of tokens", code=Code.EVERY_TOKEN)
+    return Untransferable("a convolution, which needs the tokens on their full grid", code=Code.EVERY_TOKEN)

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from passes.axes.rules import contractions, reductions, tokens
 from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, grid_rules_for, need_free
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, Line, lines_in, regroup, whole_lines
 from passes.graph.ops import RESHAPES, SOFTMAX, argument, arguments, shape_of, view_sizes, wrap
 
@@ -43,11 +44,13 @@ def slice_(node: Node, ctx: Context) -> Transfer:
         return tokens.slice_(node, ctx)
     start, end = argument(node, "start"), argument(node, "end", 0)
     if start not in (None, 0) or end not in (None, torch.iinfo(torch.int64).max):
-        raise Untransferable("takes rows or columns by their number")
+        raise Untransferable("takes rows or columns by their number", code=Code.NEEDS_THE_MAP)
     line, *folded = lines_in(layout[d])
     step = argument(node, "step")
     if step != 1 and folded:
-        raise Untransferable("takes every n-th cell of a map that is folded into one dimension")
+        raise Untransferable(
+            "takes every n-th cell of a map that is folded into one dimension", code=Code.NEEDS_THE_MAP
+        )
     if step == 1:
         return Transfer(layout)
     out = replace(line, count=shape_of(node)[d], step=line.step * step)
@@ -62,7 +65,7 @@ def select(node: Node, ctx: Context) -> Transfer:
     if lines_in(dim):
         need_free((dim,), [0], "one entry of a dimension that")
     if any(isinstance(f, Batch) for f in dim):
-        raise Untransferable("takes one sample of the batch")
+        raise Untransferable("takes one sample of the batch", code=Code.SAMPLES_MEET)
     return tokens.select(node, ctx)
 
 
@@ -70,7 +73,7 @@ def select(node: Node, ctx: Context) -> Transfer:
 def new(node: Node, ctx: Context) -> Transfer:
     """A value of its own, such as the mask of stochastic depth; it must not have a size of the grid."""
     if any(isinstance(s, int) and s != 1 for s in shape_of(node)):
-        raise Untransferable("makes a value whose size may be that of the grid")
+        raise Untransferable("makes a value whose size may be that of the grid", code=Code.FIXED_GRID)
     return Transfer(None)
 
 
@@ -79,14 +82,16 @@ def attention(node: Node, ctx: Context) -> Transfer:
     """Cells attend to cells, of this map or of one that a window made from it: to those of the smaller map."""
     given: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
     if argument(node, "attn_mask") is not None or argument(node, "is_causal"):
-        raise Untransferable("attends by a mask, which may have an entry per cell, or in order")
+        raise Untransferable(
+            "attends by a mask, which may have an entry per cell, or in order", code=Code.NEEDS_THE_MAP
+        )
     for layout in map(ctx.layout, given):
         over = layout and [d for d, dim in enumerate(layout) if lines_in(dim)]
         if layout and (over != [len(layout) - 2] or len(lines_in(layout[-2])) != 2):
-            raise Untransferable("attends along rows or columns alone, or over channels")
+            raise Untransferable("attends along rows or columns alone, or over channels", code=Code.NEEDS_THE_MAP)
     keys, values = (lines_in(ctx.sides(n)[-2]) for n in given[1:])
     if [line.count for line in keys] != [line.count for line in values]:
-        raise Untransferable("takes keys and values of different maps")
+        raise Untransferable("takes keys and values of different maps", code=Code.OTHER_SEQUENCE)
     return replace(contractions.attention(node, ctx), mixes=True, apart=True)
 
 
@@ -104,7 +109,8 @@ def view(node: Node, ctx: Context) -> Transfer:
         size = " x ".join(str(shape[d]) for d in dict.fromkeys(at[i] for i in sorted(at)))
         raise Untransferable(
             f"reshapes the map of {size} to {[s if isinstance(s, int) else 'batch' for s in out]}, "
-            "a fixed grid that the layers behind it need"
+            "a fixed grid that the layers behind it need",
+            code=Code.FIXED_GRID,
         )
     return Transfer(found, args=args)
 

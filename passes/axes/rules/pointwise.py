@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from passes.axes.rules.registry import Context, MapContext, Transfer, Untransferable, need_free, rules_for
+from passes.graph.codes import Code
 from passes.graph.layout import (
     Batch,
     Dim,
@@ -54,12 +55,14 @@ def joined(dims: Sequence[Dim]) -> Dim | None:
             a, b = followed(first), followed(other)
             assert a is not None and b is not None
             if not meet(a, b):
-                raise Untransferable(a.named.apart)
+                raise Untransferable(a.named.apart, code=Code.OTHER_SEQUENCE)
             if len(first) != len(other) or not all(map(meet, first, other)):
-                raise Untransferable(f"{a.named.many} are folded with different dimensions")
+                raise Untransferable(f"{a.named.many} are folded with different dimensions", code=Code.OTHER_SEQUENCE)
             weights |= any(isinstance(f, Tokens) and f.weights for f in (a, b))
     if len({_in_row(d) for d in dims if any(not isinstance(f, Free) for f in d)}) > 1:
-        raise Untransferable("lets the samples of the batch meet, and each keeps tokens of its own")
+        raise Untransferable(
+            "lets the samples of the batch meet, and each keeps tokens of its own", code=Code.SAMPLES_MEET
+        )
     if shorter:
         return tuple(replace(f, weights=weights) if isinstance(f, Tokens) else f for f in first)
     over = [d for d in dims if any(isinstance(f, Batch) for f in d)]
@@ -103,7 +106,9 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
             if own is not None and own[at] and out[at]:
                 joined([own[at], out[at]])
                 if (mine := followed(own[at])) and over is None:
-                    raise Untransferable(f"{mine.named.many} meet what does not run over them")
+                    raise Untransferable(
+                        f"{mine.named.many} meet what does not run over them", code=Code.OTHER_SEQUENCE
+                    )
             if over is None or (isinstance(shape[at], int) and shape[at] == 1):
                 continue
             if own is None or followed(own[at]) is None:
@@ -113,9 +118,15 @@ def align(ctx: Context, inputs: Sequence[Node], out: Layout) -> dict[Node, Layou
         return aligned
     parts = [dim for dim in out if isinstance(tokens_in(dim), Part)]
     if aligned and not whole_grids(out):
-        raise Ungatherable("an input has an entry per row or column of the tokens' grid, and those left form none")
+        raise Ungatherable(
+            "an input has an entry per row or column of the tokens' grid, and those left form none",
+            code=Code.OTHER_SEQUENCE,
+        )
     if aligned and any(len(dim) > 1 for dim in parts):
-        raise Ungatherable("an input with an entry per token meets a grid that is folded with another dimension")
+        raise Ungatherable(
+            "an input with an entry per token meets a grid that is folded with another dimension",
+            code=Code.OTHER_SEQUENCE,
+        )
     if aligned and not any(isinstance(f, Batch) for dim in out for f in dim):
         _check_one_sample(ctx, aligned, out)
     return aligned
@@ -125,26 +136,36 @@ def _check_cut_alike(ctx: MapContext, inputs: Sequence[Node], aligned: Collectio
     """Declines where an input with an entry per cell is no map [B, C, H, W] from before the cut, like the cut one."""
     for n in aligned:
         if ctx.layout(n) is not None:
-            raise Untransferable(Line.named.apart)
+            raise Untransferable(Line.named.apart, code=Code.OTHER_SEQUENCE)
         if n in ctx.fixed:
-            raise Untransferable("meets what was pooled to a fixed grid and given rows and columns again")
+            raise Untransferable(
+                "meets what was pooled to a fixed grid and given rows and columns again", code=Code.FIXED_GRID
+            )
         like = len(out) == 4 and ctx.cut is not None and out[2:] == ctx.cut[1:]
         if not like or shape_of(n)[2:] != tuple(map(dim_size, out[2:])):
-            raise Untransferable("meets a value from before the cut, whose rows and columns cannot be matched here")
+            raise Untransferable(
+                "meets a value from before the cut, whose rows and columns cannot be matched here",
+                code=Code.OTHER_SEQUENCE,
+            )
     carrying = [layout for n in inputs if (layout := ctx.layout(n)) is not None and len(layout) == len(out)]
     if aligned and ctx.cut is not None and any(layout[0] != ctx.cut[0] for layout in carrying):
-        raise Untransferable("meets a value from before the cut, of which it has not every sample")
+        raise Untransferable(
+            "meets a value from before the cut, of which it has not every sample", code=Code.SAMPLES_MEET
+        )
 
 
 def _check_one_sample(ctx: Context, aligned: Collection[Node], out: Layout) -> None:
     """Declines where inputs with an entry per token meet a value without samples, unless there is but one sample."""
     if ctx.batch.size != 1:
-        raise Ungatherable("an input with an entry per token has no dimension for samples to be gathered along")
+        raise Ungatherable(
+            "an input with an entry per token has no dimension for samples to be gathered along", code=Code.SAMPLES_MEET
+        )
     for n in aligned:
         shape = shape_of(n)
         if sum(shape[at] != 1 and tokens_in(out[at]) is not None for at in range(-len(shape), 0)) > 1:
             raise Untransferable(
-                "an input has an entry per pair of tokens, which may keep several images in one sequence apart"
+                "an input has an entry per pair of tokens, which may keep several images in one sequence apart",
+                code=Code.OTHER_SEQUENCE,
             )
 
 
@@ -198,7 +219,7 @@ def prelu(node: Node, ctx: Context) -> Transfer:
     """One slope for every entry, or one for each entry of dimension 1."""
     layout, slopes = ctx.carried(node), node.args[1]
     if ctx.layout(slopes) is not None:
-        raise Untransferable(ctx.side)
+        raise Untransferable(ctx.side, code=Code.OTHER_SEQUENCE)
     if shape_of(slopes) != (1,):
         need_free(layout, [1], "a slope for each entry of what")
     return Transfer(tuple(no_weights(dim) for dim in layout))

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Transfer, Untransferable, need_free, need_whole, rules_for
 from passes.axes.rules.views import without
+from passes.graph.codes import Code
 from passes.graph.layout import Dim, Line, Tokens, followed, holds_lines, tokens_in
 from passes.graph.ops import SOFTMAX, argument, shape_of, wrap
 
@@ -39,7 +40,7 @@ def batch_norm(node: Node, ctx: Context) -> Transfer:
     """With running statistics it is an affine map of channels (dimension 1)."""
     layout = ctx.carried(node)
     if argument(node, "training"):
-        raise Untransferable("batch norm in training mode, whose statistics run over tokens")
+        raise Untransferable("batch norm in training mode, whose statistics run over tokens", code=Code.TRAIN_MODE)
     need_free(layout, [1], "batch norm")
     return Transfer(layout)
 
@@ -75,7 +76,9 @@ def reduction(node: Node, ctx: Context) -> Transfer:
         weights = isinstance(f, Tokens) and f.weights and node.target is aten.sum.dim_IntList
         kind = Line if isinstance(f, Line) else Tokens
         if not alone or not (weights or node.target in _OVER[kind]):
-            raise Untransferable(f"a reduction over {f.named.many} that depends on how many there are")
+            raise Untransferable(
+                f"a reduction over {f.named.many} that depends on how many there are", code=f.named.code
+            )
     out = without(layout, over, keepdim)
     val = node.meta["val"]
     mixes = bool(shorter) or holds_lines(layout)  # what lost its channels is no map to give back as it was
@@ -91,7 +94,7 @@ def softmax(node: Node, ctx: Context) -> Transfer:
         need_free(layout, [d], "a softmax")
         return Transfer(layout)
     if len(layout[d]) != 1:
-        raise Untransferable("a softmax over tokens that are folded with another dimension")
+        raise Untransferable("a softmax over tokens that are folded with another dimension", code=Code.EVERY_TOKEN)
     need_whole(layout[d], "a softmax over")
     weights: Dim = tuple(Tokens(f.pieces, True) if isinstance(f, Tokens) else f for f in layout[d])
     return Transfer(layout[:d] + (weights,) + layout[d + 1 :], mixes=True)
@@ -114,5 +117,5 @@ def pool(node: Node, ctx: Context) -> Transfer:
         need_free(layout, [-1], "pooling")
         return Transfer((*layout[:-1], ctx.plain(shape_of(node)[-1])))
     if len(layout[-1]) != 1 or argument(node, "output_size") not in (1, [1]):
-        raise Untransferable("pools tokens into more than one")
+        raise Untransferable("pools tokens into more than one", code=Code.EVERY_TOKEN)
     return Transfer((*layout[:-1], ()), mixes=True)

@@ -15,12 +15,15 @@ import torch
 from torch.fx import Node
 
 from passes.graph.base import CompileError, op_name
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Dim, Layout, Part, Tokens, followed, plain, resized, tokens_in
 from passes.graph.ops import checked_operator, shape_of
 
 
 class Untransferable(CompileError):
     """A rule declines: the op is not proven to mean the same on fewer tokens, rows or columns. Holds the reason."""
+
+    family = Code.NO_RULE
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Context:
         """The layout of an op's first input, which must be one that runs over tokens (rows, columns)."""
         layout = self.layout(node.args[0])
         if layout is None:
-            raise Untransferable(self.side)
+            raise Untransferable(self.side, code=Code.OTHER_SEQUENCE)
         return layout
 
     def sides(self, node: Any) -> Layout:
@@ -120,7 +123,7 @@ class Context:
         """A dimension of which an op picks or joins entries; declines where it runs over samples that keep tokens."""
         out = resized(dim, size, self.batch)
         if out is None:
-            raise Untransferable(f"{doing} samples of the batch")
+            raise Untransferable(f"{doing} samples of the batch", code=Code.SAMPLES_MEET)
         return out
 
 
@@ -153,7 +156,7 @@ class MapContext(Context):
     def carried(self, node: Node) -> Layout:
         layout = super().carried(node)
         if sum(n in self._layouts for n in node.all_input_nodes) != 1:
-            raise Untransferable(self.side)
+            raise Untransferable(self.side, code=Code.OTHER_SEQUENCE)
         return layout
 
 
@@ -209,7 +212,7 @@ def rule_faults(node: Node) -> Iterator[None]:
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         text = f"its rule failed on this form of {op_name(node)} ({type(error).__name__}: {error})"
         warnings.warn(f"rs_compile: {op_name(node)}: {text}; please report this", RuntimeWarning, stacklevel=1)
-        raise Untransferable(text) from error
+        raise Untransferable(text, code=Code.NO_RULE) from error
 
 
 def rules_for(*ops: Any, maps: bool = False) -> Callable[[Rule], Rule]:
@@ -234,7 +237,7 @@ def _into(tables: Sequence[dict[Any, Rule]], ops: Sequence[Any]) -> Callable[[Ru
 def need_whole(dim: Dim, doing: str) -> None:
     """Declines where a dimension runs over rows or columns of tokens alone."""
     if isinstance(tokens_in(dim), Part):
-        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone")
+        raise Untransferable(f"{doing} rows or columns of the tokens' grid alone", code=Code.EVERY_TOKEN)
 
 
 def need_free(layout: Sequence[Dim], dims: Any, doing: str) -> None:
@@ -242,6 +245,6 @@ def need_free(layout: Sequence[Dim], dims: Any, doing: str) -> None:
     for d in dims:
         over = followed(layout[d])
         if over is not None:
-            raise Untransferable(f"{doing} runs over {over.named.axis}")
+            raise Untransferable(f"{doing} runs over {over.named.axis}", code=over.named.code)
         if any(isinstance(f, Batch) for f in layout[d]):
-            raise Untransferable(f"{doing} runs over the samples of the batch")
+            raise Untransferable(f"{doing} runs over the samples of the batch", code=Code.SAMPLES_MEET)

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from passes.axes.rules.pointwise import align, broadcast, no_weights, tensors
 from passes.axes.rules.registry import Context, Position, Transfer, Untransferable, need_free, need_whole, rules_for
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Dim, Fixed, Free, Layout, Maps, Piece, Tokens, lines_in, merged, tokens_in
 from passes.graph.ops import argument, shape_of, sizes_of, wrap
 
@@ -21,14 +22,14 @@ def _alone(dim: Dim) -> Tokens:
     over = tokens_in(dim)
     assert over is not None
     if len(dim) != 1:
-        raise Untransferable("picks from tokens that are folded with another dimension")
+        raise Untransferable("picks from tokens that are folded with another dimension", code=Code.EVERY_TOKEN)
     need_whole(dim, "picks from")
     return over
 
 
 def _unweighted(over: Tokens) -> None:
     if over.weights:
-        raise Untransferable("picks single attention weights")
+        raise Untransferable("picks single attention weights", code=Code.EVERY_TOKEN)
 
 
 @rules_for(aten.slice.Tensor, aten.narrow.default)
@@ -40,12 +41,15 @@ def slice_(node: Node, ctx: Context) -> Transfer:
         return Transfer(layout[:d] + (ctx.resized(layout[d], shape_of(node)[d], "picks"),) + layout[d + 1 :])
     over, size = _alone(layout[d]), int(shape_of(node)[d])
     if argument(node, "step", 1) != 1:
-        raise Untransferable("takes every other token")
+        raise Untransferable("takes every other token", code=Code.EVERY_TOKEN)
     start = argument(node, "start") or 0
     start = max(0, min(wrap(start, over.dense), over.dense))
     part = over.cut(start, start + size)
     if part is None:
-        raise Untransferable(f"takes tokens {start} to {start + size} of {over.dense}, some of which may be pruned")
+        raise Untransferable(
+            f"takes tokens {start} to {start + size} of {over.dense}, some of which may be pruned",
+            code=Code.PICKS_A_TOKEN,
+        )
     if part != over:
         _unweighted(over)
     out = layout[:d] + (merged((part,)),) + layout[d + 1 :]
@@ -67,7 +71,7 @@ def select(node: Node, ctx: Context) -> Transfer:
     index = wrap(argument(node, "index"), over.dense)
     part = over.cut(index, index + 1)
     if part is None or part.prunable:
-        raise Untransferable(f"reads token {index} of {over.dense}, which may be pruned")
+        raise Untransferable(f"reads token {index} of {over.dense}, which may be pruned", code=Code.PICKS_A_TOKEN)
     return Transfer(rest, args=(node.args[0], d, Position(over, index)), kwargs={})
 
 
@@ -98,7 +102,10 @@ def split(node: Node, ctx: Context) -> Transfer:
         borders.append(borders[-1] + int(p.shape[d]))
         part = over.cut(*borders[-2:])
         if part is None:
-            raise Untransferable(f"splits the tokens at {borders[-1]} of {over.dense}, between tokens that may go")
+            raise Untransferable(
+                f"splits the tokens at {borders[-1]} of {over.dense}, between tokens that may go",
+                code=Code.PICKS_A_TOKEN,
+            )
         out.append(layout[:d] + (merged((part,)),) + layout[d + 1 :])
     cuts = [Position(over, b) for b in borders[1:-1]]
     return Transfer(tuple(out), target=aten.tensor_split.indices, args=(node.args[0], cuts, d), kwargs={})
@@ -132,7 +139,7 @@ def cat(node: Node, ctx: Context) -> Transfer:
             else:
                 size = shape_of(n)[d]
                 if not isinstance(size, int):
-                    raise Untransferable("joins tokens with a stretch of unknown length")
+                    raise Untransferable("joins tokens with a stretch of unknown length", code=Code.OTHER_SEQUENCE)
                 pieces.append(Fixed(size))
         dim = merged((Tokens.of(pieces),))
     else:
@@ -142,7 +149,7 @@ def cat(node: Node, ctx: Context) -> Transfer:
     hidden = out[:d] + ((),) + out[d + 1 :]  # along d nothing pairs up
     aligned = align(ctx, tensors(inputs), hidden)
     if aligned and any(isinstance(f, Maps) and f.parted for f in dim):
-        raise Untransferable("joins samples of a map from before the cut")
+        raise Untransferable("joins samples of a map from before the cut", code=Code.SAMPLES_MEET)
     return Transfer(out, aligned)
 
 
@@ -175,7 +182,7 @@ def index(node: Node, ctx: Context) -> Transfer:
     indices: Any = node.args[1]
     used = [d for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or len(shape_of(indices[used[0]])) != 1 or ctx.layout(indices[used[0]]) is not None:
-        raise Untransferable("indexes with several or computed index tensors")
+        raise Untransferable("indexes with several or computed index tensors", code=Code.FORM)
     need_free(layout, used, "indexes a dimension that")
     d = used[0]
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
@@ -193,7 +200,7 @@ def gather(node: Node, ctx: Context) -> Transfer:
     sizes = (sizes_of(source), sizes_of(index))
     for i, dim in enumerate(pairs[:d] + ((),) + pairs[d:]):
         if not all(isinstance(f, Free) for f in dim) and len({s[i] for s in sizes if s is not None}) > 1:
-            raise Untransferable("picks for some of the tokens or samples only")
+            raise Untransferable("picks for some of the tokens or samples only", code=Code.PICKS_A_TOKEN)
     pairs = tuple(no_weights(dim) for dim in pairs)  # what is picked need not sum to one
     out = pairs[:d] + (no_weights(picks[d]),) + pairs[d:]
     aligned = align(ctx, [source], pairs[:d] + (given[d],) + pairs[d:]) | align(ctx, [index], out)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for
+from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, followed, merged, regroup, show, tokens_in
 from passes.graph.ops import PERMUTING, argument, permuted, shape_of, wrap
 
@@ -34,7 +35,9 @@ def reshape(node: Node, ctx: Context) -> Transfer:
     if out is None:
         shape = [str(s) for s in shape_of(node)]
         rows = f", or its {ctx.batch.sequences} sequences a sample" if ctx.batch.sequences > 1 else ""
-        raise Untransferable(f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis{rows}")
+        raise Untransferable(
+            f"reshapes {show(layout)} to [{', '.join(shape)}], which splits the token axis{rows}", code=Code.EVERY_TOKEN
+        )
     return Transfer(out, target=aten.reshape.default, args=(node.args[0], [Extent(d) for d in out]), kwargs={})
 
 
@@ -66,9 +69,9 @@ def repeat(node: Node, ctx: Context) -> Transfer:
         if times == 1:
             out.append(dim)
         elif tokens_in(dim):
-            raise Untransferable("repeats the sequence of tokens")
+            raise Untransferable("repeats the sequence of tokens", code=Code.EVERY_TOKEN)
         elif any(isinstance(f, Batch) for f in dim):
-            raise Untransferable("repeats the samples of the batch")
+            raise Untransferable("repeats the samples of the batch", code=Code.SAMPLES_MEET)
         else:
             out.append(ctx.plain(size))
     return Transfer(tuple(out))
@@ -80,7 +83,7 @@ def unbind(node: Node, ctx: Context) -> Transfer:
     layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     if tokens_in(layout[d]):
-        raise Untransferable("takes the sequence apart token by token")
+        raise Untransferable("takes the sequence apart token by token", code=Code.EVERY_TOKEN)
     need_free(layout, [d], "takes apart a dimension that")
     rest = layout[:d] + layout[d + 1 :]
     return Transfer(tuple(rest for _ in node.meta["val"]))
@@ -93,9 +96,9 @@ def reorder(node: Node, ctx: Context) -> Transfer:
     dims: Any = argument(node, "dims")
     over = [wrap(d, len(layout)) for d in dims] if dims else range(len(layout))
     if moved := [f for d in over if (f := followed(layout[d]))]:
-        raise Untransferable(f"changes the order of the {moved[0].named.many}")
+        raise Untransferable(f"changes the order of the {moved[0].named.many}", code=moved[0].named.code)
     if any(isinstance(f, Batch) for d in over for f in layout[d]):
-        raise Untransferable("changes the order of the samples")
+        raise Untransferable("changes the order of the samples", code=Code.SAMPLES_MEET)
     return Transfer(layout)
 
 
@@ -105,7 +108,7 @@ def sym_size(node: Node, ctx: Context) -> Transfer:
     layout = ctx.carried(node)
     over = followed(layout[wrap(argument(node, "dim"), len(layout))])
     if over is not None:
-        raise Untransferable(f"reads the number of {over.named.many} as a value")
+        raise Untransferable(f"reads the number of {over.named.many} as a value", code=over.named.code)
     return Transfer(None)
 
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from passes.axes.rules import tokens
 from passes.axes.rules.registry import Context, Transfer, Untransferable, grid_rules_for, need_free
+from passes.graph.codes import Code
 from passes.graph.layout import Layout, Line, holds_lines, lines_in
 from passes.graph.ops import CONV2D, POOL2D, argument, shape_of
 
@@ -76,7 +77,7 @@ def window(node: Node, ctx: Context) -> Transfer:
     lines = map_in(layout)
     assert slides is not None
     if lines is None:
-        raise Untransferable("a window slides over other dimensions than rows and columns")
+        raise Untransferable("a window slides over other dimensions than rows and columns", code=Code.NEEDS_THE_MAP)
     if size == (1, 1):
         return Transfer(None)  # one cell, of a smaller map too: it is held against the dense shape
     need_free(layout, [1] if node.target in CONV2D else [], "a convolution over a dimension that")
@@ -107,7 +108,7 @@ def pad(node: Node, ctx: Context) -> Transfer:
         return tokens.pad(node, ctx)
     lines = map_in(layout)
     if lines is None or any(map(any, others.values())):
-        raise Untransferable("pads other dimensions together with rows or columns")
+        raise Untransferable("pads other dimensions together with rows or columns", code=Code.NEEDS_THE_MAP)
     rows, columns = here.get(2, (0, 0)), here[3]
     period = (1, 1) if _by_torch(node) else _as_tensorflow(node, (sum(rows), sum(columns)))
     out = [
@@ -134,7 +135,9 @@ def _as_tensorflow(node: Node, amounts: Pair) -> Pair:
                 wanted = max((math.ceil(size[i] / stride) - 1) * stride + slides.reach[i] + 1 - size[i], 0)
                 period[i] = math.lcm(period[i], stride)
             if wanted != amounts[i]:
-                raise Untransferable("pads rows or columns by amounts that the model may compute from their number")
+                raise Untransferable(
+                    "pads rows or columns by amounts that the model may compute from their number", code=Code.FIXED_GRID
+                )
     return period[0], period[1]
 
 
@@ -143,12 +146,13 @@ def adaptive_pool(node: Node, ctx: Context) -> Transfer:
     """To one cell it is the mean or the maximum of the map; to a fixed grid, that of the smaller map's parts."""
     layout, size = ctx.carried(node), _pair(argument(node, "output_size"))
     if map_in(layout) is None:
-        raise Untransferable("pools other dimensions than rows and columns")
+        raise Untransferable("pools other dimensions than rows and columns", code=Code.NEEDS_THE_MAP)
     if size != (1, 1):
         # a module may be told to leave an axis as it is, which looks like its size
         if not _by_torch(node) or any(a == b for a, b in zip(size, shape_of(node.args[0])[2:], strict=True)):
             raise Untransferable(
-                f"pools the map to {size[0]} x {size[1]}, a size that the model may compute from the map's"
+                f"pools the map to {size[0]} x {size[1]}, a size that the model may compute from the map's",
+                code=Code.FIXED_GRID,
             )
     ended = (None, None) if isinstance(node.meta["val"], (tuple, list)) else None
     return Transfer(ended, fixed=size != (1, 1))

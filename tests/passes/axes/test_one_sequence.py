@@ -108,7 +108,7 @@ def test_a_mask_may_keep_images_apart() -> None:
     assert reason == (
         "aten.scaled_dot_product_attention.default (scaled_dot_product_attention_1): an input has an entry per pair of "
         "tokens, which may keep several images in one sequence apart, and later layers depend on it; no layer lies "
-        "between"
+        "between [RSC-407]"
     )
     assert way_out.startswith("  way out: call the model with one image, prune after a later block")
 

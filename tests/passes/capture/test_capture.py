@@ -188,7 +188,7 @@ def test_the_models_own_error_comes_through() -> None:
     with pytest.raises(CaptureError) as error:
         capture(Raises(), (sample(),), {})
     first, where, _ = str(error.value).splitlines()
-    assert first == "torch.export cannot capture Raises: images of 224 x 224 only"
+    assert first == "torch.export cannot capture Raises: images of 224 x 224 only [RSC-202]"
     assert where.endswith(f"line {Raises.forward.__code__.co_firstlineno + 1}, in forward")
 
 
@@ -227,5 +227,7 @@ def test_a_layer_that_is_cast_on_the_way_is_named() -> None:
     with pytest.raises(CaptureError) as error:
         capture(CastsItself(), (sample(),), {})
     first, where, way_out = str(error.value).splitlines()
-    assert first.endswith("it moves or casts a layer's own weights while it runs, which torch.export cannot record")
+    assert first.endswith(
+        "it moves or casts a layer's own weights while it runs, which torch.export cannot record [RSC-202]"
+    )
     assert "test_capture.py" in where and way_out.startswith("  way out: cast the model before")

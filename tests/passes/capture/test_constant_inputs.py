@@ -94,7 +94,7 @@ def test_writing_into_what_is_known_is_refused(f: Any, what: str) -> None:
     with pytest.raises(CaptureError) as error:
         capture(Reads(f), (sample(), lengths), {}, constant=(1,))
     lines = str(error.value).splitlines()
-    assert lines[0] == f"torch.export cannot capture Reads: {what} into a value of its constant_inputs"
+    assert lines[0] == f"torch.export cannot capture Reads: {what} into a value of its constant_inputs [RSC-202]"
     assert lines[-1] == "  way out: write that line out of place, or name fewer inputs in constant_inputs"
     assert f is counts or ("test_constant_inputs.py" in lines[1] and "in forward: return self.f(" in lines[1])
     assert torch.equal(lengths, LENGTHS)

@@ -10,7 +10,21 @@ import torch
 from graphs import aten, graph_of, only
 from torch.fx import GraphModule
 
-from passes.graph.base import Check, CompileError, Pass, PassResult, Refusal, Skip, op_name, source_line
+from passes.graph.base import (
+    Check,
+    CompileError,
+    Pass,
+    PassResult,
+    Postcondition,
+    Precondition,
+    Refusal,
+    Skip,
+    finish,
+    op_name,
+    source_line,
+)
+from passes.graph.codes import Code
+from passes.graph.splice import splice
 
 
 def doubles(gm: GraphModule) -> int:
@@ -31,6 +45,7 @@ class ReluForMul(Pass):
         for node in found:
             with gm.graph.inserting_after(node):
                 relu = gm.graph.call_function(aten.relu.default, (node.args[0],))
+            relu.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(relu)
         return PassResult(gm, rewrites=len(found))
 
@@ -71,6 +86,45 @@ class Misorders(Pass):
 
 
 @dataclass(frozen=True)
+class Forgets(Pass):
+    """Puts in an op and does not say what it gives."""
+
+    def call(self, gm: GraphModule) -> PassResult:
+        node = only(gm, aten.mul.Tensor)
+        del node.meta["val"]
+        return PassResult(gm)
+
+
+@dataclass(frozen=True)
+class Shortens(Pass):
+    """Gives another output, and may say so."""
+
+    said: bool = False
+
+    @property
+    def changes_outputs(self) -> bool:
+        return self.said
+
+    def call(self, gm: GraphModule) -> PassResult:
+        output = gm.graph.output_node()
+        (node,) = output.all_input_nodes
+        with gm.graph.inserting_before(output):
+            output.args = ((splice(gm.graph, "", lambda x: x[:, :2], node),),)
+        return PassResult(gm)
+
+
+@dataclass(frozen=True)
+class RefusesTheModel(ReluForMul):
+    """What it ensures asks of the model, which refuses."""
+
+    @staticmethod
+    def by_data(gm: GraphModule) -> None:
+        raise Refusal("depends on the data", code=Code.DATA_DEPENDENT)
+
+    ensures: ClassVar[tuple[Check, ...]] = (by_data,)
+
+
+@dataclass(frozen=True)
 class Refuses(Pass):
     def call(self, gm: GraphModule) -> PassResult:
         raise Refusal("this is not proven", only(gm, aten.mul.Tensor), "do something else")
@@ -91,6 +145,35 @@ def test_dead_code_may_be_left_for_the_next_pass() -> None:
     assert doubles(ReluForMul()(gm).gm) == 0
 
 
+def test_every_pass_ensures_values_and_outputs() -> None:
+    with pytest.raises(Postcondition, match=r"^after pass Forgets: mul \(aten.mul.Tensor\) has no fake value"):
+        Forgets()(graph_of(lambda x: x * 2))
+    gm = graph_of(lambda x: x * 2)
+    with pytest.raises(
+        Postcondition, match=r"^after pass Shortens: the outputs are .+, 2, 8\)'\], and were .+, 6, 8\)'\]"
+    ):
+        Shortens()(gm)
+    assert Shortens(said=True)(graph_of(lambda x: x * 2)).gm(torch.ones(1, 6, 8))[0].shape == (1, 2, 8)
+
+
+def test_what_the_model_refuses_is_no_fault_of_a_pass() -> None:
+    with pytest.raises(Refusal, match=r"^depends on the data \[RSC-203\]$"):
+        RefusesTheModel()(graph_of(lambda x: x * 2))
+
+
+def test_what_must_hold_at_the_end_names_the_passes_that_ran() -> None:
+    gm = ReluForMul()(graph_of(lambda x: x * 2)).gm
+    finish(gm)
+    with pytest.raises(Postcondition, match=r"^after all passes: no mul is left \(before this check ran: ReluForMul\)"):
+        finish(gm, has_a_mul)
+
+
+def test_each_pass_has_a_logger(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "passes.ReluForMul"):
+        ReluForMul()(graph_of(lambda x: x * 2))
+    assert ("passes.ReluForMul", "1 rewrites, 0 skips") in [(r.name, r.getMessage()) for r in caplog.records]
+
+
 def test_writes_and_random_numbers() -> None:
     """A random op that nothing reads goes, an op that writes stays."""
     gm = graph_of(lambda x: (x.relu(), torch.rand_like(x), x.clone().mul_(2))[0])
@@ -101,13 +184,17 @@ def test_writes_and_random_numbers() -> None:
 
 def test_requires_is_checked_on_the_input() -> None:
     gm = graph_of(lambda x: x + 1)
-    with pytest.raises(CompileError, match=r"^before pass NeedsMul: no mul is left \(before NeedsMul ran: none\)$"):
+    with pytest.raises(
+        Precondition, match=r"^before pass NeedsMul: no mul is left \(before NeedsMul ran: none\) \[RSC-"
+    ):
         NeedsMul()(gm)
     NeedsMul()(graph_of(lambda x: x * 2))
 
 
 def test_ensures_is_checked_on_the_result() -> None:
-    with pytest.raises(CompileError, match=r"^after pass PromisesMul: no mul is left \(before P\w+ ran: none\)$"):
+    with pytest.raises(
+        Postcondition, match=r"^after pass PromisesMul: no mul is left \(before P\w+ ran: none\) \[RSC-"
+    ):
         PromisesMul()(graph_of(lambda x: x * 2))
     assert doubles(NewGraph()(graph_of(lambda x: x + 1)).gm) == 1  # the input has none, the result has
 
@@ -131,18 +218,18 @@ class Doubles(torch.nn.Module):
 def test_refusal_text() -> None:
     gm = graph_of(Doubles())
     node = only(gm, aten.mul.Tensor)
-    refusal = Refusal("this is not proven", node, "do something else")
+    refusal = Refusal("this is not proven", node, "do something else", code=Code.FORM)
     line = Doubles.forward.__code__.co_firstlineno + 1
     where = f'File "{__file__}", line {line}, in forward: return x * 2'
     assert str(refusal) == (
-        f"aten.mul.Tensor (mul): this is not proven\n  in the model: {where}\n  way out: do something else"
+        f"aten.mul.Tensor (mul): this is not proven [RSC-408]\n  in the model: {where}\n  way out: do something else"
     )
     assert (refusal.reason, refusal.op, refusal.node_name) == ("this is not proven", "aten.mul.Tensor", "mul")
     assert (refusal.where, refusal.way_out) == (where, "do something else")
-    assert str(Refusal("no node")) == "no node"
-    assert str(Refusal("no node", way_out="leave")) == "no node\n  way out: leave"
+    assert str(Refusal("no node")) == "no node [RSC-999]"
+    assert str(Refusal("no node", way_out="leave")) == "no node [RSC-999]\n  way out: leave"
     del node.meta["stack_trace"]
-    assert str(Refusal("no line", node)) == "aten.mul.Tensor (mul): no line"
+    assert str(Refusal("no line", node)) == "aten.mul.Tensor (mul): no line [RSC-999]"
 
 
 def test_lines_of_layers_are_the_models_lines() -> None:

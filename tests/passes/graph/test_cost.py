@@ -272,7 +272,7 @@ def test_a_node_without_its_value_is_refused() -> None:
     del linear.meta["val"]
     message = (
         "^cannot count: linear carries no fake value; capture the model again, "
-        r'or give the nodes that a pass inserts their meta\["val"\]$'
+        r'or give the nodes that a pass inserts their meta\["val"\] \[RSC-999\]$'
     )
     with pytest.raises(CompileError, match=message):
         count(gm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -38,7 +39,9 @@ def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> No
     gm = graph_of(lambda x: x * 2 + 1)
     with watched(tmp_path / "debug") as home:
         ReluForMul()(gm)
-        with pytest.raises(Postcondition, match=r"^after pass Forgetful: .* \(before Forgetful ran: ReluForMul\)$"):
+        with pytest.raises(
+            Postcondition, match=r"^after pass Forgetful: .* \(before Forgetful ran: ReluForMul\) \[RSC-"
+        ):
             Forgetful()(gm)
     first, second = sorted(home.iterdir())
     assert (first.name, second.name) == ("00-ReluForMul.txt", "01-Forgetful.txt")
@@ -62,6 +65,8 @@ def test_optimize_leaves_them_where_it_is_told(tmp_path: pathlib.Path, monkeypat
         rs_compile.optimize(model, {0: 0.5}, backend="eager", debug=tmp_path / "a")(x)
     names = [p.name.split("-")[1] for p in sorted((tmp_path / "a" / "1").iterdir())]
     assert names[0] == "InlineRegions.txt" and "InsertSelection.txt" in names and "RestoreTokens.txt" in names
+    (retargeted,) = (tmp_path / "a" / "1").glob("*-RetargetTokens.txt")
+    assert re.search(r"# float32\[\w+, 13, 16\]  \[batch, tokens\(13\), 16\]", retargeted.read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RS_COMPILE_DEBUG", "1")
     with torch.no_grad():

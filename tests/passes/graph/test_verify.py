@@ -58,14 +58,14 @@ class Broken(Pass):
         (
             "dimension",
             r"^after pass Broken: mean \(aten\.mean\.dim\) gives \(.+, 6, 4\), its node says \(.+, 2, 6\) "
-            r"\(before Broken ran: Broken\)$",
+            r"\(before Broken ran: Broken\) \[RSC-999\]$",
         ),
         ("literal", r"^after pass Broken: \w+ \(aten\.\w+\.default\) does not run: "),
         ("dtype", r"^after pass Broken: mean \(aten\.mean\.dim\) gives"),
         (
             "batch",
             r"^after pass Broken: relu \(aten\.flatten\.using_ints\) gives \(.+, 6, 4\), "
-            r"its node says \(.+, 12, 4\) \(before Broken ran: Broken\)$",
+            r"its node says \(.+, 12, 4\) \(before Broken ran: Broken\) \[RSC-999\]$",
         ),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_wrong_memory_hides_no_wrong_shape() -> None:
     remember(mode, node.target, fake(node.args), fake(node.kwargs), stale)
     assert tuple(describe(mode, aten.mean.dim, fake(node.args), fake(node.kwargs)).shape) == tuple(stale.shape)
     with pytest.raises(
-        CompileError, match=r"^mean \(aten\.mean\.dim\) gives \(.+, 6, 4\), its node says \(.+, 2, 6\)$"
+        CompileError, match=r"^mean \(aten\.mean\.dim\) gives \(.+, 6, 4\), its node says \(.+, 2, 6\) \[RSC-999\]$"
     ):
         no_stale_shapes(gm)
 
@@ -122,7 +122,7 @@ def test_shapes_of_a_prepared_model() -> None:
 def test_a_selection_that_is_put_back_at_once() -> None:
     gm = graph_of(lambda x: x * 2)
     site = leave_at_input(gm, keep=4)
-    with pytest.raises(CompileError, match=r"puts pruned tokens back at once, and is still read by mul\w*$"):
+    with pytest.raises(CompileError, match=r"puts pruned tokens back at once, and is still read by mul\w* \[RSC-999"):
         not_put_back(gm, site.full)
     site.full.replace_all_uses_with(site.stream)
     gm.graph.eliminate_dead_code()

@@ -188,6 +188,12 @@ REFUSED: dict[str, tuple[Network, tuple[Tensor, ...], tuple[int, ...], str]] = {
         (2, 1, 24, 40),
         "cannot be followed back to the image through aten.flip",
     ),
+    "tokens and channels joined": (
+        lambda x, k: flat(F.conv2d(x, k, stride=8)).reshape(-1, 5, 3 * C),
+        (kernel(8),),
+        (2, 1, 24, 40),
+        "the tokens are cut in a way that is no grid of patches",
+    ),
     "columns first": (
         lambda x, k: F.conv2d(x, k, stride=8).transpose(2, 3).flatten(2).transpose(1, 2),
         (kernel(8),),

@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from graphs import graph_of
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from passes.graph.cost import count
 from passes.graph.verify import no_stale_shapes
 from passes.pipeline import prepare
 from passes.sites.drop_unread import DropUnread
+from rs_compile.rules import Context, Transfer, register_token_rule, scoped
 
 B, N, C, HEADS, HIDDEN = 3, 12, 8, 2, 20
 Read = Callable[[Tensor], Tensor]
@@ -332,3 +334,17 @@ def test_samples_that_meet_before_each_picks_its_own_token() -> None:
 
     ids = torch.tensor([[0] * 7 + [9] + [0] * 4, [9] + [0] * 11, [0] * 11 + [9]])
     assert dropped(Crossed("fused"), tokens(), ids)[1] == 0
+
+
+def test_a_rule_that_promises_another_shape_leaves_the_graph_as_it_was() -> None:
+    def wrong(node: Node, ctx: Context) -> Transfer:
+        return Transfer(ctx.layout(node.args[0]), target=torch.ops.aten.slice.Tensor, args=(node.args[0], -1, 0, 2))
+
+    gm = graph_of(lambda x: torch.erfinv(F.linear(x.cumsum(1), torch.ones(8, 8)))[:, 0])
+    before = str(gm.graph)
+    with scoped():
+        register_token_rule(torch.ops.aten.erfinv.default, wrong)
+        result = DropUnread().apply(gm)
+    (skip,) = result.skips
+    assert result.rewrites == 0 and "on the positions that are read, not" in skip.reason
+    assert str(result.gm.graph) == before

@@ -17,6 +17,7 @@ import rs_compile
 from passes.axes.rules import Transfer, register_token_rule, registry
 from passes.axes.token_axis import WAY_OUT
 from passes.graph.base import Refusal
+from passes.graph.codes import Code
 from passes.graph.splice import ORIGIN
 from passes.graph.verify import no_stale_shapes
 from passes.sites.restore import RestoreTokens
@@ -64,7 +65,7 @@ def test_originals_stay_for_who_needs_every_token() -> None:
     site = leave_at_input(gm, keep=4)
     gm = RetargetTokens()(gm).gm
     assert site.axis is not None
-    reasons = sorted(site.axis.dense.values())
+    reasons = sorted(map(str, site.axis.dense.values()))
     assert reasons == ["an op along a dimension that runs over the token axis", "an output of the model"]
     found = gm(x)  # the outputs still read originals
     assert torch.equal(found[0], dense[0]) and torch.equal(found[1], dense[1])
@@ -192,3 +193,17 @@ def test_behind_two_sites_a_table_is_gathered_once() -> None:
         gathers += at.target is aten.gather.default
         at = at.args[0]
     assert "bias" in str(at.target) and gathers == 2
+
+
+def test_a_size_that_depends_on_a_second_batch() -> None:
+    """One more than the samples: what it is on the short sequence is said by no layout."""
+
+    def network(x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        return (x[:, :, None] * x.new_ones(b + 1, 1)).reshape(b, n, (b + 1) * c)
+
+    gm = graph_of(network)
+    leave_at_input(gm, keep=4)
+    with pytest.raises(Refusal, match="a size depends on a second batch") as refusal:
+        RetargetTokens()(gm)
+    assert refusal.value.code == Code.DATA_DEPENDENT

@@ -25,7 +25,7 @@ def test_reading_the_number_of_tokens() -> None:
         tokens, samples = (gm.graph.call_function(aten.sym_size.int, (leaf, d)) for d in (1, 0))
     rule = registry.rule_for(aten.sym_size.int)
     assert rule is not None and rule(samples, context).out is None
-    with pytest.raises(registry.Untransferable, match=r"^reads the number of tokens as a value$"):
+    with pytest.raises(registry.Untransferable, match=r"^reads the number of tokens as a value \[RSC-403\]$"):
         rule(tokens, context)
 
 

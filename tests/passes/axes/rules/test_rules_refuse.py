@@ -315,6 +315,11 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
         "an input with an entry per token meets a grid that is folded with another dimension",
         0,
     ),
+    "cat: a stretch as long as another batch": (
+        lambda x: torch.cat([x, x.new_ones(x.shape[0], x.shape[0] + 1, 8)], 1),
+        "joins tokens with a stretch of unknown length",
+        0,
+    ),
     "conv2d": (
         lambda x: F.conv2d(x[:, None], torch.ones(1, 1, 3, 3), padding=1),
         "a convolution, which needs the tokens on their full grid",

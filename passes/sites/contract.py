@@ -1,0 +1,53 @@
+"""What must hold of a place where tokens leave, between the passes that take them out."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from passes.graph.base import CompileError
+from passes.graph.codes import Code
+from passes.graph.layout import tokens_in
+from passes.graph.verify import not_put_back
+from passes.sites.site import SITE, Site
+
+
+def no_open_site(gm: GraphModule) -> None:
+    """No selection or merge is half-done."""
+    if SITE in gm.meta:
+        raise CompileError("an earlier selection was not retargeted and restored", code=Code.FAULT)
+
+
+def open_site(gm: GraphModule) -> None:
+    """One is: `full` stands for the stream, `short` has an entry for each index."""
+    site = _site(gm)
+    stream, full, short, index = (n.meta["val"] for n in (site.stream, site.full, site.short, site.index))
+    if (full.dtype, full.shape) != (stream.dtype, stream.shape):
+        raise CompileError(f"{site.full.name} is not what it stands for, {site.stream.name}", code=Code.FAULT)
+    if index.dtype != torch.int64 or index.dim() != 2:
+        raise CompileError(f"{site.index.name} holds no positions [B, K]", code=Code.FAULT)
+    over = [size for size, dim in zip(short.shape, site.layout, strict=True) if tokens_in(dim)]
+    if over[0] != index.shape[1] or any(size != 1 for size in over[1:]) or short.dtype != stream.dtype:
+        raise CompileError(f"{site.short.name} has not the tokens that {site.index.name} names", code=Code.FAULT)
+
+
+def retargeted(gm: GraphModule) -> None:
+    """Each op that was carried through has a compact form, of its dtype."""
+    site = _site(gm)
+    if site.axis is None:
+        raise CompileError("the selection was not retargeted", code=Code.FAULT)
+    for node in site.axis.transfers:
+        if site.axis.carries(node) and node not in site.compact:
+            raise CompileError(f"{node.name} runs over tokens and has no compact form", code=Code.FAULT)
+
+
+def put_back_nowhere(gm: GraphModule) -> None:
+    """See `passes.graph.verify.not_put_back`."""
+    not_put_back(gm, _site(gm).full)
+
+
+def _site(gm: GraphModule) -> Site:
+    if SITE not in gm.meta:
+        raise CompileError("no selection or merge stands open", code=Code.FAULT)
+    site: Site = gm.meta[SITE]
+    return site
