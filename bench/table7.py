@@ -33,9 +33,9 @@ BASE = "base"
 TOP_VIM = "ToP-ViM"
 PAPER = {BASE: (1.5, 76.1), TOP_VIM: (1.3, 75.1), "ours": (1.3, 75.5)}  # GFLOPs, top-1
 TUNED = (
-    "paper: top-1 is fine-tuned where tokens leave: ToP-ViM's code trains 30 epochs, and its log at this schedule has 71.1 "
-    "before and 74.8 after;
-ours, whose 75.5 is beside it, most likely as well. Nothing here is trained: compare with 71.1."
+    "paper: top-1 is fine-tuned where tokens leave: ToP-ViM's code trains 30 epochs, and its log at this schedule has\n"
+    "71.1 before and 74.8 after; ours, whose 75.5 is beside it, most likely as well. Nothing here is trained: compare "
+    "with 71.1."
 )
 VIM_T = Schedule({9: 0.8, 19: 0.8}, rounding="kept")
 DIGITS = Schedule({2: 0.8, 4: 0.8}, rounding="kept")  # at the same depth
