@@ -172,9 +172,7 @@ def table(rows: Mapping[str, Row], args: argparse.Namespace) -> str:
     filled = [i for i in range(len(heads)) if any(line[i] for line in lines)]
     shown = [[line[i] for i in filled] for line in lines]
     text = [tabulate(shown, [heads[i] for i in filled], disable_numparse=True)]
-    text.append(TUNED)
-    if args.quick:
-        text.append("quick: a small stand-in for ViM-T, so that its numbers mean nothing")
+    text.append("quick: a small stand-in for ViM-T, so that its numbers mean nothing" if args.quick else TUNED)
     where = ", ".join(f"{key} {value}" for key, value in environment(args).items())
     images = next(iter(rows.values()))["digits_images"]
     text.append(f"digits: % right of {images}, a Vision Mamba of 65 tokens, pruned to 41; {where}")
