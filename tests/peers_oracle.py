@@ -44,12 +44,14 @@ class Sample:
         sizes: of each token.
         stands: for each token of the model the token that stands for it and what was apart from it, or its last value.
         margin: of the nearest decision.
+        copy: a merged token gets its destination's value back, not its own plus the destination's change.
     """
 
     x: Tensor
     sizes: list[float]
     stands: list[tuple[int, Tensor | float] | Tensor]
     margin: float = math.inf
+    copy: bool = False
 
     def leave(self, how: Leaving) -> None:
         self.margin = min([self.margin, *how.gaps])
@@ -65,7 +67,7 @@ class Sample:
                 continue
             at, apart = stand
             if at in place:
-                self.stands[i] = (place[at], apart + self.x[at] - now[place[at]])
+                self.stands[i] = (place[at], 0.0 if self.copy else apart + self.x[at] - now[place[at]])
             else:
                 self.stands[i] = self.x[at] + apart
         self.x, self.sizes = torch.stack(now), sizes
@@ -96,7 +98,12 @@ Rule = Callable[[Seen], Leaving]
 
 @torch.no_grad()
 def run(
-    model: Any, images: Tensor, between: Mapping[int, Rule], behind: Mapping[int, Rule], size_bias: bool = True
+    model: Any,
+    images: Tensor,
+    between: Mapping[int, Rule],
+    behind: Mapping[int, Rule],
+    size_bias: bool = True,
+    copy: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
     """What the model's head and its last norm, all tokens put back, give, and the margin.
 
@@ -108,7 +115,7 @@ def run(
     prefix = model.num_prefix_tokens
     for image in images:
         x = model._pos_embed(model.patch_embed(image[None]))[0]
-        s = Sample(x, [1.0] * len(x), [(i, 0.0) for i in range(len(x))])
+        s = Sample(x, [1.0] * len(x), [(i, 0.0) for i in range(len(x))], copy=copy)
         for i, block in enumerate(model.blocks):
             attn, y = block.attn, block.norm1(s.x)
             q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, -1)).permute(1, 2, 0, 3)

@@ -64,6 +64,7 @@ def check(
     behind: Mapping[int, by_hand.Rule] | None = None,
     size_bias: bool = True,
     tokens: bool = False,
+    copy: bool = False,
     **options: Any,
 ) -> None:
     """The compiler's outputs equal the oracle's, and differ from the dense model's."""
@@ -71,7 +72,7 @@ def check(
         options |= {"global_pool": "", "num_classes": 0}
     for seed in itertools.count():
         model, x = vit(seed, **options), images()
-        logits, all_tokens, margin = by_hand.run(model, x, between or {}, behind or {}, size_bias)
+        logits, all_tokens, margin = by_hand.run(model, x, between or {}, behind or {}, size_bias, copy)
         if margin > 3e-6:  # float32 decides as the oracle does
             break
         assert seed < 20, "no seed whose choice is clear"
@@ -98,6 +99,12 @@ def test_diffrate(pruned: dict[int, int], tokens: bool) -> None:
     counts = {0: 5, 1: 9, 2: 4}
     rules = {i: by_hand.diffrate(r - pruned.get(i, 0), pruned.get(i, 0)) for i, r in counts.items()}
     check(Schedule(merge=counts, by=DiffRate(pruned=pruned)), rules, tokens=tokens)
+
+
+def test_dropped_tokens_come_back_as_they_left_where_merged_ones_are_copies() -> None:
+    counts, pruned = {0: 6, 2: 7}, {0: 2, 2: 4}
+    rules = {i: by_hand.diffrate(r - pruned[i], pruned[i]) for i, r in counts.items()}
+    check(Schedule(merge=counts, by=DiffRate(pruned=pruned, restore="copy")), rules, tokens=True, copy=True)
 
 
 def test_diffrate_by_another_score_without_class_token() -> None:

@@ -25,7 +25,7 @@ from rs_compile.arguments import positive
 from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.drift import cosine, divergence
 from rs_compile.models import build
-from rs_compile.planning import plans
+from rs_compile.planning import Planner
 from rs_compile.search.methods import keep_ratios
 
 RANDOM, CLASS, MEAN = "random", "class attention", "mean attention"
@@ -86,8 +86,13 @@ def run(args: argparse.Namespace) -> int:
     results = Results(args.json, environment("layers", settings | {"pictures": len(images)}))
     dense = _outputs(model, images, args.batch_size)
     blocks = [b for b in args.blocks if not args.digits or b < 5]  # behind its last block nothing reads the patches
+    planner = Planner(images[: args.batch_size])  # one capture for all
+    dense_report = planner.plan(optimize(model, Schedule(), backend="eager"))
+    tokens = dense_report.blocks[0].tokens_in if dense_report.blocks else None
+    if tokens is None:
+        raise UsageError("the model has no blocks on [batch, tokens, channels]; rs-compile explain says what was found")
     for block in blocks:
-        _fill(results, model, images, dense, block, args)
+        _fill(results, model, images, dense, block, tokens, planner, args)
     rows = {name: {b: results.row({"score": name, "block": b}) for b in blocks} for name in SCORES}
     left = next(iter(rows[RANDOM].values()))
     print(_table(rows))
@@ -103,18 +108,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fill(
-    results: Results, model: nn.Module, images: Tensor, dense: Tensor, block: int, args: argparse.Namespace
+    results: Results,
+    model: nn.Module,
+    images: Tensor,
+    dense: Tensor,
+    block: int,
+    tokens: int,
+    planner: Planner,
+    args: argparse.Namespace,
 ) -> None:
-    """The rows of one block, all from one capture."""
-    lacking = [name for name in SCORES if not results.row({"score": name, "block": block})]
-    if not lacking:
-        return
-    tokens = _tokens(model, images)
+    """The rows of one block."""
     leave = int(args.leave * tokens)
     keep = keep_ratios({block: leave}, [tokens] * (block + 1))
-    handles = [optimize(model, Schedule(keep, score=SCORES[name]), backend="eager") for name in lacking]
-    for name, handle, _ in zip(lacking, handles, plans(handles, images[: args.batch_size]), strict=True):
-        drawn = []
+    for name, score in SCORES.items():
+        if results.row({"score": name, "block": block}):
+            continue
+        handle, drawn = optimize(model, Schedule(keep, score=score), backend="eager"), []
+        planner.plan(handle)
         for draw in range(args.draws if name == RANDOM else 1):
             torch.manual_seed(draw)
             outputs = _outputs(handle, images, args.batch_size)
@@ -125,21 +135,12 @@ def _fill(
         say(f"block {block}: {name} {1000 * drift.mean():.2f}")
 
 
-def _tokens(model: nn.Module, images: Tensor) -> int:
-    handle = optimize(model, Schedule({}), backend="eager")
-    (report,) = plans([handle], images[:2])
-    tokens = report.blocks[0].tokens_in if report.blocks else None
-    if tokens is None:
-        raise UsageError("the model has no blocks on [batch, tokens, channels]; rs-compile explain says what was found")
-    return tokens
-
-
 def _outputs(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     return torch.cat([model(part) for part in images.split(batch)])
 
 
 def _below(row: Row, other: Row) -> int:
-    """1 where it drifts less than the other by more than the standard error of the difference, 0 where less, else -1."""
+    """1 where it drifts less than the other beyond the standard error of the difference, 0 where less, else -1."""
     apart = torch.tensor(other["drift"]) - torch.tensor(row["drift"])
     mean, error = apart.mean(), apart.std() / len(apart) ** 0.5
     return 1 if mean > error else 0 if mean > 0 else -1

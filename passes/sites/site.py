@@ -102,9 +102,12 @@ def put_merged_back(
     """Every merged token back, see `Site`; `before` is what `short` was at the site. A dropped one is as it left."""
 
     def back(x: Tensor, s: Tensor, b: Tensor, p: Tensor) -> Tensor:
+        def merged(place: Tensor) -> Tensor:
+            return spread(s, place, layout) if restore == "copy" else changed(x, s, b, place, layout)
+
+        if not drops:
+            return merged(p)
         left = tokens_first(s, layout).shape[1]
-        stands = p.clamp(max=left - 1) if drops else p
-        found = spread(s, stands, layout) if restore == "copy" else changed(x, s, b, stands, layout)
-        return or_as_it_left(found, x, p < left, layout) if drops else found
+        return or_as_it_left(merged(p.clamp(max=left - 1)), x, p < left, layout)
 
     return splice(graph, "restore", back, stream, short, before, place)
