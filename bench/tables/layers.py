@@ -149,7 +149,7 @@ def _below(row: Row, other: Row) -> int:
 def _table(rows: Mapping[str, Mapping[int, Row]]) -> str:
     blocks = list(rows[RANDOM])
     means = {(name, b): sum(row["drift"]) / len(row["drift"]) for name, of in rows.items() for b, row in of.items()}
-    best = {b: min(rows, key=lambda name, b=b: means[name, b]) for b in blocks}
+    best = {b: min((means[name, b], name) for name in rows)[1] for b in blocks}
 
     def cell(name: str, block: int) -> str:
         text = f"{1000 * means[name, block]:.2f}"

@@ -77,7 +77,7 @@ def _prune_then_ward(counts: Counts, keep: Mapping[int, float]) -> Schedule:
     return Schedule({i: keep[i] for i in early}, merge={i: c for i, c in counts.items() if i not in early}, by=Ward())
 
 
-def diffrate(counts: Counts) -> Schedule:
+def diffrate(counts: Mapping[int, int]) -> Schedule:
     """Three of eight tokens that leave are pruned, the others merge: about as in most of the published counts."""
     return Schedule(merge=counts, by=DiffRate(pruned={i: 3 * c // 8 for i, c in counts.items()}))
 
