@@ -57,9 +57,10 @@ def test_zero_tprune_at_its_published_share_of_deit_s() -> None:
 
 
 def test_a_schedule_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["published", "DeiT-S 2.9", "--json", str(tmp_path / "schedule.json")]) == 0
     assert main(["published", "DeiT-S 2.9"]) == 0
     text = capsys.readouterr().out
-    (tmp_path / "schedule.json").write_text(text)
+    assert text == (tmp_path / "schedule.json").read_text()
     assert Schedule.of(tmp_path / "schedule.json") == published()["DeiT-S 2.9"].schedule
     assert json.loads(text)["by"]["pruned"]["1"] == 1 and json.loads(text)["merge"]["1"] == 3
     assert main(["published"]) == 0

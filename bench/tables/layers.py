@@ -16,7 +16,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench.tables import figure5
-from bench.tables.fidelity import CROPS, pictures
+from bench.tables.fidelity import pictures
 from bench.tables.measure import say
 from bench.tables.results import Results, Row, UsageError, environment
 from passes.sites.score import Metric, Operation
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = build(args.model, img_size=args.img_size, num_classes=None, checkpoint=args.checkpoint)
         images = pictures(model, args.images, args.img_size)
-        about, measure = f"crops, {CROPS} of a picture", "1 - cosine of features, in thousandths"
+        about, measure = "crops of photographs", "1 - cosine of features, in thousandths"
     if args.limit is not None:
         images = images[torch.linspace(0, len(images) - 1, min(args.limit, len(images))).round().long()]
     names = ("model", "checkpoint", "img_size", "images", "digits", "leave", "draws")

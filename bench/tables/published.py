@@ -1,4 +1,4 @@
-"""Token counts that peers published, as schedules: `python -m bench published "DeiT-S 2.9" > schedule.json`.
+"""Token counts that peers published, as schedules: `python -m bench published "DeiT-S 2.9" --json schedule.json`.
 
 Without a name it lists them, with what their publication says they cost and what its own rule of counting gives.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tabulate import tabulate
 
@@ -121,7 +122,8 @@ def _pitome(model: str, share: float) -> Published:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="whose schedule to print as JSON; all are listed if not given")
+    parser.add_argument("name", nargs="?", help="whose schedule to print; all are listed if not given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the schedule into it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,7 +133,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.name not in known:
         raise UsageError(f"no published counts {args.name!r}; write one of {', '.join(map(repr, known))}")
-    print(known[args.name].schedule.to_json())
+    text = known[args.name].schedule.to_json()
+    if args.json is None:
+        print(text)
+    else:
+        args.json.write_text(text + "\n")
     return 0
 
 
