@@ -40,6 +40,8 @@ COMMANDS = {
     "figure5": "bench.tables.figure5",
     "figure6": "bench.tables.figure6",
     "figure7": "bench.tables.figure7",
+    "layers": "bench.tables.layers",
+    "published": "bench.tables.published",
     "fidelity": "bench.tables.fidelity",
     "fidelity-macs": "bench.tables.equal_macs",
     "finetune": "bench.finetune",

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
         Score,
         Shift,
         TopViM,
+        ZeroTPrune,
     )
-    from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR, Ward
+    from passes.sites.mergers import DiffRate, Merger, PiToMe, Stream, ToMe, VidTLDR, Ward
     from passes.sites.restore import TokenOutput
     from rs_compile.embed import Embedding, EmbedError, embed
     from rs_compile.errors import OutputError, TowerError
@@ -49,6 +50,7 @@ __all__ = [
     "CaptureError",
     "ClassAttention",
     "CompileError",
+    "DiffRate",
     "EmbedError",
     "Embedding",
     "Explanation",
@@ -61,6 +63,7 @@ __all__ = [
     "Merger",
     "OptimizedModel",
     "OutputError",
+    "PiToMe",
     "Random",
     "Refusal",
     "Report",
@@ -78,6 +81,7 @@ __all__ = [
     "TowerError",
     "VidTLDR",
     "Ward",
+    "ZeroTPrune",
     "embed",
     "explain",
     "export",
@@ -106,8 +110,9 @@ _HOMES = {
         "Score",
         "Shift",
         "TopViM",
+        "ZeroTPrune",
     ),
-    "passes.sites.mergers": ("Merger", "Stream", "ToMe", "VidTLDR", "Ward"),
+    "passes.sites.mergers": ("DiffRate", "Merger", "PiToMe", "Stream", "ToMe", "VidTLDR", "Ward"),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),
     "rs_compile.embed": ("EmbedError", "Embedding", "embed"),

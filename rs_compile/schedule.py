@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
@@ -15,37 +15,14 @@ from passes.graph.codes import Code
 from passes.sites.choice import check_choice
 from passes.sites.grid_prune import GridPrune
 from passes.sites.importance import Lowest, Random, Score, Shift
-from passes.sites.mergers import Merger, Stream
+from passes.sites.mergers import DiffRate, Merger, Stream
+from passes.sites.per_block import PerBlock
 from passes.sites.retarget import Gap
 from rs_compile.schedule_json import by_index, item, read, written
 
 Rounding = Literal["removed", "kept"]
 
 _EXAMPLE = '"0:0.8,3:0.8,6:0.8"'
-
-
-class PerBlock(Mapping[int, Any]):
-    """An immutable, hashable, picklable mapping of block index to a value, in block order."""
-
-    __slots__ = ("_pairs",)
-
-    def __init__(self, pairs: Iterable[tuple[int, Any]] = ()) -> None:
-        self._pairs = tuple(sorted(pairs, key=lambda pair: pair[0]))
-
-    def __getitem__(self, block: int) -> Any:
-        return dict(self._pairs)[block]
-
-    def __iter__(self) -> Iterator[int]:
-        return (block for block, _ in self._pairs)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __hash__(self) -> int:
-        return hash(self._pairs)
-
-    def __repr__(self) -> str:
-        return repr(dict(self._pairs))
 
 
 @dataclass(frozen=True)
@@ -62,7 +39,8 @@ class Schedule:
         protected: indices of the tokens that never leave; None lets the compiler find the class,
             register and distillation tokens. Stored sorted, each once.
         merge: block index -> how many tokens merge away there: a count r, or a share of the tokens below 1.
-        by: which tokens merge, where, and what becomes of them: `Stream`, `ToMe`, `VidTLDR` or `Ward`.
+        by: which tokens merge, where, and what becomes of them: `Stream`, `ToMe`, `PiToMe`,
+            `VidTLDR`, `DiffRate` or `Ward`.
         grid: stage index (0-based) -> `GridPrune`, for CNNs; goes with neither keep nor merge.
         gap: what a scan (a state-space model) does where tokens were pruned. "compact" scans the kept tokens as one
             sequence. "decay": where k tokens are gone between a kept token and the kept one that the scan comes
@@ -116,7 +94,7 @@ class Schedule:
         if not isinstance(self.score, Score):
             raise ScheduleError(f"score is {self.score!r}; write Shift(), Random() or another score of rs_compile")
         if not isinstance(self.by, Merger):
-            raise ScheduleError(f"by is {self.by!r}; write Stream(), ToMe(), VidTLDR() or Ward()")
+            raise ScheduleError(f"by is {self.by!r}; write Stream(), ToMe(), PiToMe(), VidTLDR(), DiffRate() or Ward()")
 
     def _check_together(self) -> None:
         prunes = bool(self.keep or self.grid)
@@ -137,6 +115,16 @@ class Schedule:
             raise ScheduleError(
                 "grid prunes a CNN's stages, keep and merge a transformer's blocks; write one of the two",
                 code=Code.UNREAD_OPTION,
+            )
+        if self.gap == "decay" and self.score.centres:
+            raise ScheduleError(
+                f"gap is 'decay', and {self.score!r} moves the class token, so that its gaps are no gaps; "
+                "write gap='compact' or TopViM()"
+            )
+        if isinstance(self.by, DiffRate) and (alone := sorted(self.by.pruned.keys() - self.merge.keys())):
+            raise ScheduleError(
+                f"DiffRate drops tokens in block {alone[0]}, and merge says nothing leaves there; "
+                "merge counts what is dropped and what merges together, so name the block in it"
             )
         if both := sorted(i for i, r in self.merge.items() if r and self.keep.get(i, 1) < 1):
             raise ScheduleError(

@@ -16,6 +16,7 @@ from passes.sites.mergers import MERGERS
 VERSION = 1  # of the form
 _WRITER = "rs_compile"  # key of the version that wrote it
 _TABLES = ("keep", "merge", "grid")
+_PRUNED = "pruned"  # of DiffRate: by block
 _KINDS: dict[str, Mapping[str, type]] = {"score": SCORES, "importance": SCORES, "by": MERGERS}
 
 
@@ -79,7 +80,7 @@ def by_index(pairs: Iterable[tuple[str, Any]], table: str = "keep") -> dict[int,
                 f"{item(table)} index {text!r} in {table}; write an integer of at least 0, counted from 0"
             )
         if int(text) in values:
-            twice = {"keep": "keep ratios", "merge": "merge counts", "grid": "grid prunes"}[table]
+            twice = {"keep": "keep ratios", "merge": "merge counts", "grid": "grid prunes", _PRUNED: "counts"}[table]
             raise ScheduleError(f"{item(table)} {text} has two {twice}; keep one of them")
         values[int(text)] = value
     return values
@@ -101,7 +102,9 @@ def our_version() -> str:
 def _coded(value: Any) -> dict[str, Any]:
     """A score or a merger: its kind, and its own fields."""
     own = {f.name: getattr(value, f.name) for f in fields(value)}
-    return {"kind": value.kind} | {name: _coded(v) if name in _KINDS else v for name, v in own.items()}
+    coded = {name: _coded(v) if name in _KINDS else v for name, v in own.items()}
+    by_block = {name: {str(i): n for i, n in v.items()} for name, v in coded.items() if name == _PRUNED}
+    return {"kind": value.kind} | coded | by_block
 
 
 def _decoded(name: str, values: Any) -> Any:
@@ -111,6 +114,8 @@ def _decoded(name: str, values: Any) -> Any:
         said = f"has the kind {kind!r}" if isinstance(values, dict) else f"is {values!r}"
         raise ScheduleError(f"{name} {said}; write an object with a kind of {', '.join(map(repr, kinds))}")
     own = {k: _decoded(k, v) if k in _KINDS else v for k, v in values.items() if k != "kind"}
+    if isinstance(of := own.get(_PRUNED), dict):
+        own[_PRUNED] = by_index(of.items(), _PRUNED)
     return _made(kinds[kind], own, f"{name} {kind!r}")
 
 

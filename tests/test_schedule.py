@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 
 from passes.graph.base import CompileError, ScheduleError
 from passes.sites.grid_prune import Against, GridPrune, Mode, Order
+from passes.sites.ranked import Energy
 from passes.sites.retarget import Gap
 from passes.sites.score import Metric, Operation
 from passes.sites.site import Restore
 from rs_compile import (
     AttentionEntropy,
     ClassAttention,
+    DiffRate,
     Lowest,
     MeanAttention,
+    PiToMe,
     Random,
     Shift,
     Stream,
@@ -34,6 +37,7 @@ from rs_compile import (
     TopViM,
     VidTLDR,
     Ward,
+    ZeroTPrune,
 )
 from rs_compile.schedule import Rounding, Schedule, removed
 from rs_compile.schedule_json import our_version
@@ -50,10 +54,26 @@ FLAGS, SHIFTS = (
         with_skip=st.booleans(),
     ),
 )
-MAPPED = st.sampled_from([ClassAttention(), MeanAttention(), AttentionEntropy(), TopViM(), Random()])
+MAPPED = st.sampled_from(
+    [
+        ClassAttention(),
+        ClassAttention(size_bias=True),
+        MeanAttention(),
+        AttentionEntropy(),
+        ZeroTPrune(),
+        ZeroTPrune(0.25, 3, "uniform", True),
+        TopViM(),
+        Random(),
+    ]
+)
 SCORES = SHIFTS | MAPPED | st.builds(Lowest, SHIFTS | MAPPED)
 HOW = {"size_bias": FLAGS, "weighted_mean": FLAGS, "restore": st.sampled_from(get_args(Restore))}
-BY = st.one_of(*(st.builds(kind, **HOW) for kind in (Stream, ToMe, Ward))) | st.builds(VidTLDR, SHIFTS | MAPPED, **HOW)
+BY = (
+    st.one_of(*(st.builds(kind, **HOW) for kind in (Stream, ToMe, Ward)))
+    | st.builds(VidTLDR, SHIFTS | MAPPED, **HOW)
+    | st.builds(PiToMe, st.floats(-1, 1), energy=st.sampled_from(get_args(Energy)), **HOW)
+    | st.builds(DiffRate, SHIFTS | MAPPED, **HOW)
+)
 KEEP = st.dictionaries(st.integers(0, 200), RATIOS, min_size=1, max_size=12)
 MERGE = st.dictionaries(
     st.integers(201, 300), st.integers(0, 50) | st.floats(0, 1, exclude_max=True), min_size=1, max_size=4
@@ -192,6 +212,11 @@ def test_json_is_readable() -> None:
         "restore": "change",
         "importance": {"kind": "shift", "of": "attention", "metric": "l2", "with_skip": False},
     }
+    both = Schedule(merge={2: 9, 10: 4}, by=DiffRate(pruned={10: 1, 2: 3}))
+    assert json.loads(both.to_json())["by"]["pruned"] == {"2": 3, "10": 1}
+    assert Schedule.from_json(both.to_json()) == both
+    code = Schedule({1: 0.8}, score=TopViM("code"))
+    assert Schedule.from_json(code.to_json()) == code
 
 
 def test_keep_is_a_mapping_that_nobody_can_change() -> None:
@@ -348,7 +373,10 @@ def test_refuses_a_block_index(block: Any) -> None:
         ),
         ({"score": "shift"}, "score is 'shift'; write Shift(), Random() or another score of rs_compile"),
         ({"score": Shift}, "score is <class 'passes.sites.importance.Shift'>; write Shift(), Random()"),
-        ({"by": "tome", "merge": {1: 3}}, "by is 'tome'; write Stream(), ToMe(), VidTLDR() or Ward()"),
+        (
+            {"by": "tome", "merge": {1: 3}},
+            "by is 'tome'; write Stream(), ToMe(), PiToMe(), VidTLDR(), DiffRate() or Ward()",
+        ),
         ({"protected": 1}, "protected is 1; write token indices like (0, 1), or None to find them"),
         ({"protected": "01"}, "protected is '01'; write token indices like (0, 1), or None to find them"),
         (
@@ -439,6 +467,14 @@ def test_refuses_a_merge(r: Any) -> None:
     [
         ({"keep": {1: 0.8}, "merge": {1: 3}}, "block 1 both prunes and merges; leave it in one of keep and merge"),
         ({"keep": {1: 0.8}, "grid": {0: GridPrune(1, 1)}}, "grid prunes a CNN's stages, keep and merge a"),
+        (
+            {"merge": {1: 3}, "by": DiffRate(pruned={1: 1, 2: 1})},
+            "DiffRate drops tokens in block 2, and merge says nothing leaves there; merge counts what is dropped and",
+        ),
+        (
+            {"keep": {1: 0.8}, "score": TopViM("code"), "gap": "decay"},
+            "gap is 'decay', and TopViM(form='code') moves the class token",
+        ),
         ({"merge": 13}, "merge is 13, not a mapping of index to how many tokens merge"),
         ({"merge": {-1: 13}}, "block index -1 in merge; write an integer of at least 0, counted from 0"),
         ({"grid": {0: 8}}, "grid of stage 0 is 8; write GridPrune(rows=8, columns=8)"),

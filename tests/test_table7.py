@@ -58,6 +58,7 @@ def test_printed() -> None:
     text = table7.table(rows, arguments("--backend", "eager"))
     (ours,) = (line.split() for line in text.splitlines() if line.startswith("ours"))
     assert " ".join(ours) == "ours 197 -> 157 -> 125 1.307 1.3 3.00 1.17x [1.16, 1.18] 75.5 99.5"
+    assert "ToP-ViM's code trains 30 epochs" in text and "compare with 71.1" in text
     quick = table7.table(rows, arguments("--backend", "eager", "--quick"))
     assert "75.5" not in quick and "its numbers mean nothing" in quick
     assert quick.startswith("stand-in for ViM-T") and "1.17x" not in quick and "img/s" not in quick
@@ -72,7 +73,7 @@ def test_pictures_need_weights() -> None:
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table7.run(arguments("--quick", "--json", str(tmp_path / "rows.json"), "--rounds", "1")) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert list(rows) == ["base", "ToP-ViM", "ours", "ours, decay"]
+    assert list(rows) == ["base", "ToP-ViM", "ToP-ViM, its code", "ours", "ours, decay"]
     assert rows["ours"]["tokens"] == [37, 29, 23] and rows["ours"]["gflops"] < rows["base"]["gflops"]
     assert all(row["digits"] > 80 and len(row["rounds_seconds"]) == 1 for row in rows.values())
     assert "ToP-ViM" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from schedules import handle_of
 from test_selective_scan import naive
 from torch import Tensor, nn
 
-from bench.models.vim import VisionMamba
+from bench.models.vim import Layer, Mixer, VisionMamba
 from rs_compile import Refusal, Schedule, Shift, TopViM, VidTLDR, explain, optimize
 from rs_compile.models import ModelError, load_checkpoint
 from rs_compile.schedule import Gap, Rounding
@@ -34,8 +35,11 @@ def images(batch: int = 3, side: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def mixer_by_hand(mixer: Any, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mixer's output [B, n, C] and the gated scan [B, n, 2 C] before its last projection, step by step."""
+def mixer_by_hand(mixer: Any, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixer's output [B, n, C] and the gated scan [B, n, 2 C] before its last projection, step by step.
+
+    And the gated scan of the backward direction in its own order, the last token first.
+    """
     x, z = mixer.in_proj(x).chunk(2, dim=-1)
     total = torch.zeros_like(x)
     for suffix, reverse in (("", False), ("_b", True)):
@@ -47,8 +51,10 @@ def mixer_by_hand(mixer: Any, x: Tensor, positions: Tensor | None) -> tuple[Tens
         where = None if positions is None else (-positions.flip(1) if reverse else positions)
         a = -torch.exp(mixer.A_b_log if reverse else mixer.A_log)
         y = naive(u, F.softplus(dt_proj(dt)), a, b, c, where, False) + (mixer.D_b if reverse else mixer.D) * u
-        total = total + (y.flip(1) if reverse else y) * F.silu(z)
-    return mixer.out_proj(total / 2), total / 2
+        gate = F.silu(z.flip(1) if reverse else z)
+        last = y * gate
+        total = total + (last.flip(1) if reverse else last)
+    return mixer.out_proj(total / 2), total / 2, last
 
 
 @dataclass
@@ -71,8 +77,12 @@ def by_hand(model: Any, x: Tensor, schedule: Schedule) -> ByHand:
     for i, layer in enumerate(model.layers):
         pruned = kept.shape[1] < patches.shape[1] + 1
         positions = kept if schedule.gap == "decay" and pruned else None
-        hidden, gated = mixer_by_hand(layer.mixer, layer.norm(stream), positions)
-        score = gated.clamp(min=0).mean(-1) if schedule.score == TopViM() else (hidden - stream).norm(dim=-1)
+        hidden, gated, backward = mixer_by_hand(layer.mixer, layer.norm(stream), positions)
+        score = (hidden - stream).norm(dim=-1)
+        if schedule.score == TopViM():
+            score = gated.clamp(min=0).mean(-1)
+        elif schedule.score == TopViM("code"):
+            score = backward.sum(-1)
         stream = stream + hidden
         if i not in schedule.keep:
             continue
@@ -84,7 +94,12 @@ def by_hand(model: Any, x: Tensor, schedule: Schedule) -> ByHand:
             best, others = rest[: left - 1], rest[left - 1 :]
             if best and others:
                 margin = min(margin, (values[best[-1]] - values[others[0]]) / max(values))
-            chosen.append(sorted(best + [t for t in range(n) if kept[b, t] == middle]))
+            own = [t for t in range(n) if kept[b, t] == middle]
+            if schedule.score == TopViM("code"):
+                best.sort()
+                chosen.append(best[: len(best) // 2] + own + best[len(best) // 2 :])
+            else:
+                chosen.append(sorted(best + own))
         index = torch.tensor(chosen)
         stream = torch.stack([stream[b, rows] for b, rows in enumerate(index)])
         kept = kept.gather(1, index)
@@ -141,8 +156,9 @@ def test_the_model_is_its_definition() -> None:
         Schedule({0: 0.7, 1: 0.7, 2: 0.2}),
         Schedule({0: 0.7, 1: 0.7}, gap="decay"),
         Schedule({0: 0.8, 1: 0.8}, rounding="kept", score=TopViM()),
+        Schedule({0: 0.8, 1: 0.9}, rounding="kept", score=TopViM("code")),
     ],
-    ids=["compact", "decay", "ToP-ViM"],
+    ids=["compact", "decay", "ToP-ViM", "ToP-ViM as its code"],
 )
 def test_pruned_as_by_hand(schedule: Schedule) -> None:
     check(tiny(depth=3), images(), schedule)
@@ -246,6 +262,22 @@ class Transformer(nn.Module):
         return (x + self.down(self.up(x).relu())).mean(1)
 
 
+class OneWay(VisionMamba):
+    """Its mixers scan forward alone."""
+
+    def __init__(self) -> None:
+        super().__init__(32, patch=8, classes=5, dim=16, depth=2)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.mixer.forward = partial(_forward_alone, layer.mixer)
+
+
+def _forward_alone(mixer: Mixer, x: Tensor) -> Tensor:
+    x, z = mixer.in_proj(x).chunk(2, dim=-1)
+    y = mixer._scan(x, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D, False)
+    return mixer.out_proj(y * F.silu(z))
+
+
 def test_refusals() -> None:
     x = torch.randn(2, 6, 8)
     with pytest.raises(Refusal, match="no op carries a state that could decay over the gaps of pruned tokens") as e:
@@ -253,6 +285,12 @@ def test_refusals() -> None:
     assert 'use Schedule(gap="compact")' in str(e.value) and "x + self.down" in str(e.value)
     with pytest.raises(Refusal, match="block 0 has no mixer that ends in a linear layer, whose input ToP-ViM scores"):
         optimize(Transformer(), Schedule({0: 0.5}, score=TopViM()), backend="eager")(x)
+    with pytest.raises(Refusal, match="block 0 does not end in the sum of a scan forward and one backward") as e:
+        optimize(OneWay(), Schedule({0: 0.5}, score=TopViM("code")), backend="eager")(images())
+    assert "use Schedule(score=TopViM()), which scores both together" in str(e.value)
+    code = Schedule({0: 0.5}, score=TopViM("code"), protected=(2, 3))
+    with pytest.raises(Refusal, match="3 tokens are protected, and this score puts the one that there is in the"):
+        optimize(tiny(), code, backend="eager")(images())
     with pytest.raises(Refusal, match="depends on the order of the tokens, which this merger changes") as e:
         optimize(tiny(), Schedule({}, merge={0: 4}, by=VidTLDR(Shift())), backend="eager")(images())
     assert "vim.causal_conv1d.default" in str(e.value) and "use Schedule(by=Stream())" in str(e.value)

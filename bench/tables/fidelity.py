@@ -21,11 +21,13 @@ from bench.tables.layer_plot import check_out, save
 from bench.tables.measure import say
 from bench.tables.options import Setting, chosen
 from bench.tables.options import add_arguments as add_shared
+from bench.tables.published import PITOME_CODE
 from bench.tables.results import Results, Row, UsageError, environment
 from rs_compile import (
     ClassAttention,
     Lowest,
     MeanAttention,
+    PiToMe,
     Random,
     Schedule,
     Shift,
@@ -33,11 +35,13 @@ from rs_compile import (
     ToMe,
     VidTLDR,
     Ward,
+    ZeroTPrune,
     optimize,
     plan,
 )
 from rs_compile.models import build, read_image
 from rs_compile.planning import plans
+from rs_compile.search.methods import diffrate
 
 Counts = Mapping[int, int]  # block -> how many tokens leave there
 Ways = Mapping[str, Callable[[Counts, Mapping[int, float]], Schedule]]
@@ -58,6 +62,7 @@ PRUNE: Ways = {
     "prune: MLP shift, lowest kept": lambda _, keep: Schedule(keep, score=Lowest()),
     "prune: class attention": lambda _, keep: Schedule(keep, score=ClassAttention()),
     "prune: mean attention": lambda _, keep: Schedule(keep, score=MeanAttention()),
+    "prune: Zero-TPrune": lambda _, keep: Schedule(keep, score=ZeroTPrune()),
     "prune: random": lambda _, keep: Schedule(keep, score=Random()),
 }
 MERGE: Ways = {
@@ -67,6 +72,9 @@ MERGE: Ways = {
     "vid-TLDR, size bias": lambda r, _: Schedule(merge=r, by=VidTLDR()),
     "vid-TLDR with MLP shift, size bias": lambda r, _: Schedule(merge=r, by=VidTLDR(Shift())),
     "vid-TLDR with attention shift, size bias": lambda r, _: Schedule(merge=r, by=VidTLDR(Shift(of="attention"))),
+    "PiToMe, as its code": lambda r, _: Schedule(merge=r, by=PITOME_CODE),
+    "PiToMe, size bias": lambda r, _: Schedule(merge=r, by=PiToMe()),
+    "DiffRate, size bias": lambda r, _: diffrate(r),
     "stream": lambda r, _: Schedule(merge=r, by=Stream(size_bias=False)),
     "stream, size bias": lambda r, _: Schedule(merge=r),
     "Ward, size bias": lambda r, _: Schedule(merge=r, by=Ward()),

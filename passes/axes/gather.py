@@ -192,6 +192,17 @@ def changed(full: Tensor, short: Tensor, before: Tensor, place: Tensor, layout: 
     return (full.to(wide) + spread(short.to(wide) - before.to(wide), place, layout)).to(full.dtype)
 
 
+def or_as_it_left(back: Tensor, full: Tensor, merged: Tensor, layout: Layout) -> Tensor:
+    """`back` where a token stayed or merged ([B, N] bool), `full` where it was dropped.
+
+    Args:
+        back, full: values of `layout`, at full length; see `spread`.
+    """
+    if len(layout) == 4:
+        return torch.where(merged.unflatten(1, full.shape[1:3]).unsqueeze(-1), back, full)
+    return torch.where(along(merged, full.dim(), over_samples(layout), _over_tokens(layout)), back, full)
+
+
 def stretch_index(index: Tensor, site: Tokens, pieces: Sequence[Any]) -> Tensor:
     """The kept positions of another sequence made of the same prunable stretch.
 

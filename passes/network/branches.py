@@ -65,6 +65,7 @@ class Block:
     index: int
     mlp: Branch
     attention: Branch | None = None
+    depth: int = 1  # how many blocks the network has
 
     @property
     def output(self) -> Node:
@@ -185,7 +186,7 @@ def blocks_of(branches: Sequence[Branch]) -> list[Block]:
         attention = before[-1] if before else None
         if attention is not None:
             free.remove(attention)
-        blocks.append(Block(len(blocks), mlp, attention))
+        blocks.append(Block(len(blocks), mlp, attention, len(mlps or mixers)))
     return blocks
 
 
@@ -205,7 +206,7 @@ def stream_of(node: Node, order: dict[Node, int], above: dict[Node, int]) -> Nod
         return None
     terms = _terms(node)
     # the term itself first: a scaled value that goes on as it is, is a stream like any other
-    for term, stream in [*((t, t) for t in terms), *((t, _unscaled(t)) for t in terms)]:
+    for term, stream in [*((t, t) for t in terms), *((t, unscaled(t)) for t in terms)]:
         others = _computed(terms, term, above)
         if others and all(above[u] >> order[stream] & 1 for u in others):
             return stream
@@ -268,7 +269,7 @@ def _uncast(node: Node) -> Node:
     return node
 
 
-def _unscaled(node: Node) -> Node:
+def unscaled(node: Node) -> Node:
     """The stream x of a term a * x, where a sum weighs its stream and its branch by numbers."""
     while node.target in CASTS or (node.target in SCALES and not isinstance(node.args[1], Node)):
         node = node.all_input_nodes[0]

@@ -16,7 +16,7 @@ from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 from passes.sites.sizes import KEY_SIZES, with_bias
 
-MAP = "attention map"  # node.meta key of an op that was written out
+MAP = "attention map"  # node.meta key of an op that was written out: its map without size bias, and with it
 
 
 def no_attention_op(gm: GraphModule) -> None:
@@ -38,17 +38,21 @@ class ExplicitAttention(Pass):
         return PassResult(gm, rewrites=len(ops))
 
 
-def write_out(gm: GraphModule, op: Node) -> Node:
-    """Replaces an attention op by its arithmetic and returns its map [B, H, Nq, Nk], without size bias.
+def write_out(gm: GraphModule, op: Node, size_bias: bool = False) -> Node:
+    """Replaces an attention op by its arithmetic and returns its map [B, H, Nq, Nk].
 
     An op that was written out before gives the map that it has.
+
+    Args:
+        op: the attention op.
+        size_bias: return the map that the values are mixed by, in which merged tokens count for what they stand for.
 
     Raises:
         Refusal: attention with dropout, whose map is random.
     """
     if MAP in op.meta:
-        known: Node = op.meta[MAP]
-        return known
+        known: tuple[Node, Node] = op.meta[MAP]
+        return known[size_bias]
     given: dict[str, Any] = arguments(op)
     if given["dropout_p"]:
         raise Refusal(
@@ -57,7 +61,7 @@ def write_out(gm: GraphModule, op: Node) -> Node:
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if given["enable_gqa"]:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -65,11 +69,11 @@ def write_out(gm: GraphModule, op: Node) -> Node:
         plain = logits.softmax(-1)
         weights = plain if sizes is None else with_bias(logits, sizes).softmax(-1)
         # a mask of size bias is float32 on CPU, and so are the weights then
-        return weights.to(value.dtype) @ value, plain
+        return weights.to(value.dtype) @ value, plain, weights
 
     inputs = (given["query"], given["key"], given["value"], given["attn_mask"], op.meta.get(KEY_SIZES))
-    op.meta[MAP] = replace_by(gm, op, "attention", attend, *inputs)[1]
-    return write_out(gm, op)
+    op.meta[MAP] = replace_by(gm, op, "attention", attend, *inputs)[1:]
+    return write_out(gm, op, size_bias)
 
 
 def attention_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:

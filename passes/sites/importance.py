@@ -13,12 +13,15 @@ from passes.axes.gather import tokens_first
 from passes.graph.base import Refusal, ScheduleError
 from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, expr, tokens_in
-from passes.graph.ops import shape_of
+from passes.graph.ops import arguments, shape_of
 from passes.graph.splice import splice
 from passes.network.branches import Block
-from passes.sites import score
+from passes.network.directions import backward_term
+from passes.sites import pagerank, score
 from passes.sites.choice import check_choice, check_flag
 from passes.sites.explicit_attention import write_out
+
+TopViMForm = Literal["paper", "code"]
 
 
 class Score(ABC):
@@ -26,6 +29,11 @@ class Score(ABC):
 
     kind: ClassVar[str]  # its name in JSON and in tables
     lowest: ClassVar[bool] = False  # whether the tokens of the lowest score stay
+
+    @property
+    def centres(self) -> bool:
+        """Whether the one protected token is put in the middle of those that stay."""
+        return False
 
     @property
     def known_after(self) -> Literal["attention", "mlp"]:
@@ -124,9 +132,28 @@ class Random(Score):
 
 @dataclass(frozen=True)
 class TopViM(Score):
-    """Of state-space models: the mean over channels of max(0, y) of the gated mixer output y (ToP-ViM)."""
+    """Of state-space models: a sum over the channels of the gated mixer output y (ToP-ViM; Zhan et al., 2024).
+
+    Args:
+        form: "paper", the mean of max(0, y) of both directions together. "code", as the published code runs: the sum of
+            y itself, of the backward direction alone, in that direction's order, so that token i has the score of
+            token N - 1 - i; and the class token is put back in the middle of the patches that stay. The code looks for
+            the class token in the first sample of a batch only and may keep it twice in the others; here it is found
+            in each.
+
+    Raises:
+        ScheduleError: another form.
+    """
 
     kind: ClassVar[str] = "top-vim"
+    form: TopViMForm = "paper"
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, get_args(TopViMForm))
+
+    @property
+    def centres(self) -> bool:
+        return self.form == "code"
 
     def insert(
         self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
@@ -139,7 +166,18 @@ class TopViM(Score):
                 "use Schedule(score=Shift()), which any block has",
                 code=Code.NO_SCORE,
             )
-        return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
+        if self.form == "paper":
+            return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
+        backward = backward_term(block)
+        if backward is None:
+            raise Refusal(
+                f"block {block.index} does not end in the sum of a scan forward and one backward, which is told by a "
+                "flip or an argument `reverse`",
+                block.output,
+                "use Schedule(score=TopViM()), which scores both together",
+                code=Code.NO_SCORE,
+            )
+        return splice(gm.graph, "score", lambda y: score.flipped_activation(tokens_first(y, layout)), backward)
 
 
 class _OfAttention(Score):
@@ -152,23 +190,17 @@ class _OfAttention(Score):
     def insert(
         self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
     ) -> Node:
-        op = block.attention_op()
-        if op is None or not by_sample(op, layout):
-            raise Refusal(
-                f"block {block.index} has no single attention op to take a map from"
-                if op is None
-                else f"the attention of block {block.index} is not on [batch, heads, tokens, channels]",
-                block.output,
-                "use Schedule(score=Shift()), which needs no attention map",
-                code=Code.NO_SCORE,
-            )
         self.check(block, prefix)
-        _check_every_token(block, block.output, layout, block.attention.term if block.attention else op)
-        return splice(gm.graph, "score", self.of_map, write_out(gm, op))
+        return splice(gm.graph, "score", self.of_map, attention_map(gm, block, layout, self.with_sizes)[0])
 
     @property
     def known_after(self) -> Literal["attention", "mlp"]:
         return "attention"
+
+    @property
+    def with_sizes(self) -> bool:
+        """Whether merged tokens count in the map for what they stand for."""
+        return False
 
     def check(self, block: Block, prefix: int) -> None:
         """Refuses where there is no such score."""
@@ -176,9 +208,21 @@ class _OfAttention(Score):
 
 @dataclass(frozen=True)
 class ClassAttention(_OfAttention):
-    """The attention of the class token to each token, heads averaged (paper, Eq. 2)."""
+    """The attention of the class token to each token, heads averaged (paper, Eq. 2).
+
+    Args:
+        size_bias: behind a merge, attention with the size bias, as the values are mixed by it (DiffRate's).
+    """
 
     kind: ClassVar[str] = "class-attention"
+    size_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("size_bias", self.size_bias)
+
+    @property
+    def with_sizes(self) -> bool:
+        return self.size_bias
 
     def of_map(self, attention: Tensor) -> Tensor:
         return score.class_attention(attention)
@@ -214,6 +258,72 @@ class AttentionEntropy(_OfAttention):
 
 
 @dataclass(frozen=True)
+class ZeroTPrune(Score):
+    """Zero-TPrune (Wang et al., 2024): PageRank on the block's attention, and tokens like a better one go first.
+
+    I' stage: importance by one round of votes. S stage: the less important half of the tokens is compared with the
+    other by keys, and the most similar leave. I stage: PageRank among those left; the least important leave. Where
+    the publication is silent: keys are averaged over heads, and votes for tokens that left are shared among the
+    others. How many tokens leave where is the schedule's: the published counts are not known.
+
+    Args:
+        similar: the share of the leaving tokens that the S stage takes. Where another thing than pruning asks for
+            the score (score maps, a merger's importance, `Lowest`) no token leaves, and it is the I stage alone.
+        rounds: of votes in the I stage; None for 30 in the first three blocks, 1 in the last three, 5 between,
+            which the publication's ranges (30 to 50, 1, 5 to 10) begin with.
+        start: "class", the class token's vote weighs the root of the token count at first; "uniform" (Zero-TPrune-uni).
+        head_filter: only heads whose scores vary neither too little nor too much take part. The published bounds, 0.01
+            and 0.7, let no head pass where scores sum to 1 (of 197 tokens the variance is at most 0.005), and the scale
+            that they are meant for is not stated; here scores have mean 1, and all heads take part where none passes.
+
+    Raises:
+        ScheduleError: a value out of its range.
+    """
+
+    kind: ClassVar[str] = "zero-tprune"
+    similar: float = 0.5
+    rounds: int | None = None
+    start: pagerank.Start = "class"
+    head_filter: bool = False
+
+    def __post_init__(self) -> None:
+        real = isinstance(self.similar, int | float) and not isinstance(self.similar, bool)
+        if not (real and 0 <= self.similar <= 1):
+            raise ScheduleError(f"similar is {self.similar!r}; write a share, from 0 to 1")
+        rounds = self.rounds
+        if rounds is not None and (not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1):
+            raise ScheduleError(f"rounds is {rounds!r}; write an integer of at least 1, or None")
+        check_choice("start", self.start, get_args(pagerank.Start))
+        check_flag("head_filter", self.head_filter)
+
+    @property
+    def known_after(self) -> Literal["attention", "mlp"]:
+        return "attention"
+
+    def insert(
+        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, guard: Node | None = None
+    ) -> Node:
+        return self.insert_among(gm, block, layout, prefix, None, 0)
+
+    def insert_among(
+        self, gm: GraphModule, block: Block, layout: Layout, prefix: int, guard: Node | None, leave: int
+    ) -> Node:
+        """Scores by which `leave` tokens are to leave, none of those that `guard` marks; see `Score.insert`."""
+        attention, keys = attention_map(gm, block, layout)
+        start: pagerank.Start = self.start if prefix else "uniform"
+        similar, rounds = int(self.similar * leave), self.rounds or _rounds(block)
+
+        def scores(a: Tensor, k: Tensor, protected: Tensor | None) -> Tensor:
+            return pagerank.zero_tprune(a, k, protected, similar, rounds, start, self.head_filter)
+
+        return splice(gm.graph, "score", scores, attention, keys, guard)
+
+
+def _rounds(block: Block) -> int:
+    return 30 if block.index < 3 else 1 if block.index >= block.depth - 3 else 5
+
+
+@dataclass(frozen=True)
 class Lowest(Score):
     """The tokens of the lowest score stay: a baseline that shows what the score is worth.
 
@@ -243,8 +353,33 @@ class Lowest(Score):
 
 
 SCORES: dict[str, type[Score]] = {
-    c.kind: c for c in (Shift, ClassAttention, MeanAttention, AttentionEntropy, TopViM, Random, Lowest)
+    c.kind: c for c in (Shift, ClassAttention, MeanAttention, AttentionEntropy, ZeroTPrune, TopViM, Random, Lowest)
 }
+
+
+def attention_map(gm: GraphModule, block: Block, layout: Layout, size_bias: bool = False) -> tuple[Node, Node]:
+    """The block's attention map [B, H, N, N], which is then written out, and its keys [B, H, N, d].
+
+    Args:
+        layout: of the stream that is scored.
+        size_bias: see `write_out`.
+
+    Raises:
+        Refusal: the block has none for every token.
+    """
+    op = block.attention_op()
+    if op is None or not by_sample(op, layout):
+        raise Refusal(
+            f"block {block.index} has no single attention op to take a map from"
+            if op is None
+            else f"the attention of block {block.index} is not on [batch, heads, tokens, channels]",
+            block.output,
+            "use Schedule(score=Shift()), which needs no attention map",
+            code=Code.NO_SCORE,
+        )
+    _check_every_token(block, block.output, layout, block.attention.term if block.attention else op)
+    keys: Node = arguments(op)["key"]
+    return write_out(gm, op, size_bias), keys
 
 
 def _check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) -> None:

@@ -14,15 +14,16 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.axes.gather import original_positions, take
 from passes.axes.token_axis import sequences_per_sample, stream_layout
-from passes.graph.base import ALIVE, Check, Pass, PassResult
-from passes.graph.layout import Tokens, sequence_in, tokens_in
+from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
+from passes.graph.codes import Code
+from passes.graph.layout import Layout, Tokens, sequence_in, tokens_in
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.padding import insert_padding
 from passes.network.protected import Protected
 from passes.sites.contract import no_open_site, open_site
-from passes.sites.importance import Score, Shift
-from passes.sites.select import MANY, keep_highest, protected_mask, way
+from passes.sites.importance import Score, Shift, ZeroTPrune
+from passes.sites.select import MANY, centred, keep_highest, protected_mask, way
 from passes.sites.site import SITE, Site, put_back
 
 
@@ -67,11 +68,13 @@ class InsertSelection(Pass):
             many = gm.meta.get(MANY, False) or sequences_per_sample(stream) > 1
             in_score = self._marks_in_score(stream, tokens, padding, many)
             marked = guard if in_score else None
-            scores = self.score.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
+            scores = self._scores(gm, stream, layout, marked, guard, tokens.dense - self.keep)
             select = partial(keep_highest, keep=self.keep, lowest=self.score.lowest, many=many)
             index = splice(
                 graph, "select", lambda s, g, p: select(s, g, padding=p), scores, None if in_score else guard, padding
             )
+            if self.score.centres:
+                index = self._centred(graph, stream, index, guard)
             gathered = tuple(d for d, dim in enumerate(layout) if tokens_in(dim))
             short = splice(graph, "gather", lambda x, i: take(x, layout, gathered, {tokens.pieces: i}), stream, index)
             full = put_back(graph, layout, stream, short, index)
@@ -88,6 +91,24 @@ class InsertSelection(Pass):
             sizes=sizes, size_bias=self.size_bias, weighted_mean=self.weighted_mean,
         )  # fmt: skip
         return PassResult(gm, rewrites=1)
+
+    def _scores(
+        self, gm: GraphModule, stream: Node, layout: Layout, marked: Node | None, guard: Node, leave: int
+    ) -> Node:
+        if isinstance(self.score, ZeroTPrune):
+            return self.score.insert_among(gm, self.block, layout, self.protected.prefix, guard, leave)
+        return self.score.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
+
+    def _centred(self, graph: Graph, stream: Node, index: Node, guard: Node) -> Node:
+        """The kept positions with the protected token, the class token, in the middle of the others."""
+        if self.protected.count != 1:
+            raise Refusal(
+                f"{self.protected.count} tokens are protected, and this score puts the one that there is in the middle",
+                stream,
+                "use Schedule(score=TopViM()), which leaves the order as it is",
+                code=Code.NO_SCORE,
+            )
+        return splice(graph, "select", centred, index, guard)
 
     def _padding(self, gm: GraphModule) -> Node | None:
         return insert_padding(gm, self.block, self.protected.prefix, self.protected.suffix) if self.padded else None

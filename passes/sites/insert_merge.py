@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from passes.axes.gather import original_positions, tokens_back, tokens_first
 from passes.axes.token_axis import stream_layout
-from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
+from passes.graph.base import ALIVE, Check, CompileError, Pass, PassResult, Refusal
 from passes.graph.codes import Code
 from passes.graph.layout import Layout, expr, sequence_in
 from passes.graph.ops import arguments
@@ -21,7 +21,8 @@ from passes.network.protected import Protected
 from passes.sites import matching
 from passes.sites.contract import no_open_site, open_site
 from passes.sites.importance import by_sample
-from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR
+from passes.sites.mergers import DiffRate, Merger, PiToMe, Stream, ToMe, VidTLDR
+from passes.sites.ranked import by_energy, by_rank
 from passes.sites.select import protected_mask
 from passes.sites.site import SITE, Site, put_merged_back
 
@@ -35,7 +36,8 @@ class InsertMerge(Pass):
         r: how many tokens merge away.
         protected: which neither merge nor are merged into.
         by: `Stream` compares the residual stream after the block, `VidTLDR` the stream where it merges, weighing
-            sources by its importance, `ToMe` the keys of the block's attention.
+            sources by its importance, `ToMe` and `PiToMe` the keys of the block's attention; `DiffRate` ranks the
+            tokens by its importance.
         earlier: index nodes of the sites that this sequence already went through.
         sizes: how many of the model's tokens each stands for, [B, N], once some merged.
     """
@@ -52,7 +54,7 @@ class InsertMerge(Pass):
 
     def call(self, gm: GraphModule) -> PassResult:
         graph, p = gm.graph, self.protected
-        stream = self.by.point(self.block)
+        stream, dropped = self.by.point(self.block), self._dropped()
         layout, batch = stream_layout(stream, p.prefix, p.suffix)
         tokens = sequence_in(layout)
         assert tokens is not None
@@ -67,19 +69,31 @@ class InsertMerge(Pass):
             x = tokens_first(x, layout)
             at = original_positions(*earlier) if earlier else None
             guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, at, x.device)
-            features = x if keys is None else keys.mean(1)
-            matched = matching.match(matching.cosine(features), guard, self.r, p.prefix, p.suffix, order)
-            weights = None if scores is None else matching.saliency(scores, guard)
-            sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
-            (short,), sizes = matching.merge([x], sizes, matched, weights)
+            ones = torch.ones(x.shape[:2], device=x.device)
+            sizes = ones if sizes is None else sizes
+            free = tokens.dense - p.count
+            if isinstance(self.by, DiffRate) and scores is not None:
+                matched, near = by_rank(x, scores, guard, self.r - dropped, dropped, p.prefix, free)
+                share = sizes.gather(1, matched.sources) * near.clamp_min(0)
+                (short,), _ = matching.merge([x], ones, matched)
+                _, sizes = matching.grown(sizes, share, None, matched)
+            elif isinstance(self.by, PiToMe) and keys is not None:
+                margin, spare = self.by.margin_in(self.block), self.by.spares(self.block)
+                matched = by_energy(keys.mean(1), guard, self.r, p.prefix, free, margin, self.by.energy, spare)
+                (short,), sizes = matching.merge([x], sizes, matched)
+            else:
+                features = x if keys is None else keys.mean(1)
+                matched = matching.match(matching.cosine(features), guard, self.r, p.prefix, p.suffix, order)
+                weights = None if scores is None else matching.saliency(scores, guard)
+                (short,), sizes = matching.merge([x], sizes, matched, weights)
             return tokens_back(short, layout), sizes, matched.left, matched.place
 
         with graph.inserting_before(stream.next):
-            keys = self._keys(stream, layout) if isinstance(self.by, ToMe) else None
+            keys = self._keys(stream, layout) if isinstance(self.by, ToMe | PiToMe) else None
             scores = self._importance(gm, stream, layout)
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
-            full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore)
+            full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore, dropped > 0)
         sizes.meta[ALIVE] = True
         for user in users:
             user.replace_input_with(stream, full)
@@ -93,6 +107,7 @@ class InsertMerge(Pass):
             batch,
             left,
             place=place,
+            drops=dropped > 0,
             restore=self.by.restore,
             sizes=sizes,
             size_bias=self.by.size_bias,
@@ -101,8 +116,19 @@ class InsertMerge(Pass):
         )
         return PassResult(gm, rewrites=1)
 
+    def _dropped(self) -> int:
+        """How many tokens leave without merging."""
+        dropped = self.by.pruned.get(self.block.index, 0) if isinstance(self.by, DiffRate) else 0
+        if dropped > self.r:
+            raise CompileError(
+                f"DiffRate is to drop {dropped} tokens in block {self.block.index}, of {self.r} that leave there; "
+                "merge of that block counts both, so write a larger one",
+                code=Code.SCHEDULE,
+            )
+        return dropped
+
     def _importance(self, gm: GraphModule, stream: Node, layout: Layout) -> Node | None:
-        if not isinstance(self.by, VidTLDR):
+        if not isinstance(self.by, VidTLDR | DiffRate):
             return None
         return self.by.importance.insert(gm, self.block, stream, layout, self.protected.prefix)
 
@@ -113,7 +139,7 @@ class InsertMerge(Pass):
         tokens = sequence_in(layout)
         if keys is None or tokens is None or expr(keys.meta["val"].shape[2]) != tokens.dense:
             raise Refusal(
-                f"ToMe compares keys, and block {self.block.index} has no single attention on "
+                f"{type(self.by).__name__} compares keys, and block {self.block.index} has no single attention on "
                 "[batch, heads, tokens, channels] of its stream",
                 stream,
                 "use Schedule(by=Stream())",

@@ -180,7 +180,7 @@ def merge(
     share = sizes.gather(1, sources)
     if weights is not None:
         share = share * weights.gather(1, sources)
-    grown, sizes = _grown(sizes, share, weights, matched)
+    all_sizes, sizes = grown(sizes, share, weights, matched)
 
     def rows(index: Tensor, like: Tensor) -> Tensor:
         return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
@@ -189,7 +189,7 @@ def merge(
         return torch.cat([v.gather(1, rows(index, v)).to(_wide(v)) for v in values], -1)
 
     apart = taken(sources) - taken(destinations)
-    added = apart * (share / grown.gather(1, destinations)).to(apart.dtype).unsqueeze(-1)
+    added = apart * (share / all_sizes.gather(1, destinations)).to(apart.dtype).unsqueeze(-1)
     if len(values) == 1:
         # added at full length: the copy is part of the kernel that makes x, and the next norm gathers
         (x,) = values
@@ -205,7 +205,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _grown(sizes: Tensor, share: Tensor, weights: Tensor | None, matched: Matched) -> tuple[Tensor, Tensor]:
+def grown(sizes: Tensor, share: Tensor, weights: Tensor | None, matched: Matched) -> tuple[Tensor, Tensor]:
     """Each token's size with what its sources add to it, at its position [B, N] and of those left [B, N - r].
 
     Args:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from numbers import Real
+from typing import ClassVar, Literal, get_args
 
 from torch.fx import Node
 
 from passes.graph.base import Refusal, ScheduleError
 from passes.graph.codes import Code
 from passes.network.branches import Block, Branch
+from passes.network.protected import Protected
 from passes.sites.choice import check_choice, check_flag
-from passes.sites.importance import AttentionEntropy, Score
+from passes.sites.importance import AttentionEntropy, ClassAttention, Score
+from passes.sites.matching import most
+from passes.sites.per_block import PerBlock
+from passes.sites.ranked import Energy
 from passes.sites.site import Restore
+
+SpareIn = Literal["every block", "second half", "first half", "no block"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Merger(ABC):
     """
 
     kind: ClassVar[str]  # its name in JSON and in tables
+    limit: ClassVar[str] = "one of two, protected ones never"  # of what can leave in one block
     size_bias: bool = field(default=True, kw_only=True)
     weighted_mean: bool = field(default=False, kw_only=True)
     restore: Restore = field(default="change", kw_only=True)
@@ -48,6 +57,10 @@ class Merger(ABC):
             Refusal: the block has no such place.
         """
         return block.output
+
+    def most(self, count: int, guard: Protected) -> int:
+        """How many of `count` tokens can leave in one block."""
+        return most(count, guard.prefix, guard.suffix, len(guard.extra))
 
 
 def _attention(kind: str, where: str, block: Block) -> Branch:
@@ -80,15 +93,50 @@ class ToMe(Merger):
 
 
 @dataclass(frozen=True)
-class VidTLDR(Merger):
-    """Merges between attention and MLP, by the stream, weighted by importance (Choi et al., 2024).
+class PiToMe(Merger):
+    """Merges between attention and MLP, by the keys, those tokens that much of the image is like (Tran et al., 2024).
+
+    A token's energy is the mean over all tokens of f(cosine of their keys), with f(x) = exp(x - m) - 1 below the
+    margin m. Of the 2 r tokens of the highest energy every second one merges into the most similar of the others.
+    The defaults are the paper's. Its published code runs DeiT as
+    PiToMe(energy="code", margin=0.75, spare_in="second half", size_bias=False), MAE with "first half".
 
     Args:
-        importance: what weighs the tokens: vid-TLDR's own entropy of attention, or another score; after the complete
-            block with a score that is known there only, as the MLP's shift is.
+        margin: m in the first block; it falls linearly and would be 0 behind the last.
+        energy: f above the margin: "paper", x itself; "code", x - m.
+        spare_in: in which blocks tokens of low energy are spared. In the others all tokens take part, every second by
+            energy, and the r strongest edges merge.
     """
 
-    kind: ClassVar[str] = "vid-tldr"
+    kind: ClassVar[str] = "pitome"
+    margin: float = 0.9
+    energy: Energy = "paper"
+    spare_in: SpareIn = "every block"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.margin, bool) or not isinstance(self.margin, Real) or not -1 <= self.margin <= 1:
+            raise ScheduleError(f"margin is {self.margin!r}; write a cosine, from -1 to 1, like 0.9")
+        check_choice("energy", self.energy, get_args(Energy))
+        check_choice("spare_in", self.spare_in, get_args(SpareIn))
+
+    def point(self, block: Block) -> Node:
+        return _attention(self.kind, "between attention and MLP", block).add
+
+    def margin_in(self, block: Block) -> float:
+        """m in this block."""
+        return self.margin * (1 - block.index / block.depth)
+
+    def spares(self, block: Block) -> bool:
+        """Whether tokens of low energy are spared in this block."""
+        early = block.index < (block.depth + 1) // 2
+        return {"every block": True, "first half": early, "second half": not early, "no block": False}[self.spare_in]
+
+
+@dataclass(frozen=True)
+class _ByImportance(Merger):
+    """Merges between attention and MLP; after the complete block by a score that is known there only."""
+
     importance: Score = AttentionEntropy()
 
     def __post_init__(self) -> None:
@@ -100,6 +148,48 @@ class VidTLDR(Merger):
         if self.importance.known_after == "mlp":
             return block.output
         return _attention(self.kind, "between attention and MLP", block).add
+
+
+@dataclass(frozen=True)
+class VidTLDR(_ByImportance):
+    """Merges between attention and MLP, by the stream, weighted by importance (Choi et al., 2024).
+
+    Args:
+        importance: what weighs the tokens: vid-TLDR's own entropy of attention, or another score; after the complete
+            block with a score that is known there only, as the MLP's shift is.
+    """
+
+    kind: ClassVar[str] = "vid-tldr"
+
+
+@dataclass(frozen=True)
+class DiffRate(_ByImportance):
+    """Prunes and merges between attention and MLP: of the tokens of low importance the lowest are dropped, the others
+    merge into the most similar one of those that stay, by the stream, into plain means (Chen et al., 2023).
+
+    A source adds its size times that cosine, at least 0, to its destination's. Tokens stay in the order of importance.
+
+    Args:
+        importance: what ranks the tokens: DiffRate's own class attention, with size bias, or another score.
+        pruned: block index -> how many of the tokens that leave there are dropped; in other blocks all merge.
+    """
+
+    kind: ClassVar[str] = "diffrate"
+    limit: ClassVar[str] = "all but one, protected ones never"
+    importance: Score = ClassAttention(size_bias=True)
+    pruned: Mapping[int, int] = PerBlock()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pairs = list(self.pruned.items()) if isinstance(self.pruned, Mapping) else [(-1, -1)]
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for pair in pairs for n in pair):
+            raise ScheduleError(
+                f"pruned is {self.pruned!r}; write how many of a block's tokens are dropped, like {{2: 4, 3: 8}}"
+            )
+        object.__setattr__(self, "pruned", PerBlock(pairs))
+
+    def most(self, count: int, guard: Protected) -> int:
+        return max(0, count - guard.count - 1)
 
 
 @dataclass(frozen=True)
@@ -116,4 +206,4 @@ class Ward(Merger):
         return _attention(self.kind, "at the inputs of attention, in front of the MLP", block).stream
 
 
-MERGERS: dict[str, type[Merger]] = {c.kind: c for c in (Stream, ToMe, VidTLDR, Ward)}
+MERGERS: dict[str, type[Merger]] = {c.kind: c for c in (Stream, ToMe, PiToMe, VidTLDR, DiffRate, Ward)}

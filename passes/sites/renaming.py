@@ -41,7 +41,8 @@ class Renaming:
                 nodes=frozenset(map(self.current, b.nodes)),
             )
 
-        return Block(block.index, branch(block.mlp), branch(block.attention) if block.attention is not None else None)
+        attention = branch(block.attention) if block.attention is not None else None
+        return replace(block, mlp=branch(block.mlp), attention=attention)
 
     def follow(self, site: Site) -> None:
         """Takes in what a site, retargeted and restored, did to the graph."""

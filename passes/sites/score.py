@@ -60,6 +60,12 @@ def mean_activation(gated: Tensor) -> Tensor:
     return gated.float().clamp_min(0).mean(-1)
 
 
+def flipped_activation(gated: Tensor) -> Tensor:
+    """ToP-ViM's score as its code runs, [B, N] from the backward direction's gated output y [B, N, D]: each token has
+    the sum over the channels of its mirror image, as the code does not turn the order back."""
+    return gated.float().sum(-1).flip(1)
+
+
 def random_score(like: Tensor) -> Tensor:
     """A random number a token: [B, N] from [B, N, C]."""
     return torch.rand(like.shape[:2], device=like.device)

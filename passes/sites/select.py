@@ -95,6 +95,15 @@ def keep_highest(
     return torch.where(at < keep, order, order + count).sort(dim=1).values[:, :keep]
 
 
+def centred(index: Tensor, protected: Tensor) -> Tensor:
+    """Kept positions [B, K] with the one protected token ([N] or [B, N] bool) in the middle, the others in order."""
+    batch, keep = index.shape
+    it = protected.expand(batch, -1).gather(1, index)
+    place = torch.cumsum(~it, 1) - 1  # among the others
+    place = torch.where(it, keep // 2, place + (place >= keep // 2))
+    return index.scatter(1, place, index)
+
+
 def _first(stays: Tensor, keep: int) -> Tensor:
     """Positions [B, keep] of the `keep` true entries of [B, N], in order, without a sort."""
     at = torch.arange(stays.shape[1], device=stays.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.axes.gather import changed, put, spread
+from passes.axes.gather import changed, or_as_it_left, put, spread, tokens_first
 from passes.axes.token_axis import TokenAxis
 from passes.graph.layout import Batch, Layout, Tokens, sequence_in
 from passes.graph.splice import splice
@@ -29,6 +30,7 @@ class Site:
         left: tokens left of the prunable stretch.
         beside: the inputs of an attention that tokens merge at, as it reads them, with their layouts and what is left.
         place: for a merge the position in `short` that now stands for each token of `stream`, [B, N].
+        drops: some tokens left without merging; their places in `place` are past the end of `short`.
         restore: what a merged token gets back: "change", its own value in `stream` plus its destination's change since,
             or "copy", its destination's value.
         sizes: how many of the model's tokens each token of `short` stands for, [B, K]; None before any merge.
@@ -48,6 +50,7 @@ class Site:
     left: int
     beside: dict[Node, tuple[Layout, Node]] = field(default_factory=dict)
     place: Node | None = None
+    drops: bool = False
     restore: Restore = "change"
     sizes: Node | None = None
     size_bias: bool = True
@@ -73,7 +76,7 @@ class Site:
         """A stream value at full length, at the graph's insertion point."""
         if self.place is None:
             return put_back(graph, self.layout, self.stream, short, self.index)
-        return put_merged_back(graph, self.layout, self.stream, short, self.short, self.place, self.restore)
+        return put_merged_back(graph, self.layout, self.stream, short, self.short, self.place, self.restore, self.drops)
 
     @property
     def stream_is_full(self) -> bool:
@@ -87,9 +90,24 @@ def put_back(graph: Graph, layout: Layout, stream: Node, short: Node, index: Nod
 
 
 def put_merged_back(
-    graph: Graph, layout: Layout, stream: Node, short: Node, before: Node, place: Node, restore: Restore
+    graph: Graph,
+    layout: Layout,
+    stream: Node,
+    short: Node,
+    before: Node,
+    place: Node,
+    restore: Restore,
+    drops: bool = False,
 ) -> Node:
-    """Every merged token back, see `Site`; `before` is what `short` was at the site."""
-    if restore == "copy":
-        return splice(graph, "restore", lambda s, p: spread(s, p, layout), short, place)
-    return splice(graph, "restore", lambda x, s, b, p: changed(x, s, b, p, layout), stream, short, before, place)
+    """Every merged token back, see `Site`; `before` is what `short` was at the site. A dropped one is as it left."""
+
+    def back(x: Tensor, s: Tensor, b: Tensor, p: Tensor) -> Tensor:
+        def merged(place: Tensor) -> Tensor:
+            return spread(s, place, layout) if restore == "copy" else changed(x, s, b, place, layout)
+
+        if not drops:
+            return merged(p)
+        left = tokens_first(s, layout).shape[1]
+        return or_as_it_left(merged(p.clamp(max=left - 1)), x, p < left, layout)
+
+    return splice(graph, "restore", back, stream, short, before, place)

@@ -17,7 +17,6 @@ from passes.sites.importance import Score, Shift
 from passes.sites.insert import InsertSelection
 from passes.sites.insert_merge import InsertMerge
 from passes.sites.insert_ward import InsertWard
-from passes.sites.matching import most
 from passes.sites.mergers import Merger, Stream, Ward
 from passes.sites.retarget import Gap
 
@@ -101,11 +100,11 @@ def pass_for(
         if isinstance(padded, Refusal):
             raise padded
         return InsertSelection(block, keep, guard, p.score, padded=padded)
-    gone, able = p.gone(length), most(length, guard.prefix, guard.suffix, len(guard.extra))
+    gone, able = p.gone(length), p.by.most(length, guard)
     if gone > able:
         raise CompileError(
             f"block {p.block} is to merge {gone} of {length} tokens away, and at most {able} can: "
-            "one of two, protected ones never; merge fewer there and the rest in later blocks",
+            f"{p.by.limit}; merge fewer there and the rest in later blocks",
             code=Code.TOO_MANY,
         )
     if gone and isinstance(padded, Refusal):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.sites.grid_prune import GridPrune, Mode
-from passes.sites.importance import ClassAttention, Random, Score, Shift, TopViM
-from passes.sites.mergers import Stream, ToMe, Ward
+from passes.sites.importance import ClassAttention, Random, Score, Shift, TopViM, ZeroTPrune
+from passes.sites.mergers import DiffRate, PiToMe, Stream, ToMe, Ward
 from rs_compile.schedule import Schedule
 from rs_compile.search.shapes import DIFFRATE, Counts, GridRamp, Profile, Ramp, Ratio, Shape
 
@@ -77,7 +77,13 @@ def _prune_then_ward(counts: Counts, keep: Mapping[int, float]) -> Schedule:
     return Schedule({i: keep[i] for i in early}, merge={i: c for i, c in counts.items() if i not in early}, by=Ward())
 
 
+def diffrate(counts: Mapping[int, int]) -> Schedule:
+    """Three of eight tokens that leave are pruned, the others merge: about as in most of the published counts."""
+    return Schedule(merge=counts, by=DiffRate(pruned={i: 3 * c // 8 for i, c in counts.items()}))
+
+
 _INPUTS = ("before attention", "before attention")
+_BETWEEN = ("before the MLP", "before the MLP")
 TOKENS: tuple[Method, ...] = (
     Method("Ward", lambda counts, _: Schedule(merge=counts, by=Ward()), True, spare=0, places=_INPUTS),
     Method(
@@ -85,7 +91,7 @@ TOKENS: tuple[Method, ...] = (
         lambda counts, _: Schedule(merge=counts, by=ToMe()),
         True,
         published=("uniform", "falling"),
-        places=("before the MLP", "before the MLP"),
+        places=_BETWEEN,
     ),
     Method("stream", lambda counts, _: Schedule(merge=counts, by=Stream()), True, published=("uniform",)),
     Method(
@@ -98,6 +104,9 @@ TOKENS: tuple[Method, ...] = (
         places=("after the block", "before attention"),
     ),
     Method("prune: shift", lambda _, keep: Schedule(keep), first=0, published=("paper",)),
+    Method("PiToMe", lambda counts, _: Schedule(merge=counts, by=PiToMe()), True, places=_BETWEEN),
+    Method("DiffRate", lambda counts, _: diffrate(counts), published=("diffrate",), places=_BETWEEN),
+    Method("prune: Zero-TPrune", lambda _, keep: Schedule(keep, score=ZeroTPrune()), published=("paper",)),
     Method("prune: class attention", lambda _, keep: Schedule(keep, score=ClassAttention()), published=("paper",)),
     Method(RANDOM, lambda _, keep: Schedule(keep, score=Random()), first=0, draws=3, published=("paper",)),
 )

@@ -68,6 +68,17 @@ def halves(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[order[:6]], images[order[6:]]
 
 
+@pytest.mark.slow
+def test_published_peers_are_candidates(model: nn.Module, images: Tensor) -> None:
+    peers = ["PiToMe", "DiffRate", "prune: Zero-TPrune"]
+    found = find(model, images, macs=0.75, methods=peers)
+    tried = {r.method: r for r in found.best if r.method in peers}
+    assert set(tried) == set(peers)
+    assert all(r.macs <= 0.75 * found.macs_dense and r.drift > 0 for r in tried.values())
+    by = tried["DiffRate"].schedule.by
+    assert isinstance(by, rs_compile.DiffRate) and sum(by.pruned.values()) > 0
+
+
 def test_random_is_in_the_table_and_the_verdict_names_it(result: SearchResult) -> None:
     random = [r for r in result.best if r.method == "prune: random"]
     assert random and random[0].draws == 3

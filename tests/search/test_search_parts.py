@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rs_compile import SearchError
+from rs_compile import DiffRate, PiToMe, Schedule, SearchError, ZeroTPrune
 from rs_compile.search import drift, pictures
 from rs_compile.search.costs import CostModel, Counted, bisecting, fitting
 from rs_compile.search.evaluation import Measured, checked
@@ -221,6 +221,14 @@ def test_a_journal_goes_on_and_forgives_a_torn_line(tmp_path: Path) -> None:
     path.write_text("{}\n")
     with pytest.raises(SearchError, match="no search's file"):
         Journal(path, {"seed": 0})
+
+
+def test_published_peers_are_candidates_and_leave_what_is_asked() -> None:
+    counts, of = {1: 16, 4: 9}, {m.name: m for m in TOKENS}
+    keep = keep_ratios(counts, TWELVE)
+    assert of["PiToMe"].make(counts, keep) == Schedule(merge=counts, by=PiToMe())
+    assert of["DiffRate"].make(counts, keep) == Schedule(merge=counts, by=DiffRate(pruned={1: 6, 4: 3}))
+    assert of["prune: Zero-TPrune"].make(counts, keep) == Schedule(keep, score=ZeroTPrune())
 
 
 def test_random_is_among_the_methods_of_every_kind() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from passes.axes.gather import original_positions, put, stretch_index, take, tokens_first
+from passes.axes.gather import or_as_it_left, original_positions, put, stretch_index, take, tokens_first
 from passes.graph.layout import Batch, Factor, Fixed, Free, Layout, Piece, Prunable, Tokens, merged
 
 SAMPLES = Batch(sympy.Symbol("s", positive=True, integer=True))
@@ -188,6 +188,18 @@ def test_tokens_first(target: str) -> None:
     full = numbers(*(size_of(f, 2) for dim in layout for f in dim))
     wanted = full.movedim((layout.index((SAMPLES,)), layout.index((SEQUENCE,))), (0, 1))
     assert torch.equal(tokens_first(full, layout), wanted)
+
+
+@pytest.mark.parametrize("target", ["sample first", "token first", "channels in between"])
+def test_or_as_it_left(target: str) -> None:
+    layout = TARGETS[target]
+    full = numbers(*(size_of(f, 2) for dim in layout for f in dim))
+    merged = torch.zeros(2, 6, dtype=torch.bool).scatter(1, KEPT, True)
+    order = (layout.index((SAMPLES,)), layout.index((SEQUENCE,)))
+    got = or_as_it_left(-full - 1, full, merged, layout).movedim(order, (0, 1))
+    for b, n in itertools.product(range(2), range(6)):
+        own = full.movedim(order, (0, 1))[b, n]
+        assert torch.equal(got[b, n], -own - 1 if n in KEPT[b] else own)
 
 
 @pytest.mark.parametrize(
