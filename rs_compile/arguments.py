@@ -38,12 +38,12 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_schedule(sub: argparse.ArgumentParser) -> None:
+def add_schedule(sub: argparse.ArgumentParser, default: str = SCHEDULE) -> None:
     """What is pruned."""
     sub.add_argument(
         "--schedule",
-        default=SCHEDULE,
-        help=f"block:keep-ratio pairs, a Schedule's JSON, or a .json file of one (default {SCHEDULE})",
+        default=default,
+        help=f"block:keep-ratio pairs, a Schedule's JSON, or a .json file of one (default {default})",
     )
 
 

@@ -1,0 +1,117 @@
+"""`python -m bench.evaluate retrieval --umt ...` and `vqa`: UMT whole, dense and pruned."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from bench.evaluate import printed
+from bench.evaluate.journal import EvaluationError
+from bench.evaluate.printed import DENSE, PRUNED
+from bench.evaluate.ranks import Ranks
+from bench.evaluate.umt.datasets import DATASETS, named
+from bench.evaluate.umt.retrieval import evaluate_umt_retrieval
+from bench.evaluate.umt.tokens import Tokenizer, read_tokenizer
+from bench.models.umt_tasks import UMT_SIZES, UmtAnswering, UmtRetrieval, UmtSize, load_umt
+from rs_compile import commands, optimize
+from rs_compile.schedule import Schedule
+
+RETRIEVAL_SCHEDULE = "0:0.8,1:0.8,2:0.8"
+_MEANS = "the arithmetic mean is what the paper's base rows are, though it calls them harmonic"
+_PER_FRAME = (
+    "similarity of the dense model: frame by frame, as UMT's own; of the pruned one: by the mean of what is left"
+)
+Model = TypeVar("Model", UmtRetrieval, UmtAnswering)
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """What retrieval with UMT takes beside the options of all evaluations."""
+    sub.add_argument(
+        "--text-config",
+        type=Path,
+        metavar="DIR",
+        help="for UMT: bert-base-uncased's (b) or bert-large-uncased's (l) folder, or one with its vocab.txt",
+    )
+    sub.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help='for UMT: the data set\'s test file, [{"video": ..., "caption": ...}, ...]',
+    )
+    sub.add_argument(
+        "--dataset", type=named(list(DATASETS)), metavar="NAME", help=f"for UMT: one of {', '.join(DATASETS)}"
+    )
+    sub.add_argument(
+        "--per-frame", action="store_true", help="for UMT: pool as UMT itself does where nothing is pruned"
+    )
+
+
+def retrieval(args: argparse.Namespace) -> printed.Result:
+    """Runs retrieval with UMT, and prints it."""
+    _need(args, "text_config", "annotations", "dataset")
+    size = UMT_SIZES[args.umt]
+    if args.captions or args.frames:
+        raise EvaluationError(
+            f"--captions and --frames go with --encoder; UMT takes --annotations, and {size.frames} frames"
+        )
+    device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
+    model, tokenizer = loaded(UmtRetrieval, size, args.checkpoint, args.text_config)
+    model = model.to(device, dtype)
+    scores = evaluate_umt_retrieval(
+        model,
+        _encoders(model.vision_encoder.encoder, args),
+        tokenizer,
+        DATASETS[args.dataset],
+        args.videos,
+        args.annotations,
+        per_frame=args.per_frame,
+        cache=args.resume,
+        identity={PRUNED: printed.identity(args)},
+        **printed.settings(args, device, dtype),
+    )
+    rows: list[list[str]] = []
+    for name, score in scores.items():
+        rows += printed.recall_rows(name, score)
+        rows += [[name, "mean, not re-ranked", *(printed.digits(v, 1) for v in score.by_similarity.arithmetic.all)]]
+    one, title = scores[DENSE], f"UMT-{args.umt.upper()} on {args.dataset}"
+    title += f", {one.videos} videos of {args.videos}, {one.captions} texts, {printed.pruning(args)}"
+    lines = [
+        *printed.notes(args),
+        _MEANS,
+    ]
+    if args.per_frame:
+        lines.append(_PER_FRAME)
+    return scores, printed.table(title, rows, printed.RECALL_HEADS, lines), _about(args)
+
+
+def loaded(kind: type[Model], size: UmtSize, checkpoint: Path | None, text_config: Path) -> tuple[Model, Tokenizer]:
+    """A model in eval mode, fp32, and its tokenizer; without a checkpoint its weights are random, always the same."""
+    tokenizer = read_tokenizer(text_config, size.text)  # what is wrong with it shows in a second
+    torch.manual_seed(0)
+    model = kind(size).eval()
+    if checkpoint is not None:
+        load_umt(model, checkpoint)
+    return model, tokenizer
+
+
+def _encoders(dense: nn.Module, args: argparse.Namespace) -> Mapping[str, Any]:
+    pruned = optimize(dense, Schedule.of(args.schedule), backend=args.backend, token_outputs="compact")
+    return {DENSE: dense, PRUNED: pruned}
+
+
+def _need(args: argparse.Namespace, *names: str) -> None:
+    absent = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
+    if args.checkpoint is None and not args.random_weights:
+        absent.append("--checkpoint (or --random-weights)")
+    if absent:
+        raise EvaluationError(f"UMT takes {', '.join(absent)} too")
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    paths = {key: str(value) for key, value in vars(args).items() if isinstance(value, Path) and key != "resume"}
+    return {"umt": args.umt, "dataset": args.dataset, "per_frame": args.per_frame, **paths, **printed.about(args)}
