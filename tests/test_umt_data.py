@@ -17,9 +17,10 @@ from umt_world import LENGTH, TINY, Scene, filmed, photographs, write_video, wri
 from bench.evaluate.annotations import check_present
 from bench.evaluate.frames import middles
 from bench.evaluate.journal import EvaluationError
-from bench.evaluate.umt.datasets import DATASETS, Question, named, read_answers, read_captions, read_questions
+from bench.evaluate.umt.datasets import DATASETS, Question, read_answers, read_captions, read_questions
 from bench.evaluate.umt.pixels import Clips, prepared
 from bench.evaluate.umt.tokens import Tokenizer, Tokens, normalised, read_tokenizer
+from rs_compile.arguments import add_dataset
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +199,14 @@ def test_videos_that_are_not_there(tmp_path: Path) -> None:
         check_present([], tmp_path / "nowhere", tmp_path / "f.json", "questions")
 
 
-def test_names_of_data_sets() -> None:
-    read = named(list(DATASETS))
-    assert (read("msrvtt"), read("ssv2-LABEL")) == ("MSRVTT", "SSV2-label")
-    with pytest.raises(argparse.ArgumentTypeError, match="'msr' is none of MSRVTT, MSVD"):
-        read("msr")
+def test_names_of_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_dataset(parser, list(DATASETS), "which")
+    assert parser.parse_args(["--dataset", "msrvtt"]).dataset == "MSRVTT"
+    assert parser.parse_args(["--dataset", "ssv2-LABEL"]).dataset == "SSV2-label"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dataset", "msr"])
+    assert "'msr' is none of MSRVTT, MSVD" in capsys.readouterr().err
 
 
 def cubic(x: float) -> float:

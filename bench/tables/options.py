@@ -76,16 +76,31 @@ def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, vi
     parser.add_argument("--limit", type=positive, help="so many files at most")
 
 
+def check_umt(args: argparse.Namespace) -> None:
+    """Raises UsageError where UMT's accuracy is wanted and something for it is not given; before minutes of work."""
+    if args.annotations is None:
+        return
+    if args.dataset is None:
+        raise UsageError("--annotations needs --dataset NAME, which says how they are read")
+    for name in args.models:
+        if name not in dict(args.text_config):
+            raise UsageError(f"{name} reads texts; pass --text-config {name}=DIR, or leave {name} out")
+        if name not in dict(args.checkpoint) and not args.quick:
+            raise UsageError(f"without its weights {name} finds nothing; pass --checkpoint {name}=FILE")
+
+
 def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=Path, metavar="DIR", help="video files")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON, {"video.mp4": ["a caption"]}')
     parser.add_argument(
-        "--texts",
+        "--annotations", type=Path, metavar="FILE", help="for UMT: the test file of --dataset, as VindLU released it"
+    )
+    parser.add_argument(
+        "--text-config",
         type=_named_file,
         action="append",
         default=[],
-        metavar="MODEL=FILE",
-        help="text features of the captions, for UMT-B or UMT-L, whose text encoder is not here",
+        metavar="MODEL=DIR",
+        help="for UMT: bert-base-uncased's folder (UMT-B) or bert-large-uncased's (UMT-L), or one with its vocab.txt",
     )
 
 
@@ -106,14 +121,15 @@ class Setting:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
         """Raises UsageError where the machine cannot do it, or data is not there; before minutes of work."""
-        for option in ("imagenet", "videos"):
-            folder = getattr(args, option, None)
+        folders = [(option, getattr(args, option, None)) for option in ("imagenet", "videos")]
+        for option, folder in [*folders, *(("text-config", folder) for _, folder in getattr(args, "text_config", ()))]:
             if folder is not None and not folder.is_dir():
                 raise UsageError(f"--{option} {folder}: there is no such folder")
-        if getattr(args, "videos", None) is not None and args.captions is None:
-            raise UsageError("--videos needs --captions FILE, which says what is to be seen in them")
-        files = [getattr(args, "captions", None)]
-        files += [file for option in ("texts", "checkpoint") for _, file in getattr(args, option, ())]
+        files = [getattr(args, option, None) for option in ("captions", "annotations", "answers")]
+        if (getattr(args, "videos", None) is None) != all(file is None for file in files):
+            known = [f"--{option}" for option in ("captions", "annotations") if hasattr(args, option)]
+            raise UsageError(f"--videos DIR goes with {' or '.join(known)} FILE, which says what is to be seen in them")
+        files += [file for _, file in getattr(args, "checkpoint", ())]
         if absent := [file for file in files if file is not None and not file.is_file()]:
             raise UsageError(f"there is no file {absent[0]}")
         if args.threads is not None:

@@ -18,7 +18,7 @@ from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
 
 Make = Callable[[bool, Path | None], nn.Module]  # from pretrained, checkpoint
-Data = Literal["digits", "images", "videos", ""]
+Data = Literal["digits", "images", "captions", "annotations", "answers", ""]
 Paper = Mapping[str, Mapping[str, float]]  # method -> column -> figure
 
 DIGITS = "digits ViT"
@@ -39,7 +39,8 @@ class Subject:
         attention: its attention score, class attention (Eq. 2) or, without a class token, mean attention (Eq. 3).
         batch: samples of a timed call, on a CPU and elsewhere (the paper's).
         paper: what the paper prints, by method and column.
-        data: what its accuracy can be measured on, nothing where the paper's model has parts that are not here.
+        data: what its accuracy can be measured on: pictures, or videos with captions (dual encoders), the annotations
+            of a data set (UMT) or these and a list of answers (UMT for question answering).
     """
 
     name: str
@@ -73,18 +74,23 @@ def deit(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: 
     return Subject(name, make, (3, side, side), keep, ClassAttention(), (16, 512), {} if quick else paper, "images")
 
 
+def vision_size(name: str, quick: bool) -> Size:
+    """Of UMT-B's or -L's vision encoder, or of its stand-in."""
+    full = SIZES[UMT[name]]
+    return Size(full.dim // 16, 3, full.heads // 4) if quick else full
+
+
 def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: bool, qa: bool) -> Subject:
     """UMT-B or -L on 12 frames of 224 x 224; quick: a narrow one of 3 blocks on 2 of 64 x 64.
 
     Args:
         qa: as in question answering, without the norm on the pooled features.
     """
-    full = SIZES[UMT[name]]
     frames, side = (2, 64) if quick else (12, 224)
 
     def make(pretrained: bool, checkpoint: Path | None) -> nn.Module:
         if quick:
-            return VisionEncoder(Size(full.dim // 16, 3, full.heads // 4), frames, side, pool_norm=not qa).eval()
+            return VisionEncoder(vision_size(name, quick), frames, side, pool_norm=not qa).eval()
         model = umt(UMT[name], pool_norm=not qa)
         if checkpoint is not None:
             load_checkpoint(model, checkpoint)
@@ -99,7 +105,7 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
         MeanAttention(),
         (1, 20),
         {} if quick else paper,
-        "" if qa else "videos",
+        "answers" if qa else "annotations",
     )
 
 
@@ -125,4 +131,4 @@ def dual_encoder(path: str, blocks: tuple[int, ...], ratio: float, pretrained: b
         return copy.deepcopy(tower)
 
     keep = dict.fromkeys(blocks, ratio)
-    return Subject(path, make, (3, side, side), keep, ClassAttention(), (12, 240), data="videos")
+    return Subject(path, make, (3, side, side), keep, ClassAttention(), (12, 240), data="captions")

@@ -9,12 +9,25 @@ from tabulate import tabulate
 
 from bench.tables.comparison import as_quick, untimed
 from bench.tables.measure import fill, identity, measurable, results_of
-from bench.tables.methods import BASE, COMPILED, METHODS, SDPA, STREAM, TOME, VID_TLDR, VID_TLDR_SHIFT, dense, merging
+from bench.tables.methods import (
+    BASE,
+    COMPILED,
+    METHODS,
+    SDPA,
+    STREAM,
+    TOME,
+    VID_TLDR,
+    VID_TLDR_SHIFT,
+    WARD,
+    dense,
+    merging,
+)
 from bench.tables.notes import give, notes
-from bench.tables.options import Setting, add_data_arguments, chosen
+from bench.tables.options import Setting, add_data_arguments, check_umt, chosen
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.results import Row
 from bench.tables.subjects import DIGITS, UMT, Paper, Subject, digits, umt_encoder
+from rs_compile.arguments import add_dataset
 
 # tokens that merge in blocks 0, 1, ...: vid-TLDR's published settings, for UMT-B and UMT-L
 COUNTS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -39,7 +52,7 @@ PRINTED: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 DIGITS_SHARES = {0: 0.2, 1: 0.1, 2: 0.05}
 DENSE = (BASE, SDPA, COMPILED)
-MERGING = (VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM)
+MERGING = (VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM, WARD)
 SHRUNK, QUICK_BLOCKS = 64, 3  # tokens of the paper's videos for each of the quick ones', and blocks of those
 
 
@@ -65,12 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timed", type=chosen(list(COUNTS)), default=["MSRVTT"], metavar="NAME,...", help="datasets to time"
     )
+    add_dataset(parser, list(PRINTED), "that of --videos: its counts alone")
     add_shared(parser, rounds=5)
     add_data_arguments(parser, videos=True)
 
 
 def run(args: argparse.Namespace) -> int:
     setting, datasets = Setting.of(args), args.datasets[: 2 if args.quick else None]
+    check_umt(args)
+    if args.dataset is not None:
+        datasets = [args.dataset]
     results = results_of(args, setting)
     subjects = [umt_encoder(name, (), 1, {}, args.quick, qa=False) for name in UMT]
     shown: list[tuple[Subject, str, Row]] = []

@@ -14,11 +14,11 @@ from bench.evaluate import printed
 from bench.evaluate.journal import EvaluationError
 from bench.evaluate.printed import DENSE, PRUNED
 from bench.evaluate.ranks import Ranks
-from bench.evaluate.umt.datasets import DATASETS, named
+from bench.evaluate.umt.datasets import DATASETS
 from bench.evaluate.umt.retrieval import evaluate_umt_retrieval
 from bench.evaluate.umt.tokens import Tokenizer, read_tokenizer
 from bench.models.umt_tasks import UMT_SIZES, UmtAnswering, UmtRetrieval, UmtSize, load_umt
-from rs_compile import commands, optimize
+from rs_compile import arguments, commands, optimize
 from rs_compile.schedule import Schedule
 
 RETRIEVAL_SCHEDULE = "0:0.8,1:0.8,2:0.8"
@@ -43,9 +43,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='for UMT: the data set\'s test file, [{"video": ..., "caption": ...}, ...]',
     )
-    sub.add_argument(
-        "--dataset", type=named(list(DATASETS)), metavar="NAME", help=f"for UMT: one of {', '.join(DATASETS)}"
-    )
+    arguments.add_dataset(sub, list(DATASETS), "for UMT: that of the videos")
     sub.add_argument(
         "--per-frame", action="store_true", help="for UMT: pool as UMT itself does where nothing is pruned"
     )

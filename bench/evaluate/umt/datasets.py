@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +38,6 @@ DATASETS: Mapping[str, DataSet] = {
     "SSV2-label": DataSet(25),
     "SSV2-template": DataSet(25),
 }
-
-
-def named(names: Sequence[str]) -> Callable[[str], str]:
-    """For argparse: one of these names, whatever the case of its letters."""
-
-    def read(text: str) -> str:
-        for name in names:
-            if name.lower() == text.lower():
-                return name
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-
-    return read
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Texts:
         return cls(states, torch.cat(projected))
 
 
-def shortlists(similarity: Tensor, most: int = SHORTLIST) -> tuple[Tensor, Tensor]:
+def shortlists(similarity: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Which pairs are re-ranked, bool [T, V]: among each text's `most` best videos, and each video's `most` best texts.
 
     Args:

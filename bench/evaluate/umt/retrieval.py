@@ -25,7 +25,7 @@ from bench.evaluate.umt.datasets import Captions, DataSet, read_captions
 from bench.evaluate.umt.features import FeatureFiles
 from bench.evaluate.umt.features import Tokens as VideoTokens
 from bench.evaluate.umt.pixels import Clips
-from bench.evaluate.umt.rerank import OUTSIDE, Texts, match, shortlists
+from bench.evaluate.umt.rerank import OUTSIDE, SHORTLIST, Texts, match, shortlists
 from bench.evaluate.umt.tokens import Tokenizer, Tokens
 from bench.models.umt_tasks import UmtRetrieval
 from passes.sites.restore import TokenOutput
@@ -56,6 +56,7 @@ def evaluate_umt_retrieval(
     annotations: Path,
     *,
     per_frame: bool = False,
+    shortlist: int = SHORTLIST,
     batch_size: int = 4,
     workers: int = 2,
     device: torch.device | str = "cpu",
@@ -74,6 +75,7 @@ def evaluate_umt_retrieval(
         dataset: how its texts and videos are read.
         videos: the folder of the video files.
         annotations: see `read_captions`.
+        shortlist: candidates of each text and of each video that are re-ranked.
         per_frame: pool each frame by itself, as UMT's own retrieval, where an encoder leaves every token.
         batch_size, workers: videos at once, and processes that read them.
         device, dtype: of what the encoders are given, and of the features on disk.
@@ -98,6 +100,7 @@ def evaluate_umt_retrieval(
         "weights": fingerprint(model),
         "dataset": asdict(dataset),
         "per frame": per_frame,
+        "shortlist": shortlist,
         "batch size": batch_size,
         "dtype": str(dtype),
         "device": device.type,
@@ -140,7 +143,7 @@ def evaluate_umt_retrieval(
         for name, folder in lacking.items():
             held = VideoTokens(folder / "features", batches)
             note = Journal(folder / "logits", about[name], ranks)
-            found, similar = _rank(model, texts, held, left, note, ranks, workers, name)
+            found, similar = _rank(model, texts, held, left, note, ranks, workers, shortlist, name)
             pooling = "frames" if per_frame and _whole(model, held(0)) else "tokens"
             counts: dict[str, Any] = {"videos": len(readable), "captions": len(left.texts), "skipped": skipped}
             scores = UmtScores(**vars(found), **counts, by_similarity=similar, pooling=pooling)
@@ -159,6 +162,7 @@ def _rank(
     journal: Journal,
     ranks: Ranks,
     workers: int,
+    shortlist: int,
     name: str,
 ) -> tuple[Found, Found]:
     """Recalls re-ranked, and by similarity alone.
@@ -169,7 +173,7 @@ def _rank(
     similarity = texts.projected @ tokens.pooled().T
     own = related(captions.pairs, *similarity.shape)
     similar = recalls(similarity, own)  # says so where values are not finite
-    of_texts, of_videos = shortlists(similarity)
+    of_texts, of_videos = shortlists(similarity, shortlist)
     either = of_texts | of_videos
     device = model.itm_head.weight.device
 
