@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from umt_world import TINY, Scene, scenes, tiny, train_retrieval, write_world
+from umt_world import FEW, TINY, Scene, scenes, tiny, train_retrieval, write_world
 
 from bench.evaluate.__main__ import main
 from bench.evaluate.recall import Found
@@ -26,7 +26,6 @@ from bench.evaluate.umt.tokens import Tokenizer, Tokens, read_tokenizer
 from bench.models.umt_tasks import UMT_SIZES, UmtRetrieval
 from rs_compile import optimize
 
-SHOWN = scenes()[::4]  # 12, of all colours and shapes, that move left
 PRUNED = {0: 0.5, 1: 0.8}
 
 
@@ -34,9 +33,9 @@ PRUNED = {0: 0.5, 1: 0.8}
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Videos, captions, tokenizer, and a checkpoint that knows them a little."""
     folder = tmp_path_factory.mktemp("umt")
-    write_world(folder, SHOWN)
+    write_world(folder, FEW)
     model: Any = tiny(UmtRetrieval)
-    train_retrieval(model, read_tokenizer(folder / "text", TINY.text), SHOWN, steps=60, batch=12, rate=3e-3)
+    train_retrieval(model, read_tokenizer(folder / "text", TINY.text), FEW, steps=60, batch=12, rate=3e-3)
     torch.save({"model": model.state_dict()}, folder / "umt.pth")
     return folder
 
@@ -193,22 +192,22 @@ def test_an_interrupted_evaluation_goes_on(
 def test_videos_that_cannot_be_read_are_named(
     argv: list[str], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_world(tmp_path / "other", SHOWN[:6])
+    write_world(tmp_path / "other", FEW[:6])
     os.chdir(tmp_path / "other")
     argv[argv.index("umt.pth")] = str(world / "umt.pth")
-    (tmp_path / "other" / "videos" / SHOWN[2].name).write_bytes(b"no video")
+    (tmp_path / "other" / "videos" / FEW[2].name).write_bytes(b"no video")
     assert main([*argv, "--json", "out.json"]) == 1
     said = capsys.readouterr()
     assert "5 videos of videos, 5 texts" in said.out
-    assert f"left out, as they could not be read: 1\n  {SHOWN[2].name}: Invalid data" in said.err
+    assert f"left out, as they could not be read: 1\n  {FEW[2].name}: Invalid data" in said.err
     row = json.loads(Path("out.json").read_text())["rows"][0]
-    assert row["videos"] == 5 and [s["file"] for s in row["skipped"]] == [SHOWN[2].name]
-    for scene in SHOWN[:6]:
+    assert row["videos"] == 5 and [s["file"] for s in row["skipped"]] == [FEW[2].name]
+    for scene in FEW[:6]:
         (tmp_path / "other" / "videos" / scene.name).write_bytes(b"no video")
     assert main(argv) == 2 and "none of the 6 videos in videos could be read; the first" in capsys.readouterr().err
-    (tmp_path / "other" / "videos" / SHOWN[4].name).unlink()
+    (tmp_path / "other" / "videos" / FEW[4].name).unlink()
     assert main(argv) == 2
-    assert f"has captions for videos that are not in videos: {SHOWN[4].name}" in capsys.readouterr().err
+    assert f"has captions for videos that are not in videos: {FEW[4].name}" in capsys.readouterr().err
 
 
 def test_what_the_command_refuses(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.evaluate.frames import middles
+from bench.evaluate.umt.answers import answer_tokens
 from bench.evaluate.umt.pixels import DEVIATION, MEAN
-from bench.evaluate.umt.tokens import Tokenizer, Tokens
+from bench.evaluate.umt.tokens import PAD, Tokenizer, Tokens, normalised
 from bench.models.umt import Size
-from bench.models.umt_tasks import UmtRetrieval, UmtSize
+from bench.models.umt_tasks import UmtAnswering, UmtRetrieval, UmtSize
 from bench.models.umt_text import TextSize
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 220, 30), "blue": (40, 40, 240), "yellow": (240, 240, 30)}
@@ -61,6 +62,9 @@ class Scene:
 
 def scenes(colours: Sequence[str] = tuple(COLOURS), ways: Sequence[str] = tuple(WAYS)) -> list[Scene]:
     return [Scene(*parts) for parts in itertools.product(colours, SHAPES, ways)]
+
+
+FEW = [scene for i, scene in enumerate(scenes()) if i % 4 == i // 4 % 4]  # 12, each colour and shape with a way
 
 
 def photographs() -> list[np.ndarray]:
@@ -153,6 +157,31 @@ class Films:
         return chosen, ((pixels - torch.tensor(MEAN)) / torch.tensor(DEVIATION)).permute(0, 4, 1, 2, 3)
 
 
+def train_answering(
+    model: UmtAnswering, tokenizer: Tokenizer, shown: Sequence[Scene], steps: int, kinds: int = 3, batch: int = 12
+) -> None:
+    """Each clip with one of its first `kinds` questions; the loss of the answer's tokens."""
+    films = Films(shown, model.size)
+    model.text_encoder.embeddings.word_embeddings.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for _ in range(steps):
+        chosen, clips = films.batch(batch)
+        pairs = [scene.questions[films.random.randint(kinds)] for scene in chosen]
+        question = Tokens.of(tokenizer, [normalised(text) for text, _ in pairs], 25)
+        answer = answer_tokens(tokenizer, [text for _, text in pairs])
+        video = model.vision_encoder.encoder(clips)
+        states = model.text_encoder.fuse(model.text_encoder.text(question.ids, question.mask), question.mask, video)
+        logits = model.text_decoder(answer.ids[:, :-1], answer.mask[:, :-1], states, question.mask)
+        loss = F.cross_entropy(logits.flatten(0, 1), answer.ids[:, 1:].flatten(), ignore_index=PAD)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
 def train_retrieval(
     model: UmtRetrieval, tokenizer: Tokenizer, shown: Sequence[Scene], steps: int, batch: int = 32, rate: float = 1e-3
 ) -> None:
@@ -163,7 +192,7 @@ def train_retrieval(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
     for _ in range(steps):
         chosen, clips = films.batch(batch)
-        tokens = Tokens.of(tokenizer, [scene.caption.lower().rstrip(".") for scene in chosen], 32)
+        tokens = Tokens.of(tokenizer, [normalised(scene.caption) for scene in chosen], 32)
         video, text = model.vision_encoder.encoder(clips), model.text_encoder.text(tokens.ids, tokens.mask)
         similarity = model.projected(text) @ model.pooled(video).T / model.temp.clamp(0.01, 0.5)
         own = torch.arange(len(chosen))

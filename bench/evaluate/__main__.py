@@ -177,13 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     umt.add_arguments(sub)
     _add_weights(sub, "allow transformers to ask the hub", required=False)
     _add_common(sub, batch_size=4, schedule=umt.RETRIEVAL_SCHEDULE)
+
+    sub = add("vqa", umt.vqa, "Accuracy of UMT's answers to questions on videos; the vision encoder is pruned.")
+    umt.add_vqa_arguments(sub)
+    _add_weights(sub, None, required=False)
+    _add_common(sub, batch_size=4, schedule=umt.VQA_SCHEDULE)
     return parser
 
 
-def _add_weights(sub: argparse.ArgumentParser, pretrained: str, required: bool) -> None:
+def _add_weights(sub: argparse.ArgumentParser, pretrained: str | None, required: bool) -> None:
     weights = sub.add_mutually_exclusive_group(required=required)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local .safetensors, .pth or .pt weights")
-    weights.add_argument("--pretrained", action="store_true", help=pretrained)
+    if pretrained is not None:
+        weights.add_argument("--pretrained", action="store_true", help=pretrained)
     weights.add_argument("--random-weights", action="store_true", help="to see that it runs")
 
 
@@ -197,7 +203,7 @@ def _add_common(sub: argparse.ArgumentParser, batch_size: int, schedule: str = a
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0; under torchrun cuda is each process's own")
     sub.add_argument("--limit", type=positive, help="so many files at most, evenly spaced")
     sub.add_argument(
-        "--resume", type=Path, metavar="FILE", help="keep what is done there, and go on from it; with --umt a folder"
+        "--resume", type=Path, metavar="FILE", help="keep what is done there, and go on; a folder for retrieval --umt"
     )
     arguments.add_json(sub)
 

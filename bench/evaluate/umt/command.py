@@ -14,14 +14,16 @@ from bench.evaluate import printed
 from bench.evaluate.journal import EvaluationError
 from bench.evaluate.printed import DENSE, PRUNED
 from bench.evaluate.ranks import Ranks
+from bench.evaluate.umt.answers import CANDIDATES
 from bench.evaluate.umt.datasets import DATASETS
 from bench.evaluate.umt.retrieval import evaluate_umt_retrieval
 from bench.evaluate.umt.tokens import Tokenizer, read_tokenizer
+from bench.evaluate.umt.vqa import evaluate_vqa
 from bench.models.umt_tasks import UMT_SIZES, UmtAnswering, UmtRetrieval, UmtSize, load_umt
 from rs_compile import arguments, commands, optimize
 from rs_compile.schedule import Schedule
 
-RETRIEVAL_SCHEDULE = "0:0.8,1:0.8,2:0.8"
+RETRIEVAL_SCHEDULE, VQA_SCHEDULE = "0:0.8,1:0.8,2:0.8", "0:0.9,1:0.9,2:0.9"  # the paper's
 _MEANS = "the arithmetic mean is what the paper's base rows are, though it calls them harmonic"
 _PER_FRAME = (
     "similarity of the dense model: frame by frame, as UMT's own; of the pruned one: by the mean of what is left"
@@ -87,6 +89,56 @@ def retrieval(args: argparse.Namespace) -> printed.Result:
     return scores, printed.table(title, rows, printed.RECALL_HEADS, lines), _about(args)
 
 
+def add_vqa_arguments(sub: argparse.ArgumentParser) -> None:
+    """What question answering takes beside the options of all evaluations."""
+    sub.add_argument("--umt", choices=UMT_SIZES, required=True, help="UMT-B or UMT-L, whole")
+    sub.add_argument("--text-config", type=Path, metavar="DIR", help="as of retrieval")
+    sub.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the folder of the video files")
+    sub.add_argument(
+        "--annotations",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='the test file, [{"video": ..., "question": ..., "answer": ...}, ...]',
+    )
+    sub.add_argument("--answers", type=Path, required=True, metavar="FILE", help='all candidates, ["yes", "no", ...]')
+    sub.add_argument(
+        "--candidates",
+        type=arguments.positive,
+        default=CANDIDATES,
+        metavar="N",
+        help=f"so many are ranked in the second stage (default {CANDIDATES}, as published)",
+    )
+
+
+def vqa(args: argparse.Namespace) -> printed.Result:
+    """Runs question answering with UMT, and prints it."""
+    _need(args, "text_config")
+    device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
+    model, tokenizer = loaded(UmtAnswering, UMT_SIZES[args.umt], args.checkpoint, args.text_config)
+    model = model.to(device, dtype)
+    scores = evaluate_vqa(
+        model,
+        _encoders(model.vision_encoder.encoder, args),
+        tokenizer,
+        args.videos,
+        args.annotations,
+        args.answers,
+        candidates=args.candidates,
+        resume=args.resume,
+        identity=printed.identity(args),
+        **printed.settings(args, device, dtype),
+    )
+    one, lines = scores[DENSE], printed.notes(args)
+    if one.unlisted:
+        lines.append(f"{one.unlisted} of {one.questions} questions have an answer that is not in {args.answers}: wrong")
+    if one.unread:
+        lines.append(f"{one.unread} of {one.questions} questions are on videos that could not be read: wrong")
+    title = f"UMT-{args.umt.upper()}, {one.questions} questions on {one.videos} videos of {args.videos}, "
+    rows = [[name, printed.digits(score.accuracy, 2)] for name, score in scores.items()]
+    return scores, printed.table(title + printed.pruning(args), rows, ["model", "accuracy %"], lines), _about(args)
+
+
 def loaded(kind: type[Model], size: UmtSize, checkpoint: Path | None, text_config: Path) -> tuple[Model, Tokenizer]:
     """A model in eval mode, fp32, and its tokenizer; without a checkpoint its weights are random, always the same."""
     tokenizer = read_tokenizer(text_config, size.text)  # what is wrong with it shows in a second
@@ -112,4 +164,5 @@ def _need(args: argparse.Namespace, *names: str) -> None:
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
     paths = {key: str(value) for key, value in vars(args).items() if isinstance(value, Path) and key != "resume"}
-    return {"umt": args.umt, "dataset": args.dataset, "per_frame": args.per_frame, **paths, **printed.about(args)}
+    chosen = {key: getattr(args, key) for key in ("umt", "dataset", "per_frame", "candidates") if hasattr(args, key)}
+    return {**chosen, **paths, **printed.about(args)}

@@ -36,12 +36,11 @@ class Texts:
         projected = []
         lengths = tokens.mask.sum(1)
         for start in range(0, len(lengths), _ENCODED):
-            rows = slice(start, start + _ENCODED)
-            longest = int(lengths[rows].max())
-            part = Tokens(tokens.ids[rows, :longest], tokens.mask[rows, :longest]).to(device)
+            rows = range(start, min(start + _ENCODED, len(lengths)))
+            part = tokens.rows(rows).to(device)
             x = model.text_encoder.text(part.ids, part.mask)
             projected.append(model.projected(x).cpu())
-            states += [row[:length].cpu() for row, length in zip(x, lengths[rows].tolist(), strict=True)]
+            states += [row[: lengths[i]].cpu() for row, i in zip(x, rows, strict=True)]
         return cls(states, torch.cat(projected))
 
 

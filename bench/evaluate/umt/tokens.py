@@ -58,9 +58,11 @@ class Tokens:
             ids[i, : len(row)] = torch.tensor(row)
         return cls(ids, torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
 
-    def __getitem__(self, rows: slice) -> Tokens:
-        """Some of the rows."""
-        return Tokens(self.ids[rows], self.mask[rows])
+    def rows(self, which: Sequence[int]) -> Tokens:
+        """Some of the texts, as long as the longest of them."""
+        ids, mask = self.ids[list(which)], self.mask[list(which)]
+        length = int(mask.sum(1).max())
+        return Tokens(ids[:, :length], mask[:, :length])
 
     def to(self, device: torch.device) -> Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device))
