@@ -219,6 +219,24 @@ def test_retrieval_fills_the_accuracy_column(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
+def test_answers_fill_the_accuracy_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_world(tmp_path, scenes()[:3])
+    argv = ["table4", *QUICK, "--columns", "accuracy", "--models", "UMT-B", "--json", str(tmp_path / "rows.json")]
+    argv += ["--videos", str(tmp_path / "videos"), "--annotations", str(tmp_path / "questions.json"), "--workers", "0"]
+    argv += ["--text-config", f"UMT-B={tmp_path / 'text'}", "--dataset", "msvd-qa", "--methods", "base,attention,ours"]
+    assert "--annotations needs --answers FILE" in error(capsys, *argv)
+    argv += ["--answers", str(tmp_path / "answers.json")]
+    assert "has 11 answers, and the 128 likeliest are ranked" in error(capsys, *argv)
+    assert main([*argv, "--candidates", "11"]) == 0
+    rows = saved(tmp_path / "rows.json")
+    assert [(row["method"], row["questions"], row["images"]) for row in rows] == [
+        (method, 9, 3) for method in ("base", "attention", "ours")
+    ]
+    assert all(0 <= row["accuracy"] <= 100 for row in rows)
+    assert "accuracy: of answers in %, 9 questions on 3 videos" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_retrieval_with_merged_tokens(tmp_path: Path) -> None:
     write_world(tmp_path, scenes()[:3])
     argv = ["table3", *QUICK, "--columns", "accuracy", "--models", "UMT-B", "--json", str(tmp_path / "rows.json")]

@@ -20,6 +20,8 @@ from bench.evaluate.journal import EvaluationError
 from bench.evaluate.umt.datasets import DATASETS, Question, read_answers, read_captions, read_questions
 from bench.evaluate.umt.pixels import Clips, prepared
 from bench.evaluate.umt.tokens import Tokenizer, Tokens, normalised, read_tokenizer
+from bench.tables import table2, table3
+from bench.tables.options import RETRIEVAL
 from rs_compile.arguments import add_dataset
 
 
@@ -108,6 +110,7 @@ def annotations(tmp_path: Path, content: Any) -> Path:
 
 
 def test_lengths_by_data_set() -> None:
+    assert tuple(DATASETS) == RETRIEVAL == tuple(table2.RECALL) == tuple(table3.PRINTED)
     assert {name: d.tokens for name, d in DATASETS.items()} == {
         "MSRVTT": 32, "MSVD": 64, "ActivityNet": 150, "DiDeMo": 64, "LSMDC": 96, "SSV2-label": 25, "SSV2-template": 25
     }  # fmt: skip

@@ -103,8 +103,8 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def write_world(folder: Path, shown: Sequence[Scene], seed: int = 1) -> None:
-    """videos/, captions.json, questions.json, answers.json and the tokenizer's text/ in a folder."""
+def write_world(folder: Path, shown: Sequence[Scene], kinds: int = 3, seed: int = 1) -> None:
+    """videos/, captions.json, questions.json (the first `kinds` a scene), answers.json, the tokenizer's text/."""
     random, pictures = np.random.RandomState(seed), photographs()
     (folder / "videos").mkdir(parents=True)
     for scene in shown:
@@ -113,7 +113,7 @@ def write_world(folder: Path, shown: Sequence[Scene], seed: int = 1) -> None:
     (folder / "captions.json").write_text(json.dumps(captions))
     questions = [
         {"video": scene.name, "question": question, "answer": answer, "question_id": i}
-        for i, (scene, (question, answer)) in enumerate((s, q) for s in shown for q in s.questions)
+        for i, (scene, (question, answer)) in enumerate((s, q) for s in shown for q in s.questions[:kinds])
     ]
     (folder / "questions.json").write_text(json.dumps(questions))
     (folder / "answers.json").write_text(json.dumps([*COLOURS, *SHAPES, *(f"moves {way}" for way in WAYS)]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.tables import accuracy
 from bench.tables.accuracy import Forwards
 from bench.tables.methods import COMPILED, Method
-from bench.tables.options import Setting
+from bench.tables.options import WHOLE_UMT, Setting, check_umt
 from bench.tables.results import Results, environment
 from bench.tables.subjects import Subject
 from rs_compile import OptimizedModel, plan
@@ -143,7 +143,8 @@ def fill_accuracy(
     say(f"{subject.name}: accuracy")
     # beside the rows, so that an interrupted evaluation goes on as well
     resume = args.json and args.json.with_name(f"{args.json.name}.{subject.name.replace('/', '-')}.resume")
-    if subject.data in ("annotations", "answers"):
+    if subject.data in WHOLE_UMT:
+        check_umt(args, subject)
         from bench.tables import umt_accuracy
 
         scores = umt_accuracy.measure(subject, methods, setting, args, resume)

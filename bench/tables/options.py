@@ -11,11 +11,13 @@ import torch
 
 from bench.tables.results import UsageError
 from bench.tables.subjects import Subject
-from rs_compile.arguments import count, positive
+from rs_compile.arguments import add_dataset, count, positive
 from rs_compile.commands import DTYPES
 
 COLUMNS = ("gflops", "throughput", "accuracy")
 QUICK_ROUNDS = 2
+RETRIEVAL = ("MSRVTT", "MSVD", "ActivityNet", "DiDeMo", "LSMDC", "SSV2-label", "SSV2-template")
+WHOLE_UMT = ("annotations", "answers")  # data that UMT is evaluated on with its text side
 
 
 def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str] = COLUMNS, rounds: int = 7) -> None:
@@ -58,12 +60,18 @@ def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
     return read
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, videos: bool = False) -> None:
-    """The options of accuracy on pictures or videos; without any of them it is the digits'."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, images: bool = False, videos: bool = False, datasets: Sequence[str] = RETRIEVAL
+) -> None:
+    """The options of accuracy on pictures or videos; without any of them it is the digits'.
+
+    Args:
+        datasets: of videos, by the paper's names.
+    """
     if images:
         parser.add_argument("--imagenet", type=Path, metavar="DIR", help="a folder a class, or unlabelled pictures")
     if videos:
-        _add_video_arguments(parser)
+        _add_video_arguments(parser, datasets)
     parser.add_argument(
         "--checkpoint",
         type=_named_file,
@@ -76,21 +84,24 @@ def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, vi
     parser.add_argument("--limit", type=positive, help="so many files at most")
 
 
-def check_umt(args: argparse.Namespace) -> None:
-    """Raises UsageError where UMT's accuracy is wanted and something for it is not given; before minutes of work."""
-    if args.annotations is None:
+def check_umt(args: argparse.Namespace, subject: Subject) -> None:
+    """Raises UsageError where UMT's accuracy is wanted and something for it is not given."""
+    if subject.data not in WHOLE_UMT or args.annotations is None:
         return
+    name = subject.name
     if args.dataset is None:
         raise UsageError("--annotations needs --dataset NAME, which says how they are read")
-    for name in args.models:
-        if name not in dict(args.text_config):
-            raise UsageError(f"{name} reads texts; pass --text-config {name}=DIR, or leave {name} out")
-        if name not in dict(args.checkpoint) and not args.quick:
-            raise UsageError(f"without its weights {name} finds nothing; pass --checkpoint {name}=FILE")
+    if subject.data == "answers" and args.answers is None:
+        raise UsageError("--annotations needs --answers FILE, the list of all candidate answers")
+    if name not in dict(args.text_config):
+        raise UsageError(f"{name} reads texts; pass --text-config {name}=DIR, or leave {name} out")
+    if name not in dict(args.checkpoint) and not args.quick:
+        raise UsageError(f"without its weights {name} finds nothing; pass --checkpoint {name}=FILE")
 
 
-def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_video_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> None:
     parser.add_argument("--videos", type=Path, metavar="DIR", help="video files")
+    add_dataset(parser, datasets, "for UMT: that of --videos; whose figures of the paper are shown")
     parser.add_argument(
         "--annotations", type=Path, metavar="FILE", help="for UMT: the test file of --dataset, as VindLU released it"
     )

@@ -41,6 +41,7 @@ class Subject:
         paper: what the paper prints, by method and column.
         data: what its accuracy can be measured on: pictures, or videos with captions (dual encoders), the annotations
             of a data set (UMT) or these and a list of answers (UMT for question answering).
+        stand_in: whether it stands in for UMT with --quick.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Subject:
     batch: tuple[int, int] = (1, 1)
     paper: Paper = field(default_factory=dict)
     data: Data = ""
+    stand_in: bool = False
 
     def on_meta(self) -> tuple[nn.Module, Tensor]:
         """The model and one sample without memory, for what needs no forward pass."""
@@ -106,6 +108,7 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
         (1, 20),
         {} if quick else paper,
         "answers" if qa else "annotations",
+        quick,
     )
 
 

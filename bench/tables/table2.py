@@ -8,9 +8,9 @@ from pathlib import Path
 from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import ATTENTION, BASE, OURS
 from bench.tables.options import add_arguments as add_shared
-from bench.tables.options import add_data_arguments, check_umt
+from bench.tables.options import add_data_arguments
 from bench.tables.subjects import UMT, Paper, digits, dual_encoder, umt_encoder
-from rs_compile.arguments import add_dataset, positive
+from rs_compile.arguments import positive
 
 BLOCKS, KEEP = (0, 1, 2), 0.8
 SPEED = {
@@ -40,7 +40,6 @@ def paper(name: str, dataset: str) -> Paper:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choices(parser, tuple(UMT))
-    add_dataset(parser, list(RECALL), "whose R@1 in the paper is shown (MSRVTT's if not given)")
     add_shared(parser, rounds=5)
     add_data_arguments(parser, videos=True)
     parser.add_argument(
@@ -52,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_umt(args)
     dataset = args.dataset or "MSRVTT"
     subjects = [umt_encoder(name, BLOCKS, KEEP, paper(name, dataset), args.quick, qa=False) for name in UMT]
     extra = [digits(BLOCKS, KEEP)]

@@ -27,7 +27,6 @@ from bench.tables.options import Setting, add_data_arguments, check_umt, chosen
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.results import Row
 from bench.tables.subjects import DIGITS, UMT, Paper, Subject, digits, umt_encoder
-from rs_compile.arguments import add_dataset
 
 # tokens that merge in blocks 0, 1, ...: vid-TLDR's published settings, for UMT-B and UMT-L
 COUNTS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -78,20 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timed", type=chosen(list(COUNTS)), default=["MSRVTT"], metavar="NAME,...", help="datasets to time"
     )
-    add_dataset(parser, list(PRINTED), "that of --videos: its counts alone")
     add_shared(parser, rounds=5)
     add_data_arguments(parser, videos=True)
 
 
 def run(args: argparse.Namespace) -> int:
     setting, datasets = Setting.of(args), args.datasets[: 2 if args.quick else None]
-    check_umt(args)
     if args.dataset is not None:
         datasets = [args.dataset]
     results = results_of(args, setting)
-    subjects = [umt_encoder(name, (), 1, {}, args.quick, qa=False) for name in UMT]
+    subjects = [umt_encoder(name, (), 1, {}, args.quick, qa=False) for name in UMT if name in args.models]
+    for subject in subjects if "accuracy" in setting.columns else ():  # before minutes of work
+        check_umt(args, subject)
     shown: list[tuple[Subject, str, Row]] = []
-    for subject in [*(s for s in subjects if s.name in args.models), digits((), 1)]:
+    for subject in [*subjects, digits((), 1)]:
         columns = set(setting.columns) & measurable(subject, args)
         of_digits = subject.name == DIGITS
         if of_digits:  # there for their accuracy only
