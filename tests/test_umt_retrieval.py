@@ -223,7 +223,7 @@ def test_what_the_command_refuses(argv: list[str], tmp_path: Path, capsys: pytes
     assert "UMT takes --checkpoint (or --random-weights) too" in error(without="--checkpoint")
     assert "--captions and --frames go with --encoder; UMT takes --annotations, and 4 frames" in error("--frames", "8")
     (tmp_path / "file").touch()
-    assert "is a file; what UMT's retrieval keeps takes a folder" in error("--resume", str(tmp_path / "file"))
+    assert "is no folder and cannot be made one (File exists)" in error("--resume", str(tmp_path / "file"))
     encoder = ["retrieval", "--encoder", "x", "--videos", "videos"]
     assert main([*encoder, "--annotations", "a"]) == 2
     assert "--annotations goes with --umt, not with --encoder" in capsys.readouterr().err

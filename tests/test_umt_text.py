@@ -223,6 +223,19 @@ def test_a_tied_weight_that_is_two(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_matching_is_the_raw_logit_of_the_second_class() -> None:
+    """Read at the text's first token, not made a probability; no temperature in similarities either."""
+    model = random(UmtRetrieval(SMALL))
+    text, video = model.text_encoder.text(IDS, MASK), states(4)
+    first = model.text_encoder.fuse(text, MASK, video)[:, 0]
+    wanted = (first @ model.itm_head.weight.T + model.itm_head.bias)[:, 1]
+    torch.testing.assert_close(model.matching(text, MASK, video), wanted.float())
+    torch.testing.assert_close(
+        model.projected(text), nn.functional.normalize(model.text_proj(text[:, 0]), dim=1).float()
+    )
+
+
+@torch.no_grad()
 def test_pooling_by_tokens_and_by_frames() -> None:
     """Each frame's mean is normalised, projected and compared by itself; the mean of all tokens is another."""
     model = random(UmtRetrieval(TINY))

@@ -71,9 +71,14 @@ def recalls(scores: Tensor, own: Tensor, of_videos: Tensor | None = None) -> Fou
         if alone.any():
             raise EvaluationError(f"{what} {int(alone.nonzero()[0])} has no {other}")
     to_videos, to_texts = _one_way(scores, own), _one_way((scores if of_videos is None else of_videos).T, own.T)
-    pairs = list(zip(to_videos.all, to_texts.all, strict=True))
-    arithmetic = Recalls(*((a + b) / 2 for a, b in pairs))
-    return Found(to_videos, to_texts, arithmetic, Recalls(*(2 * a * b / (a + b) if a + b else 0.0 for a, b in pairs)))
+    return Found(to_videos, to_texts, *means(to_videos, to_texts))
+
+
+def means(one: Recalls, other: Recalls) -> tuple[Recalls, Recalls]:
+    """The arithmetic and the harmonic mean, at each of 1, 5, 10."""
+    pairs = list(zip(one.all, other.all, strict=True))
+    harmonic = (2 * a * b / (a + b) if a + b else 0.0 for a, b in pairs)
+    return Recalls(*((a + b) / 2 for a, b in pairs)), Recalls(*harmonic)
 
 
 def _one_way(scores: Tensor, own: Tensor) -> Recalls:

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.models.umt import SIZES, Size, VisionEncoder, load_checkpoint, umt
+from bench.models.umt import SIZES, Size, VisionEncoder, umt
 from rs_compile import ClassAttention, MeanAttention, Score
 from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
@@ -90,13 +90,10 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
     """
     frames, side = (2, 64) if quick else (12, 224)
 
-    def make(pretrained: bool, checkpoint: Path | None) -> nn.Module:
+    def make(_pretrained: bool, _checkpoint: Path | None) -> nn.Module:  # weights come with the text side's
         if quick:
             return VisionEncoder(vision_size(name, quick), frames, side, pool_norm=not qa).eval()
-        model = umt(UMT[name], pool_norm=not qa)
-        if checkpoint is not None:
-            load_checkpoint(model, checkpoint)
-        return model
+        return umt(UMT[name], pool_norm=not qa)
 
     keep = dict.fromkeys(blocks, ratio)
     return Subject(

@@ -106,7 +106,7 @@ def evaluate_umt_retrieval(
         "device": device.type,
     }
     with _folder(cache, ranks) as root:
-        about = {name: {**common, "method": (identity or {}).get(name, name)} for name in encoders}
+        about = {name: {**common, "method": name, "by": (identity or {}).get(name)} for name in encoders}
         folders = {name: root / _digest(about[name]) for name in encoders}
         kept = ranks.broadcast({name: _kept(folder) for name, folder in folders.items()} if ranks.first else None)
         lacking = {name: folders[name] for name in encoders if kept[name] is None}
@@ -214,8 +214,14 @@ def _whole(model: UmtRetrieval, tokens: Tensor) -> bool:
 def _folder(cache: Path | None, ranks: Ranks) -> Iterator[Path]:
     """Where to keep things; a temporary folder goes when the first process is through."""
     if cache is not None:
-        if cache.exists() and not cache.is_dir():
-            raise EvaluationError(f"{cache} is a file; what UMT's retrieval keeps takes a folder, give another")
+        fault = ""
+        if ranks.first:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                fault = f"{cache} is no folder and cannot be made one ({error.strerror}); what is kept needs one"
+        if fault := ranks.broadcast(fault):
+            raise EvaluationError(fault)
         yield cache
         return
     made = tempfile.mkdtemp(prefix="umt-") if ranks.first else None
