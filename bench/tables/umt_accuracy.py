@@ -39,7 +39,7 @@ def measure(
     size = UMT_SIZES[UMT[name].removeprefix("umt_")]
     if subject.stand_in:
         size = UmtSize(vision_size(name, quick=True), _STAND_IN, 16, frames, side)
-    kind = UmtAnswering if subject.data == "answers" else UmtRetrieval
+    kind: Any = UmtAnswering if subject.data == "answers" else UmtRetrieval
     model, tokenizer = loaded(kind, size, dict(args.checkpoint).get(name), dict(args.text_config)[name])
     model = model.to(setting.device, setting.dtype)
     encoder = model.vision_encoder.encoder
