@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("torch.export", "aot-inductor", "onnx", "openvino", "executorch")  # `exporting.formats`'s
@@ -38,13 +39,25 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_schedule(sub: argparse.ArgumentParser) -> None:
+def add_schedule(sub: argparse.ArgumentParser, default: str = SCHEDULE) -> None:
     """What is pruned."""
     sub.add_argument(
         "--schedule",
-        default=SCHEDULE,
-        help=f"block:keep-ratio pairs, a Schedule's JSON, or a .json file of one (default {SCHEDULE})",
+        default=default,
+        help=f"block:keep-ratio pairs, a Schedule's JSON, or a .json file of one (default {default})",
     )
+
+
+def add_dataset(parser: argparse.ArgumentParser, names: Sequence[str], text: str) -> None:
+    """Which data set, by the paper's name in letters of any case."""
+    by_lower = {name.lower(): name for name in names}
+
+    def read(name: str) -> str:
+        if name.lower() not in by_lower:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}")
+        return by_lower[name.lower()]
+
+    parser.add_argument("--dataset", type=read, metavar="NAME", help=f"one of {','.join(names)}; {text}")
 
 
 def add_backend(sub: argparse.ArgumentParser, default: str) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import oracle
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
+from umt_world import scenes, write_world
 
 from bench.__main__ import COMMANDS, main, summary
 from bench.tables import measure, table2, table4, table5
@@ -133,7 +131,7 @@ def test_a_file_of_other_settings_is_left_alone(tmp_path: Path, capsys: pytest.C
         (("figure5", "--out", "no/such/plot.png"), "no file can be written there"),
         (("table5", "--quick", "--imagenet", "no/such"), "--imagenet no/such: there is no such folder"),
         (("table5", "--checkpoint", "DeiT-S=no/such.pth"), "there is no file no/such.pth"),
-        (("table2", "--videos", "."), "--videos needs --captions FILE"),
+        (("table2", "--videos", "."), "--videos DIR goes with --captions or --annotations FILE"),
     ],
 )
 def test_words_of_refusals(argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,45 +197,55 @@ def test_pictures_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "broken.png: " in captured.err and "which has no class folders" in captured.out
 
 
-def clip(path: Path, shade: int) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(25))
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for _ in range(4):
-            pixels = np.full((64, 64, 3), shade, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+def test_retrieval_fills_the_accuracy_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stand-ins for UMT-B whole on a made-up world: each method on the tokens that it leaves."""
+    write_world(tmp_path, scenes()[:3])
+    files = ["--videos", str(tmp_path / "videos"), "--annotations", str(tmp_path / "captions.json"), "--workers", "0"]
+    argv = [*QUICK, "--columns", "accuracy", "--models", "UMT-B", "--json", str(tmp_path / "2.json"), *files]
+    table = ["table2", *argv, "--methods", "base,ours"]
+    assert "--annotations needs --dataset NAME" in error(capsys, *table)
+    table += ["--dataset", "msrvtt"]
+    assert "UMT-B reads texts; pass --text-config UMT-B=DIR" in error(capsys, *table)
+    text = ["--text-config", f"UMT-B={tmp_path / 'text'}"]
+    without = [argument for argument in [*table, *text] if argument != "--quick"]
+    assert "without its weights UMT-B finds nothing; pass --checkpoint UMT-B=FILE" in error(capsys, *without)
+    assert main([*table, *text]) == 0
+    rows = saved(tmp_path / "2.json")
+    assert [row["method"] for row in rows] == ["base", "ours"]
+    for row in rows:
+        assert row["images"] == row["captions"] == 3 and row["arithmetic"]["r5"] == 100
+        assert row["accuracy"] == (row["text_to_video"]["r1"] + row["video_to_text"]["r1"]) / 2
+    assert "R@1 in %, arithmetic mean of both directions, 3 videos" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Text features that are the dense model's own video features: it finds every one."""
-    from bench.evaluate.encoders import umt_transform
-    from bench.evaluate.frames import uniform_frames
+def test_answers_fill_the_accuracy_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_world(tmp_path, scenes()[:3])
+    argv = ["table4", *QUICK, "--columns", "accuracy", "--models", "UMT-B", "--json", str(tmp_path / "rows.json")]
+    argv += ["--videos", str(tmp_path / "videos"), "--annotations", str(tmp_path / "questions.json"), "--workers", "0"]
+    argv += ["--text-config", f"UMT-B={tmp_path / 'text'}", "--dataset", "msvd-qa", "--methods", "base,attention,ours"]
+    assert "--annotations needs --answers FILE" in error(capsys, *argv)
+    argv += ["--answers", str(tmp_path / "answers.json")]
+    assert "has 11 answers, and the 128 likeliest are ranked" in error(capsys, *argv)
+    assert main([*argv, "--candidates", "11"]) == 0
+    rows = saved(tmp_path / "rows.json")
+    assert [(row["method"], row["questions"], row["images"]) for row in rows] == [
+        (method, 9, 3) for method in ("base", "attention", "ours")
+    ]
+    assert all(0 <= row["accuracy"] <= 100 for row in rows)
+    assert "accuracy: of answers in %, 9 questions on 3 videos" in capsys.readouterr().out
 
-    shades = {"dark.mp4": 20, "light.mp4": 230}
-    for name, shade in shades.items():
-        clip(tmp_path / name, shade)
-    (tmp_path / "captions.json").write_text(json.dumps({name: [name] for name in shades}))
-    torch.manual_seed(0)
-    model = umt_encoder("UMT-B", (), 1, {}, quick=True, qa=False).make(False, None)
-    frames = torch.stack([umt_transform(64)(uniform_frames(tmp_path / name, 2)) for name in shades])
-    with torch.no_grad():
-        texts = model(frames.transpose(1, 2))
-    metadata = {"captions": json.dumps(list(shades))}
-    safetensors.torch.save_file({"texts": texts}, tmp_path / "texts.safetensors", metadata)
-    argv = ["table2", *QUICK, "--columns", "accuracy", "--models", "UMT-B", "--methods", "base,ours", "--workers", "0"]
-    argv += ["--videos", str(tmp_path), "--captions", str(tmp_path / "captions.json")]
-    assert "UMT-B has no text encoder here; pass its text features, --texts UMT-B=FILE" in error(capsys, *argv)
-    argv += ["--texts", f"UMT-B={tmp_path / 'texts.safetensors'}", "--json", str(tmp_path / "rows.json")]
-    torch.manual_seed(0)
-    assert main(argv) == 0
-    base, ours = saved(tmp_path / "rows.json")
-    assert base["accuracy"] == 100 and base["harmonic"] == {"r1": 100.0, "r5": 100.0, "r10": 100.0}
-    assert ours["images"] == 2 and "R@1 in %, harmonic mean" in capsys.readouterr().out
-    argv = [argument for argument in argv if argument != "--quick"]
-    argv[argv.index("--json") + 1] = str(tmp_path / "other.json")
-    assert "without its weights UMT-B retrieves nothing; pass --checkpoint UMT-B=FILE" in error(capsys, *argv)
+
+@pytest.mark.slow
+def test_retrieval_with_merged_tokens(tmp_path: Path) -> None:
+    write_world(tmp_path, scenes()[:3])
+    argv = ["table3", *QUICK, "--columns", "accuracy", "--models", "UMT-B", "--json", str(tmp_path / "rows.json")]
+    argv += ["--videos", str(tmp_path / "videos"), "--annotations", str(tmp_path / "captions.json"), "--workers", "0"]
+    argv += ["--text-config", f"UMT-B={tmp_path / 'text'}", "--dataset", "MSRVTT"]
+    assert main([*argv, "--methods", "base,vid-tldr,vid-tldr-shift,ward"]) == 0
+    base, *rows = saved(tmp_path / "rows.json")
+    assert [row["method"] for row in rows] == ["vid-tldr", "vid-tldr-shift", "ward"] and base["images"] == 3
+    assert all(row["dataset"] == "MSRVTT" and row["images"] == 3 for row in rows)
 
 
 def test_methods_are_the_models_own_and_schedules() -> None:

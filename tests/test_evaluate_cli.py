@@ -14,7 +14,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from dual_encoders import CROP, clip, save
@@ -22,7 +21,6 @@ from PIL import Image
 
 from bench.evaluate import __main__ as command
 from bench.evaluate.__main__ import main
-from bench.models.umt import Size
 
 IMAGES = (
     "images",
@@ -129,7 +127,7 @@ def test_retrieval(videos: tuple[str, ...], tmp_path: Path, capsys: pytest.Captu
     assert main((*encoder, *videos, "--json", str(tmp_path / "o.json"))) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "3 videos of " in lines[0] and "3 captions, 2 frames, float32; pruned: 0:0.5" in lines[0]
-    ways = ["text to video", "video to text", "harmonic mean"]
+    ways = ["text to video", "video to text", "arithmetic mean", "harmonic mean"]
     starts = [f"{method:7}  {way}" for method in ("dense", "pruned") for way in ways]
     assert [line.rstrip()[: len(start)] for line, start in zip(lines[3:], starts, strict=True)] == starts
     assert lines[3].split()[-1] == "100.0"  # R@10 of three
@@ -140,20 +138,6 @@ def test_retrieval(videos: tuple[str, ...], tmp_path: Path, capsys: pytest.Captu
     assert "1.mkv: Invalid data found when processing input" in capsys.readouterr().err
     (tmp_path / "videos" / "2.mkv").unlink()
     assert "has captions for videos that are not in" in error(capsys, *encoder, *videos)
-
-
-def test_retrieval_with_umt(
-    videos: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(command.umt.SIZES, "umt_b", Size(32, 2, 2))
-    texts = tmp_path / "t.safetensors"
-    captions = json.dumps(["red fish", "two birds", "sky"])
-    safetensors.torch.save_file({"texts": torch.randn(3, 32)}, texts, {"captions": captions})
-    argv = ("retrieval", "--encoder", "umt_b", "--frames", "2", "--schedule", "0:0.5", *videos)
-    assert "umt_b takes --checkpoint FILE" in error(capsys, *argv, "--texts", str(texts))
-    assert main((*argv, "--texts", str(texts), "--random-weights")) == 0
-    assert "random weights" in capsys.readouterr().out
-    assert "go with UMT's encoders" in error(capsys, *argv, "--encoder", "x", "--texts", str(texts))
 
 
 SCRIPT = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,15 @@ import safetensors.torch
 import torch
 import transformers
 from dual_encoders import CROP, FRAMES, TEXT, VISION, clip, save, tokenizer, xclip
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bench.evaluate.encoders import (
     ClipEncoder,
     Processor,
     TextTower,
-    UmtEncoder,
     XClipEncoder,
     load_encoder,
-    umt_transform,
     with_vision,
 )
 from bench.evaluate.journal import EvaluationError, fingerprint
@@ -157,59 +154,6 @@ def test_encoders_that_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(EvaluationError, match=r"1 are missing, first visual_projection\.weight"):
         load_encoder(str(tmp_path))
-
-
-class Mean(nn.Module):
-    """A clip [B, 3, T, H, W] -> its mean colour, weighted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
-
-    def forward(self, clip: Tensor) -> Tensor:
-        return clip.mean((2, 3, 4)) * self.weight
-
-
-def text_features(path: Path, captions: object, **tensors: Tensor) -> Path:
-    safetensors.torch.save_file(tensors, path, {"captions": json.dumps(captions)})
-    return path
-
-
-@torch.no_grad()
-def test_umt_features(tmp_path: Path, clips: Tensor) -> None:
-    features, weight, bias = torch.randn(2, 5), torch.randn(5, 3), torch.randn(5)
-    tensors = {"texts": features, "vision_proj.weight": weight, "vision_proj.bias": bias}
-    encoder = UmtEncoder(Mean(), text_features(tmp_path / "t.safetensors", ["one", "two"], **tensors))
-    assert torch.equal(encoder.encode_texts(["two", "one", "two"]), features[[1, 0, 1]])
-    wanted = clips.mean((1, 3, 4)) * torch.tensor([1.0, 2.0, 4.0]) @ weight.T + bias
-    torch.testing.assert_close(encoder.encode_videos(clips), wanted)
-    with pytest.raises(EvaluationError, match="the text features lack 1 captions, first 'three'"):
-        encoder.encode_texts(["one", "three"])
-    doubled = with_vision(encoder, lambda vision: nn.Sequential(vision, nn.Linear(3, 3)))
-    assert isinstance(encoder.vision, Mean) and isinstance(doubled.vision, nn.Sequential)
-    plain = UmtEncoder(Mean(), text_features(tmp_path / "p.safetensors", ["one"], texts=torch.randn(1, 3)))
-    torch.testing.assert_close(plain.encode_videos(clips), Mean()(clips.transpose(1, 2)))
-
-
-def test_text_features_that_are_none(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("no tensors")
-    with pytest.raises(EvaluationError, match="cannot be read as text features"):
-        UmtEncoder(Mean(), tmp_path / "a")
-    for captions in (None, ["one"]):
-        with pytest.raises(EvaluationError, match="holds no text features"):
-            UmtEncoder(Mean(), text_features(tmp_path / "b", captions, texts=torch.ones(2, 3)))
-    with pytest.raises(EvaluationError, match=r"has one of vision_proj.weight and vision_proj.bias"):
-        tensors = {"texts": torch.ones(1, 3), "vision_proj.weight": torch.ones(5, 3)}
-        UmtEncoder(Mean(), text_features(tmp_path / "c", ["one"], **tensors))
-
-
-def test_umts_transform() -> None:
-    frames = torch.zeros(2, 30, 50, 3, dtype=torch.uint8)
-    frames[..., 1] = 255
-    pixels = umt_transform(16)(frames)
-    assert pixels.shape == (2, 3, 16, 16)
-    wanted = [(0 - 0.485) / 0.229, (1 - 0.456) / 0.224, (0 - 0.406) / 0.225]
-    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_transform_says_what_it_is(saved: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.evaluate.frames import VideoError, middles, uniform_frames
+from bench.evaluate.frames import VideoError, middles, padded_frames, uniform_frames
 
 STEP = 4  # grey levels between frames, more than what a lossy codec changes
 
@@ -72,7 +72,7 @@ def test_a_container_that_does_not_count(tmp_path: Path) -> None:
 def test_a_container_that_counts_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = video(tmp_path / "a.mkv", 25)
     for claimed in (5, 24, 26, 1000):
-        monkeypatch.setattr("bench.evaluate.frames._claimed", lambda _, claimed=claimed: claimed)
+        monkeypatch.setattr("bench.evaluate.frames._claimed", lambda _, claimed=claimed: (claimed, None))
         assert numbers(uniform_frames(path, 5)) == [2, 7, 12, 17, 22]
 
 
@@ -85,6 +85,30 @@ def test_fewer_frames_than_asked_for(tmp_path: Path, name: str) -> None:
     path = video(tmp_path / name, 11, *(("mpeg4", "yuv420p") if name == "a.avi" else ()))
     with pytest.raises(VideoError, match=rf"{name} has 11 frames, 12 were asked for; ask for fewer"):
         uniform_frames(path)
+
+
+@pytest.mark.parametrize(("frames", "count"), [(5, 8), (8, 8), (1, 3), (25, 5)])
+def test_too_few_frames_end_in_the_last_one_again(tmp_path: Path, frames: int, count: int) -> None:
+    """As UMT's public code has it, in NumPy."""
+    edges = np.linspace(start=0, stop=frames, num=min(count, frames) + 1).astype(int)
+    wanted = [(edges[i] + edges[i + 1] - 1) // 2 for i in range(len(edges) - 1)]
+    wanted += [wanted[-1]] * (count - len(wanted))
+    assert numbers(padded_frames(video(tmp_path / "a.mkv", frames), count)) == wanted
+
+
+def test_the_first_seconds_alone(tmp_path: Path) -> None:
+    """At 25 a second; a file that is shorter is taken whole."""
+    path = video(tmp_path / "a.mp4", 60, "libx264", "yuv420p")
+    assert numbers(padded_frames(path, 5, seconds=1)) == [2, 7, 12, 17, 22]
+    assert numbers(padded_frames(path, 5, seconds=30)) == numbers(padded_frames(path, 5)) == [5, 17, 29, 41, 53]
+
+
+def test_seconds_of_a_file_without_a_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.evaluate.frames._claimed", lambda _: (25, None))
+    path = video(tmp_path / "a.mkv", 25)
+    assert len(padded_frames(path, 5)) == 5
+    with pytest.raises(VideoError, match=r"a\.mkv does not say its frame rate, by which the first 30 s are counted"):
+        padded_frames(path, 5, seconds=30)
 
 
 def test_files_that_are_no_videos(tmp_path: Path) -> None:

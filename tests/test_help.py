@@ -29,7 +29,7 @@ RS_COMPILE = {
     "embed": "Write features of all pictures of a folder into Parquet files",
     "visualize": "from its lowest score to one that 2% reach.",
 }
-EVALUATE = {"images": "Top-1 and top-5", "retrieval": "R@1/5/10 of a dual encoder"}
+EVALUATE = {"images": "Top-1 and top-5", "retrieval": "R@1/5/10 of a dual encoder", "vqa": "Accuracy of UMT's answers"}
 
 
 def shown(main: Main, capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m bench.evaluate images | retrieval`: a dense model and its pruned stand-in on your own data.
+"""`python -m bench.evaluate images | retrieval | vqa`: a dense model and its pruned stand-in on your own data.
 
 Results on stdout, progress on stderr. Under `torchrun --nproc-per-node N -m bench.evaluate ...` every process takes a
 share. Exit codes: 0 done, 1 done, but files could not be read, 2 something that the user can mend (the message
@@ -11,29 +11,30 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from timm.data import create_transform, resolve_model_data_config
 
-from bench.evaluate.encoders import Transform, UmtEncoder, load_encoder, umt_transform, with_vision
-from bench.evaluate.images import ImageScores, evaluate_images
+from bench.evaluate import printed
+from bench.evaluate.encoders import load_encoder, with_vision
+from bench.evaluate.images import evaluate_images
 from bench.evaluate.journal import EvaluationError
+from bench.evaluate.printed import DENSE, PRUNED, Result, digits
 from bench.evaluate.ranks import Ranks
-from bench.evaluate.retrieval import RetrievalScores, evaluate_retrieval
+from bench.evaluate.retrieval import evaluate_retrieval
 from bench.evaluate.sweep import skipped_text
-from bench.models import umt
+from bench.evaluate.umt import command as umt
+from bench.models.umt_tasks import UMT_SIZES
 from passes.graph.base import CompileError
 from rs_compile import arguments, commands, models, optimize
 from rs_compile.arguments import count, positive
 from rs_compile.schedule import Schedule
 
-DENSE, PRUNED = "dense", "pruned"
-KS = (1, 5, 10)
+FRAMES = 12  # of a video
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-Result = tuple[Mapping[str, ImageScores] | Mapping[str, RetrievalScores], str, dict[str, Any]]
-
-
 def _images(args: argparse.Namespace) -> Result:
     device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
     torch.manual_seed(0)  # --random-weights: the same in every process, and when it is resumed
@@ -83,28 +81,38 @@ def _images(args: argparse.Namespace) -> Result:
         args.imagenet,
         transform,
         classes=classes,
-        identity={"model": args.model, **_identity(args)},
+        identity={"model": args.model, **printed.identity(args)},
         colours="L" if size[0] == 1 else "RGB",
-        **_settings(args, device, dtype),
+        resume=args.resume,
+        **printed.settings(args, device, dtype),
     )
     rows = [
-        [name, *(_digits(v, 2) for v in (s.top1, s.top5, s.agreement)), _digits(s.cosine, 4), _digits(s.kl, 4)]
+        [name, *(digits(v, 2) for v in (s.top1, s.top5, s.agreement)), digits(s.cosine, 4), digits(s.kl, 4)]
         for name, s in scores.items()
     ]
     heads = ["model", "top-1 %", "top-5 %", "agreement %", "cosine", "KL, nats"]
     one = scores[DENSE]
-    title = f"{args.model}, {one.images} pictures of {args.imagenet}, {args.dtype}; pruned: {_shown(args)}"
-    notes = _notes(args) + (["without class folders there are no labels: no accuracy"] if one.top1 is None else [])
+    title = f"{args.model}, {one.images} pictures of {args.imagenet}, {printed.pruning(args)}"
+    unlabelled = ["without class folders there are no labels: no accuracy"] if one.top1 is None else []
     return (
         scores,
-        _table(title, rows, heads, notes),
-        {"model": args.model, "images": str(args.imagenet), **_about(args)},
+        printed.table(title, rows, heads, [*printed.notes(args), *unlabelled]),
+        {"model": args.model, "images": str(args.imagenet), **printed.about(args)},
     )
 
 
 def _retrieval(args: argparse.Namespace) -> Result:
+    if args.umt is not None:
+        return umt.retrieval(args)
+    for_umt = ("checkpoint", "text_config", "annotations", "dataset", "per_frame")
+    if given := [f"--{name.replace('_', '-')}" for name in for_umt if getattr(args, name)]:
+        raise EvaluationError(f"{', '.join(given)} goes with --umt, not with --encoder")
+    if args.captions is None:
+        raise EvaluationError("--encoder takes --captions FILE too")
+    frames = args.frames or FRAMES
     device, dtype = Ranks.join().device(commands.device_of(args.device)), commands.DTYPES[args.dtype]
-    encoder, transform = _encoder(args)
+    encoder: Any
+    encoder, transform = load_encoder(args.encoder, pretrained=args.pretrained, random_weights=args.random_weights)
     encoder = encoder.to(device, dtype)
     schedule = Schedule.of(args.schedule)
     pruned = with_vision(encoder, lambda tower: optimize(tower, schedule, backend=args.backend))
@@ -113,72 +121,19 @@ def _retrieval(args: argparse.Namespace) -> Result:
         args.videos,
         args.captions,
         transform,
-        frames=args.frames,
-        identity={"encoder": args.encoder, **_identity(args)},
-        **_settings(args, device, dtype),
+        frames=frames,
+        identity={"encoder": args.encoder, **printed.identity(args)},
+        resume=args.resume,
+        **printed.settings(args, device, dtype),
     )
-    rows: list[list[str]] = []
-    for name, s in scores.items():
-        ways = {"text to video": s.text_to_video, "video to text": s.video_to_text, "harmonic mean": s.harmonic}
-        rows += [[name, way, *(_digits(v, 1) for v in (r.r1, r.r5, r.r10))] for way, r in ways.items()]
-    heads = ["model", "way", *(f"R@{k} %" for k in KS)]
+    rows = [row for name, score in scores.items() for row in printed.recall_rows(name, score)]
     one = scores[DENSE]
     title = (
-        f"{args.encoder}, {one.videos} videos of {args.videos}, {one.captions} captions, {args.frames} frames, "
-        f"{args.dtype}; pruned: {_shown(args)}"
+        f"{args.encoder}, {one.videos} videos of {args.videos}, {one.captions} captions, {frames} frames, "
+        f"{printed.pruning(args)}"
     )
-    about = {"encoder": args.encoder, "videos": str(args.videos), "captions": str(args.captions), **_about(args)}
-    return scores, _table(title, rows, heads, _notes(args)), about
-
-
-def _encoder(args: argparse.Namespace) -> tuple[Any, Transform]:
-    if args.encoder not in umt.SIZES:
-        if args.checkpoint or args.texts:
-            raise EvaluationError(f"--checkpoint and --texts go with UMT's encoders, {' and '.join(umt.SIZES)}")
-        return load_encoder(args.encoder, pretrained=args.pretrained, random_weights=args.random_weights)
-    if args.texts is None or not (args.checkpoint or args.random_weights):
-        raise EvaluationError(f"{args.encoder} takes --checkpoint FILE and, made by its text encoder, --texts FILE")
-    torch.manual_seed(0)
-    vision = umt.umt(args.encoder, frames=args.frames)
-    if args.checkpoint:
-        umt.load_checkpoint(vision, args.checkpoint)
-    return UmtEncoder(vision, args.texts).eval(), umt_transform()
-
-
-def _settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "batch_size": args.batch_size,
-        "workers": args.workers,
-        "device": device,
-        "dtype": dtype,
-        "resume": args.resume,
-        "limit": args.limit,
-    }
-
-
-def _identity(args: argparse.Namespace) -> dict[str, Any]:
-    return {"schedule": json.loads(Schedule.of(args.schedule).to_json()), "backend": args.backend}
-
-
-def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {**_identity(args), "dtype": args.dtype, "random_weights": args.random_weights}
-
-
-def _shown(args: argparse.Namespace) -> str:
-    return str(args.schedule).strip()
-
-
-def _notes(args: argparse.Namespace) -> list[str]:
-    return ["random weights: this shows that it runs, not what the model can do"] if args.random_weights else []
-
-
-def _table(title: str, rows: list[list[str]], heads: list[str], notes: list[str]) -> str:
-    align = ["left" if head in ("model", "way") else "right" for head in heads]
-    return "\n".join([title, tabulate(rows, heads, disable_numparse=True, colalign=align), *notes])
-
-
-def _digits(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    about = {"encoder": args.encoder, "videos": str(args.videos), "captions": str(args.captions), **printed.about(args)}
+    return scores, printed.table(title, rows, printed.RECALL_HEADS, printed.notes(args)), about
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,35 +159,42 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(sub, batch_size=64)
 
     sub = add(
-        "retrieval", _retrieval, "R@1/5/10 of a dual encoder whose vision tower is pruned, on a folder of videos."
+        "retrieval",
+        _retrieval,
+        "R@1/5/10 of a dual encoder, or of UMT with its re-ranking, on a folder of videos; the vision tower is pruned.",
     )
-    sub.add_argument(
-        "--encoder", required=True, help="a folder as transformers' save_pretrained makes it, umt_b or umt_l"
-    )
+    model = sub.add_mutually_exclusive_group(required=True)
+    model.add_argument("--encoder", metavar="DIR", help="a dual encoder, as transformers' save_pretrained makes it")
+    model.add_argument("--umt", choices=UMT_SIZES, help="UMT-B or UMT-L, whole")
     sub.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the folder of the video files")
     sub.add_argument(
         "--captions",
         type=Path,
-        required=True,
         metavar="FILE",
-        help='{"video.mp4": ["a caption", ...]} or [{"video": ..., "caption": ...}, ...]',
+        help='for an encoder: {"video.mp4": ["a caption", ...]} or [{"video": ..., "caption": ...}, ...]',
     )
-    sub.add_argument("--texts", type=Path, metavar="FILE", help="for UMT: its text features as .safetensors")
-    sub.add_argument("--frames", type=positive, default=12, help="of each video, evenly spaced (default 12)")
+    sub.add_argument("--frames", type=positive, help=f"for an encoder: of each video, evenly spaced (default {FRAMES})")
+    umt.add_arguments(sub)
     _add_weights(sub, "allow transformers to ask the hub", required=False)
-    _add_common(sub, batch_size=4)
+    _add_common(sub, batch_size=4, schedule=umt.RETRIEVAL_SCHEDULE)
+
+    sub = add("vqa", umt.vqa, "Accuracy of UMT's answers to questions on videos; the vision encoder is pruned.")
+    umt.add_vqa_arguments(sub)
+    _add_weights(sub, None, required=False)
+    _add_common(sub, batch_size=4, schedule=umt.VQA_SCHEDULE)
     return parser
 
 
-def _add_weights(sub: argparse.ArgumentParser, pretrained: str, required: bool) -> None:
+def _add_weights(sub: argparse.ArgumentParser, pretrained: str | None, required: bool) -> None:
     weights = sub.add_mutually_exclusive_group(required=required)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="local .safetensors, .pth or .pt weights")
-    weights.add_argument("--pretrained", action="store_true", help=pretrained)
+    if pretrained is not None:
+        weights.add_argument("--pretrained", action="store_true", help=pretrained)
     weights.add_argument("--random-weights", action="store_true", help="to see that it runs")
 
 
-def _add_common(sub: argparse.ArgumentParser, batch_size: int) -> None:
-    arguments.add_schedule(sub)
+def _add_common(sub: argparse.ArgumentParser, batch_size: int, schedule: str = arguments.SCHEDULE) -> None:
+    arguments.add_schedule(sub, schedule)
     arguments.add_backend(sub, "eager")
     sub.add_argument("--batch-size", type=positive, default=batch_size, help=f"default {batch_size}")
     workers = min(4, os.cpu_count() or 1)
@@ -240,7 +202,9 @@ def _add_common(sub: argparse.ArgumentParser, batch_size: int) -> None:
     sub.add_argument("--dtype", choices=commands.DTYPES, default="float32")
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0; under torchrun cuda is each process's own")
     sub.add_argument("--limit", type=positive, help="so many files at most, evenly spaced")
-    sub.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done there, and go on from it")
+    sub.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep what is done there, and go on; a folder for retrieval --umt"
+    )
     arguments.add_json(sub)
 
 

@@ -1,20 +1,17 @@
-"""Dual encoders for retrieval: CLIP-style and X-CLIP models of transformers, and UMT's features."""
+"""Dual encoders for retrieval: CLIP-style and X-CLIP models of transformers."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from bench.evaluate.journal import EvaluationError
 
@@ -74,66 +71,7 @@ class XClipEncoder(TextTower):
         return features
 
 
-class UmtEncoder(nn.Module):
-    """UMT's vision encoder, with text features that were made elsewhere.
-
-    The published recalls re-rank the best candidates with UMT's cross-modal matching head; a dual encoder does not.
-
-    Args:
-        vision: clips [B, 3, T, H, W] -> features [B, C], as `bench.models.umt` makes it.
-        texts: a .safetensors file with "texts" [T, D], the captions as a JSON list in its metadata under
-            "captions", and, where the features are in UMT's common space, "vision_proj.weight" [D, C] and
-            "vision_proj.bias" [D] of the checkpoint.
-
-    Raises:
-        EvaluationError: the file is something else.
-    """
-
-    tower = "vision"
-
-    def __init__(self, vision: nn.Module, texts: Path) -> None:
-        super().__init__()
-        self.vision = vision
-        try:
-            with safetensors.safe_open(str(texts), "pt") as file:
-                names = file.keys()
-                held = {name: file.get_tensor(name) for name in names}
-                captions = json.loads((file.metadata() or {}).get("captions", "null"))
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise EvaluationError(f"{texts} cannot be read as text features ({error}); give a .safetensors") from None
-        features = held.get("texts")
-        if features is None or not isinstance(captions, list) or len(captions) != len(features):
-            raise EvaluationError(
-                f'{texts} holds no text features; it wants "texts" [T, D], and T captions as a JSON list under '
-                '"captions" in the metadata'
-            )
-        self.row = {caption: i for i, caption in enumerate(captions)}
-        self.register_buffer("texts", features)
-        self.vision_proj: nn.Module = nn.Identity()
-        projection = {k.removeprefix("vision_proj."): t for k, t in held.items() if k.startswith("vision_proj.")}
-        if projection.keys() == {"weight", "bias"}:
-            out, channels = projection["weight"].shape
-            self.vision_proj = nn.Linear(channels, out)
-            self.vision_proj.load_state_dict(projection)
-        elif projection:
-            raise EvaluationError(f"{texts} has one of vision_proj.weight and vision_proj.bias; put both into it")
-
-    def encode_videos(self, frames: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W] -> features [B, D]."""
-        features: Tensor = self.vision_proj(self.vision(frames.transpose(1, 2)))
-        return features
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """The features [B, D] that the file has for these texts."""
-        if absent := [text for text in texts if text not in self.row]:
-            raise EvaluationError(
-                f"the text features lack {len(absent)} captions, first {absent[0]!r}; make the file anew"
-            )
-        features: Tensor = self.get_buffer("texts")
-        return features[[self.row[text] for text in texts]]
-
-
-Encoder = TypeVar("Encoder", TextTower, ClipEncoder, XClipEncoder, UmtEncoder)
+Encoder = TypeVar("Encoder", TextTower, ClipEncoder, XClipEncoder)
 
 
 def with_vision(encoder: Encoder, make: Callable[[nn.Module], nn.Module]) -> Encoder:
@@ -167,25 +105,6 @@ class Processor:
     def __call__(self, frames: Tensor) -> Tensor:
         pixels: Tensor = self.processor(list(frames.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
         return pixels.view(len(frames), *pixels.shape[-3:])
-
-
-def umt_transform(side: int = 224) -> Transform:
-    """UMT's evaluation transform: the whole frame to side x side bicubically, ImageNet's mean and deviation."""
-    return v2.Compose(
-        [
-            Frames(),
-            v2.Resize((side, side), v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-
-
-class Frames(nn.Module):
-    """[T, H, W, 3] -> [T, 3, H, W]."""
-
-    def forward(self, frames: Tensor) -> Tensor:
-        return frames.permute(0, 3, 1, 2)
 
 
 def load_encoder(

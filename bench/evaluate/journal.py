@@ -7,15 +7,17 @@ gives the result at once.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.evaluate.ranks import Ranks
 from passes.graph.base import CompileError
@@ -28,6 +30,17 @@ class EvaluationError(CompileError):
     """Data, a model or a resume file that an evaluation cannot go on with; says what to do."""
 
     family = Code.COMMAND
+
+
+class Notes(Protocol):
+    """What `sweep` asks which batches are done, and tells of those that get done."""
+
+    @property
+    def done(self) -> Mapping[int, Any]: ...
+
+    def add(self, batch: int, value: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Journal:
@@ -119,6 +132,16 @@ def _read(path: Path, header: Any) -> dict[int, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def as_text(values: Tensor) -> str:
+    """A tensor as JSON can hold it, exactly, in float32; its shape is forgotten."""
+    return base64.b64encode(values.float().cpu().numpy().tobytes()).decode()
+
+
+def from_text(text: str) -> Tensor:
+    """What `as_text` was given, as float32 [n]."""
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.float32).copy())
 
 
 def listing(files: Iterable[tuple[str, Path]]) -> str:

@@ -1,26 +1,25 @@
-"""Text-video retrieval with dual encoders: recalls both ways and their harmonic mean, as the paper reports them."""
+"""Text-video retrieval with dual encoders: recalls both ways and their means."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.evaluate.annotations import check_present, read_json
 from bench.evaluate.frames import uniform_frames
-from bench.evaluate.journal import EvaluationError, Journal, fingerprint, listing
+from bench.evaluate.journal import EvaluationError, Journal, as_text, fingerprint, from_text, listing
 from bench.evaluate.ranks import Ranks
+from bench.evaluate.recall import Found, recalls, related
 from bench.evaluate.sweep import Skipped, spread, sweep
 
-_SHOWN = 3  # files named in a message
 _TEXTS = 64  # captions encoded at once
 
 
@@ -35,62 +34,17 @@ class DualEncoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Recalls:
-    """R@1, R@5 and R@10 in percent: how often the right one is among the first 1, 5, 10."""
-
-    r1: float
-    r5: float
-    r10: float
-
-
-@dataclass(frozen=True)
-class RetrievalScores:
+class RetrievalScores(Found):
     """What a dual encoder retrieves.
 
     Args:
-        text_to_video: of each caption, its video among all videos.
-        video_to_text: of each video, the best of its captions among all captions.
-        harmonic: the harmonic mean of both, at each of 1, 5, 10.
         videos, captions: how many there were.
         skipped: the videos that could not be read, with their captions left out.
     """
 
-    text_to_video: Recalls
-    video_to_text: Recalls
-    harmonic: Recalls
     videos: int
     captions: int
     skipped: tuple[Skipped, ...]
-
-
-def recalls(similarity: Tensor, video_of: Sequence[int]) -> tuple[Recalls, Recalls, Recalls]:
-    """R@1/5/10 of a similarity matrix.
-
-    Ties count against: a wrong one that is as similar as the right one stands before it. So a model that gives all
-    the same finds nothing, and of two videos with the same caption neither is found first by it.
-
-    Args:
-        similarity: [T, V], of T captions and V videos.
-        video_of: of each caption, which video it describes. Every video has a caption, or several.
-
-    Returns:
-        Text to video, video to text (the best of a video's captions counts), and the harmonic means.
-
-    Raises:
-        EvaluationError: a value is not finite, or a video has no caption.
-    """
-    if not similarity.isfinite().all():
-        raise EvaluationError("the similarities are not finite; evaluate in float32 or bfloat16")
-    owner = torch.as_tensor(video_of, device=similarity.device).unsqueeze(1)
-    own = owner == torch.arange(similarity.shape[1], device=similarity.device)
-    if not own.any(0).all():
-        raise EvaluationError(f"video {int(own.any(0).logical_not().nonzero()[0])} has no caption")
-    wrong = similarity.masked_fill(own, -torch.inf)
-    of_texts = (wrong >= similarity.gather(1, owner)).sum(1)
-    of_videos = (wrong >= similarity.masked_fill(~own, -torch.inf).amax(0)).sum(0)
-    shares = [[100 * float((ranks < k).double().mean()) for k in (1, 5, 10)] for ranks in (of_texts, of_videos)]
-    both = [2 * a * b / (a + b) if a + b else 0.0 for a, b in zip(*shares, strict=True)]
-    return Recalls(*shares[0]), Recalls(*shares[1]), Recalls(*both)
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
@@ -104,12 +58,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
         EvaluationError: there is no such file, or it is something else.
     """
     shapes = 'write {"video.mp4": ["a caption", ...]} or [{"video": "video.mp4", "caption": "a caption"}, ...]'
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise EvaluationError(f"{path} cannot be read ({error.strerror}); {shapes}") from None
-    except ValueError as error:
-        raise EvaluationError(f"{path} is no JSON ({error}); {shapes}") from None
+    content = read_json(path, shapes.removeprefix("write "))
     captions: dict[str, list[str]] = {}
     if isinstance(content, dict):
         pairs = list(content.items())
@@ -166,15 +115,8 @@ def evaluate_retrieval(
         EvaluationError: no such folder, captions of videos that are not there or that cannot be read, features that
             do not fit, a resume file of another evaluation, no video that can be read.
     """
-    if not videos.is_dir():
-        raise EvaluationError(f"there is no folder {videos}; give the one that holds the video files")
     texts = read_captions(captions)
-    if absent := [name for name in texts if not (videos / name).is_file()]:
-        more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
-        raise EvaluationError(
-            f"{captions} has captions for videos that are not in {videos}: {', '.join(absent[:_SHOWN])}{more}; "
-            "put them there, or take their captions out"
-        )
+    check_present(list(texts), videos, captions, "captions")
     everything = list(texts)
     files = [everything[i] for i in spread(len(everything), limit)]
     ranks = Ranks.join()
@@ -221,12 +163,12 @@ def evaluate_retrieval(
         )
     column = {video: i for i, video in enumerate(i for batch in measured for i in batch["indices"])}
     rows = [row for row, (video, _) in enumerate(lines) if video in column]
-    video_of = [column[lines[row][0]] for row in rows]
+    own = related([(i, column[lines[row][0]]) for i, row in enumerate(rows)], len(rows), len(column))
     scores = {}
     for name in encoders:
-        of_videos = torch.cat([_unpacked(batch["features"][name]) for batch in measured])
-        found = recalls(of_texts[name][rows] @ of_videos.T, video_of)
-        scores[name] = RetrievalScores(*found, len(column), len(rows), skipped)
+        of_videos = torch.cat([from_text(batch["features"][name]) for batch in measured]).view(len(column), -1)
+        found = recalls(of_texts[name][rows] @ of_videos.T, own)
+        scores[name] = RetrievalScores(**vars(found), videos=len(column), captions=len(rows), skipped=skipped)
     return scores
 
 
@@ -248,15 +190,10 @@ def _of_texts(encoder: DualEncoder, texts: list[str]) -> Tensor:
 
 
 def _packed(name: str, features: Tensor, count: int, dim: int) -> str:
-    """Normalised features [count, dim] as text, exactly."""
+    """Normalised features [count, dim] as text."""
     if features.shape != (count, dim):
         raise EvaluationError(
             f"{name} gave features {list(features.shape)} for {count} videos, of which texts have {dim}; "
             "the video and the text encoder must end in the same space"
         )
-    return base64.b64encode(F.normalize(features.float(), dim=1).cpu().numpy().tobytes()).decode() + f" {dim}"
-
-
-def _unpacked(text: str) -> Tensor:
-    data, dim = text.split(" ")
-    return torch.from_numpy(np.frombuffer(base64.b64decode(data), np.float32).copy()).view(-1, int(dim))
+    return as_text(F.normalize(features.float(), dim=1))

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.evaluate.journal import Journal
+from bench.evaluate.journal import Notes
 from bench.evaluate.ranks import Ranks
 from passes.graph.base import CompileError
 
@@ -53,7 +53,7 @@ def sweep(
     *,
     batch_size: int,
     workers: int,
-    journal: Journal,
+    journal: Notes,
     ranks: Ranks,
     title: str,
 ) -> tuple[list[dict[str, Any]], tuple[Skipped, ...]]:

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from bench.tables.measure import fill, identity, measurable, results_of
 from bench.tables.methods import BASE, COMPILED, DENSE, METHODS, PRUNED, Method, dense, pruned
 from bench.tables.notes import give, notes
-from bench.tables.options import Setting, chosen
+from bench.tables.options import Setting, check_umt, chosen
 from bench.tables.results import Row
 from bench.tables.subjects import Subject
 
@@ -55,7 +55,11 @@ def compare(
     setting = Setting.of(args)
     results = results_of(args, setting)
     shown: list[tuple[Subject, Row]] = []
-    for subject in [*(s for s in subjects if s.name in args.models), *extra]:
+    wanted = [*(s for s in subjects if s.name in args.models), *extra]
+    for subject in wanted:  # before minutes of work
+        if "accuracy" in setting.columns:
+            check_umt(args, subject)
+    for subject in wanted:
         columns = set(setting.columns) & measurable(subject, args)
         if subject.data == "digits":  # there for their accuracy only
             columns &= {"accuracy"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.tables import accuracy
 from bench.tables.accuracy import Forwards
 from bench.tables.methods import COMPILED, Method
-from bench.tables.options import Setting
+from bench.tables.options import WHOLE_UMT, Setting, check_umt
 from bench.tables.results import Results, environment
 from bench.tables.subjects import Subject
 from rs_compile import OptimizedModel, plan
@@ -34,6 +34,8 @@ def results_of(args: argparse.Namespace, setting: Setting) -> Results:
     """The rows of an earlier run of this command with these settings, or none."""
     settings = {name: value for name, value in vars(args).items() if name not in _CHOICES and value}
     settings |= {"backend": setting.backend, "rounds": setting.rounds}
+    if getattr(args, "annotations", None):  # otherwise it only chooses which figures of the paper are shown
+        settings["dataset"] = args.dataset
     settings.pop("default_rounds")
     return Results(args.json, environment(args.command, {name: str(value) for name, value in settings.items()}))
 
@@ -50,7 +52,8 @@ def say(text: str) -> None:
 
 def measurable(subject: Subject, args: argparse.Namespace) -> set[str]:
     """The columns that can be measured with the data at hand; the digits are for want of any other."""
-    given = {data for data, option in (("images", "imagenet"), ("videos", "videos")) if getattr(args, option, None)}
+    options = {"images": "imagenet", **{data: data for data in ("captions", "annotations", "answers")}}
+    given = {data for data, option in options.items() if getattr(args, option, None)}
     if subject.data == "digits":
         return set() if given else {"gflops", "throughput", "accuracy"}
     return {"gflops", "throughput"} | ({"accuracy"} if subject.data in given else set())
@@ -130,7 +133,7 @@ def fill_accuracy(
 ) -> None:
     """Accuracy of every method but the compiled base, which is the base, on what the subject can be measured on.
 
-    Without a checkpoint DeiT has timm's pretrained weights, the digits ViT its own, and UMT random ones.
+    Without a checkpoint DeiT has timm's pretrained weights, and the digits ViT its own.
     """
     methods = [m for m in methods if m.name != COMPILED]
     if not results.lacking([identity(subject, m) for m in methods], "accuracy"):
@@ -138,6 +141,16 @@ def fill_accuracy(
     if subject.data == "digits":  # a method at a time
         methods = [m for m in methods if "accuracy" not in results.row(identity(subject, m))]
     say(f"{subject.name}: accuracy")
+    # beside the rows, so that an interrupted evaluation goes on as well
+    resume = args.json and args.json.with_name(f"{args.json.name}.{subject.name.replace('/', '-')}.resume")
+    if subject.data in WHOLE_UMT:
+        check_umt(args, subject)
+        from bench.tables import umt_accuracy
+
+        scores = umt_accuracy.measure(subject, methods, setting, args, resume)
+        for method in methods:
+            results.fill(identity(subject, method), scores[method.label])
+        return
     checkpoint = dict(getattr(args, "checkpoint", ())).get(subject.name)
     model = subject.make(checkpoint is None, checkpoint).to(setting.device, setting.dtype)
     sample = torch.zeros(1, *subject.shape, device=setting.device, dtype=setting.dtype)
@@ -151,8 +164,6 @@ def fill_accuracy(
             results.fill(identity(subject, method), accuracy.on_digits(forward, setting))
         return
     measure = accuracy.on_images if subject.data == "images" else accuracy.on_videos
-    # beside the rows, so that an interrupted evaluation goes on as well
-    resume = args.json and args.json.with_name(f"{args.json.name}.{subject.name.replace('/', '-')}.resume")
     scores = measure(subject, model, forwards, setting, args, resume)
     for method in methods:
         results.fill(identity(subject, method), scores[method.label])

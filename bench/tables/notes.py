@@ -35,8 +35,12 @@ def notes(rows: Sequence[Row], setting: Setting, of_paper: str = "") -> list[str
                 f"accuracy: in %, of the demo's digits ViT on {row['images']} digits, as no data was given; "
                 f"standard error {error:.1f}."
             )
-        elif "harmonic" in row:
-            lines.append(f"accuracy: R@1 in %, harmonic mean of both directions, {row['images']} videos of {data}.")
+        elif "unread" in row:
+            lines.append(
+                f"accuracy: of answers in %, {row['questions']} questions on {row['images']} videos of {data}."
+            )
+        elif "arithmetic" in row:
+            lines.append(f"accuracy: R@1 in %, arithmetic mean of both directions, {row['images']} videos of {data}.")
         elif row["accuracy"] is None:
             lines.append(
                 f"agreement with the dense model in %, cosine and KL of the logits: on {row['images']} pictures of "

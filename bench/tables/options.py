@@ -11,11 +11,13 @@ import torch
 
 from bench.tables.results import UsageError
 from bench.tables.subjects import Subject
-from rs_compile.arguments import count, positive
+from rs_compile.arguments import add_dataset, count, positive
 from rs_compile.commands import DTYPES
 
 COLUMNS = ("gflops", "throughput", "accuracy")
 QUICK_ROUNDS = 2
+RETRIEVAL = ("MSRVTT", "MSVD", "ActivityNet", "DiDeMo", "LSMDC", "SSV2-label", "SSV2-template")
+WHOLE_UMT = ("annotations", "answers")  # data that UMT is evaluated on with its text side
 
 
 def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str] = COLUMNS, rounds: int = 7) -> None:
@@ -58,12 +60,18 @@ def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
     return read
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, videos: bool = False) -> None:
-    """The options of accuracy on pictures or videos; without any of them it is the digits'."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, images: bool = False, videos: bool = False, datasets: Sequence[str] = RETRIEVAL
+) -> None:
+    """The options of accuracy on pictures or videos; without any of them it is the digits'.
+
+    Args:
+        datasets: of videos, by the paper's names.
+    """
     if images:
         parser.add_argument("--imagenet", type=Path, metavar="DIR", help="a folder a class, or unlabelled pictures")
     if videos:
-        _add_video_arguments(parser)
+        _add_video_arguments(parser, datasets)
     parser.add_argument(
         "--checkpoint",
         type=_named_file,
@@ -76,16 +84,34 @@ def add_data_arguments(parser: argparse.ArgumentParser, images: bool = False, vi
     parser.add_argument("--limit", type=positive, help="so many files at most")
 
 
-def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+def check_umt(args: argparse.Namespace, subject: Subject) -> None:
+    """Raises UsageError where UMT's accuracy is wanted and something for it is not given."""
+    if subject.data not in WHOLE_UMT or args.annotations is None:
+        return
+    name = subject.name
+    if args.dataset is None:
+        raise UsageError("--annotations needs --dataset NAME, which says how they are read")
+    if subject.data == "answers" and args.answers is None:
+        raise UsageError("--annotations needs --answers FILE, the list of all candidate answers")
+    if name not in dict(args.text_config):
+        raise UsageError(f"{name} reads texts; pass --text-config {name}=DIR, or leave {name} out")
+    if name not in dict(args.checkpoint) and not args.quick:
+        raise UsageError(f"without its weights {name} finds nothing; pass --checkpoint {name}=FILE")
+
+
+def _add_video_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> None:
     parser.add_argument("--videos", type=Path, metavar="DIR", help="video files")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON, {"video.mp4": ["a caption"]}')
+    add_dataset(parser, datasets, "for UMT: that of --videos; whose figures of the paper are shown")
     parser.add_argument(
-        "--texts",
+        "--annotations", type=Path, metavar="FILE", help="for UMT: the test file of --dataset, as VindLU released it"
+    )
+    parser.add_argument(
+        "--text-config",
         type=_named_file,
         action="append",
         default=[],
-        metavar="MODEL=FILE",
-        help="text features of the captions, for UMT-B or UMT-L, whose text encoder is not here",
+        metavar="MODEL=DIR",
+        help="for UMT: bert-base-uncased's folder (UMT-B) or bert-large-uncased's (UMT-L), or one with its vocab.txt",
     )
 
 
@@ -106,14 +132,15 @@ class Setting:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
         """Raises UsageError where the machine cannot do it, or data is not there; before minutes of work."""
-        for option in ("imagenet", "videos"):
-            folder = getattr(args, option, None)
+        folders = [(option, getattr(args, option, None)) for option in ("imagenet", "videos")]
+        for option, folder in [*folders, *(("text-config", folder) for _, folder in getattr(args, "text_config", ()))]:
             if folder is not None and not folder.is_dir():
                 raise UsageError(f"--{option} {folder}: there is no such folder")
-        if getattr(args, "videos", None) is not None and args.captions is None:
-            raise UsageError("--videos needs --captions FILE, which says what is to be seen in them")
-        files = [getattr(args, "captions", None)]
-        files += [file for option in ("texts", "checkpoint") for _, file in getattr(args, option, ())]
+        files = [getattr(args, option, None) for option in ("captions", "annotations", "answers")]
+        if (getattr(args, "videos", None) is None) != all(file is None for file in files):
+            known = [f"--{option}" for option in ("captions", "annotations") if hasattr(args, option)]
+            raise UsageError(f"--videos DIR goes with {' or '.join(known)} FILE, which says what is to be seen in them")
+        files += [file for _, file in getattr(args, "checkpoint", ())]
         if absent := [file for file in files if file is not None and not file.is_file()]:
             raise UsageError(f"there is no file {absent[0]}")
         if args.threads is not None:

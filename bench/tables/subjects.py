@@ -12,13 +12,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.models.umt import SIZES, Size, VisionEncoder, load_checkpoint, umt
+from bench.models.umt import SIZES, Size, VisionEncoder, umt
 from rs_compile import ClassAttention, MeanAttention, Score
 from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
 
 Make = Callable[[bool, Path | None], nn.Module]  # from pretrained, checkpoint
-Data = Literal["digits", "images", "videos", ""]
+Data = Literal["digits", "images", "captions", "annotations", "answers", ""]
 Paper = Mapping[str, Mapping[str, float]]  # method -> column -> figure
 
 DIGITS = "digits ViT"
@@ -39,7 +39,9 @@ class Subject:
         attention: its attention score, class attention (Eq. 2) or, without a class token, mean attention (Eq. 3).
         batch: samples of a timed call, on a CPU and elsewhere (the paper's).
         paper: what the paper prints, by method and column.
-        data: what its accuracy can be measured on, nothing where the paper's model has parts that are not here.
+        data: what its accuracy can be measured on: pictures, or videos with captions (dual encoders), the annotations
+            of a data set (UMT) or these and a list of answers (UMT for question answering).
+        stand_in: whether it stands in for UMT with --quick.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Subject:
     batch: tuple[int, int] = (1, 1)
     paper: Paper = field(default_factory=dict)
     data: Data = ""
+    stand_in: bool = False
 
     def on_meta(self) -> tuple[nn.Module, Tensor]:
         """The model and one sample without memory, for what needs no forward pass."""
@@ -73,22 +76,24 @@ def deit(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: 
     return Subject(name, make, (3, side, side), keep, ClassAttention(), (16, 512), {} if quick else paper, "images")
 
 
+def vision_size(name: str, quick: bool) -> Size:
+    """Of UMT-B's or -L's vision encoder, or of its stand-in."""
+    full = SIZES[UMT[name]]
+    return Size(full.dim // 16, 3, full.heads // 4) if quick else full
+
+
 def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, quick: bool, qa: bool) -> Subject:
     """UMT-B or -L on 12 frames of 224 x 224; quick: a narrow one of 3 blocks on 2 of 64 x 64.
 
     Args:
         qa: as in question answering, without the norm on the pooled features.
     """
-    full = SIZES[UMT[name]]
     frames, side = (2, 64) if quick else (12, 224)
 
-    def make(pretrained: bool, checkpoint: Path | None) -> nn.Module:
+    def make(_pretrained: bool, _checkpoint: Path | None) -> nn.Module:  # weights come with the text side's
         if quick:
-            return VisionEncoder(Size(full.dim // 16, 3, full.heads // 4), frames, side, pool_norm=not qa).eval()
-        model = umt(UMT[name], pool_norm=not qa)
-        if checkpoint is not None:
-            load_checkpoint(model, checkpoint)
-        return model
+            return VisionEncoder(vision_size(name, quick), frames, side, pool_norm=not qa).eval()
+        return umt(UMT[name], pool_norm=not qa)
 
     keep = dict.fromkeys(blocks, ratio)
     return Subject(
@@ -99,7 +104,8 @@ def umt_encoder(name: str, blocks: tuple[int, ...], ratio: float, paper: Paper, 
         MeanAttention(),
         (1, 20),
         {} if quick else paper,
-        "" if qa else "videos",
+        "answers" if qa else "annotations",
+        quick,
     )
 
 
@@ -125,4 +131,4 @@ def dual_encoder(path: str, blocks: tuple[int, ...], ratio: float, pretrained: b
         return copy.deepcopy(tower)
 
     keep = dict.fromkeys(blocks, ratio)
-    return Subject(path, make, (3, side, side), keep, ClassAttention(), (12, 240), data="videos")
+    return Subject(path, make, (3, side, side), keep, ClassAttention(), (12, 240), data="captions")

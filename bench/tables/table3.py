@@ -9,9 +9,21 @@ from tabulate import tabulate
 
 from bench.tables.comparison import as_quick, untimed
 from bench.tables.measure import fill, identity, measurable, results_of
-from bench.tables.methods import BASE, COMPILED, METHODS, SDPA, STREAM, TOME, VID_TLDR, VID_TLDR_SHIFT, dense, merging
+from bench.tables.methods import (
+    BASE,
+    COMPILED,
+    METHODS,
+    SDPA,
+    STREAM,
+    TOME,
+    VID_TLDR,
+    VID_TLDR_SHIFT,
+    WARD,
+    dense,
+    merging,
+)
 from bench.tables.notes import give, notes
-from bench.tables.options import Setting, add_data_arguments, chosen
+from bench.tables.options import Setting, add_data_arguments, check_umt, chosen
 from bench.tables.options import add_arguments as add_shared
 from bench.tables.results import Row
 from bench.tables.subjects import DIGITS, UMT, Paper, Subject, digits, umt_encoder
@@ -39,7 +51,7 @@ PRINTED: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 DIGITS_SHARES = {0: 0.2, 1: 0.1, 2: 0.05}
 DENSE = (BASE, SDPA, COMPILED)
-MERGING = (VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM)
+MERGING = (VID_TLDR, VID_TLDR_SHIFT, TOME, STREAM, WARD)
 SHRUNK, QUICK_BLOCKS = 64, 3  # tokens of the paper's videos for each of the quick ones', and blocks of those
 
 
@@ -71,10 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     setting, datasets = Setting.of(args), args.datasets[: 2 if args.quick else None]
+    if args.dataset is not None:
+        datasets = [args.dataset]
     results = results_of(args, setting)
-    subjects = [umt_encoder(name, (), 1, {}, args.quick, qa=False) for name in UMT]
+    subjects = [umt_encoder(name, (), 1, {}, args.quick, qa=False) for name in UMT if name in args.models]
+    for subject in subjects if "accuracy" in setting.columns else ():  # before minutes of work
+        check_umt(args, subject)
     shown: list[tuple[Subject, str, Row]] = []
-    for subject in [*(s for s in subjects if s.name in args.models), digits((), 1)]:
+    for subject in [*subjects, digits((), 1)]:
         columns = set(setting.columns) & measurable(subject, args)
         of_digits = subject.name == DIGITS
         if of_digits:  # there for their accuracy only

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from bench.tables.comparison import add_choices, compare
 from bench.tables.methods import ATTENTION, BASE, OURS
 from bench.tables.options import add_arguments as add_shared
+from bench.tables.options import add_data_arguments
 from bench.tables.subjects import UMT, Paper, digits, umt_encoder
+from rs_compile.arguments import positive
 
 BLOCKS, KEEP = (0, 1, 2), 0.9
 DATASETS = ("MSRVTT-QA", "MSVD-QA")
@@ -28,12 +31,15 @@ def paper(name: str, dataset: str) -> Paper:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choices(parser, tuple(UMT))
-    parser.add_argument(
-        "--dataset", choices=DATASETS, default=DATASETS[0], help="whose accuracy of the paper is printed"
-    )
     add_shared(parser, rounds=5)
+    add_data_arguments(parser, videos=True, datasets=DATASETS)
+    parser.add_argument("--answers", type=Path, metavar="FILE", help='all candidate answers, ["yes", "no", ...]')
+    parser.add_argument(
+        "--candidates", type=positive, default=128, metavar="N", help="ranked in the second stage (default 128)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    subjects = [umt_encoder(name, BLOCKS, KEEP, paper(name, args.dataset), args.quick, qa=True) for name in UMT]
-    return compare(args, subjects, [digits(BLOCKS, KEEP)], "vid/s", f"paper's accuracy: on {args.dataset}.")
+    dataset = args.dataset or DATASETS[0]
+    subjects = [umt_encoder(name, BLOCKS, KEEP, paper(name, dataset), args.quick, qa=True) for name in UMT]
+    return compare(args, subjects, [digits(BLOCKS, KEEP)], "vid/s", f"paper's accuracy: on {dataset}.")
