@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("torch.export", "aot-inductor", "onnx", "openvino", "executorch")  # `exporting.formats`'s
@@ -45,6 +46,11 @@ def add_schedule(sub: argparse.ArgumentParser) -> None:
         default=SCHEDULE,
         help=f"block:keep-ratio pairs, a Schedule's JSON, or a .json file of one (default {SCHEDULE})",
     )
+
+
+def add_html(sub: argparse.ArgumentParser) -> None:
+    """The result as a page."""
+    sub.add_argument("--html", type=Path, metavar="FILE", help="the result as a page, one .html file, as well")
 
 
 def add_backend(sub: argparse.ArgumentParser, default: str) -> None:

@@ -15,6 +15,7 @@ from passes.graph.aliasing import writes
 
 HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
+WATCHED = "watched"  # node.meta key: what is looked at from outside survives all passes
 
 Check = Callable[[GraphModule], None]
 
@@ -67,15 +68,16 @@ class Refusal(CompileError):
 
 @dataclass(frozen=True)
 class Skip:
-    """A place where a pass could have fired and did not, for the user's report."""
+    """A place where a pass could have fired and did not, for the user's report; what a user can do about it."""
 
     node: str
     reason: str
     where: str = ""
+    way_out: str = ""
 
     @classmethod
-    def at(cls, node: Node, reason: str) -> Skip:
-        return cls(node.name, reason, source_line(node))
+    def at(cls, node: Node, reason: str, way_out: str = "") -> Skip:
+        return cls(node.name, reason, source_line(node), way_out)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ class Pass(abc.ABC):
                 result.gm.graph.lint()
             else:  # lints first; a random op that nothing reads may go, torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
-                    is_impure_node=lambda n: ALIVE in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
+                    is_impure_node=lambda n: (
+                        not n.meta.keys().isdisjoint((ALIVE, WATCHED))
+                        or n.is_impure(impure_random=False)
+                        or bool(writes(n))
+                    )
                 )
         except RuntimeError as error:
             raise Postcondition(f"pass {name} left a malformed graph: {error}", name, result.gm) from error

@@ -31,6 +31,7 @@ def watched(folder: str | Path) -> Iterator[Path]:
     home = next(p for i in range(1, 1_000_000) if not (p := top / str(i)).exists())
     home.mkdir()
     before: list[str] = []
+    outer = OBSERVER.get()
 
     def observe(pass_: Pass, result: PassResult) -> None:
         nonlocal before
@@ -43,6 +44,8 @@ def watched(folder: str | Path) -> Iterator[Path]:
         )
         logging.getLogger(f"passes.{pass_.name}").debug(head)
         before = now
+        if outer is not None:
+            outer(pass_, result)
         if not pass_.leaves_dead_code:
             try:
                 no_stale_shapes(result.gm)
