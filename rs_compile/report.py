@@ -114,7 +114,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """How tokens merged, what unread ones saved, what a guard kept: a line each, where there is something to say."""
+        """How tokens merged, what unread ones saved, what a guard kept: a line each, where there is one."""
         return [str(note) for note in (self.merging, self._unread(), self.guard) if note]
 
     @property

@@ -18,6 +18,7 @@ from rs_compile.side_by_side import OutputDrift, SideBySide
 from rs_compile.timing import COMPILED, EAGER, PRUNED, Spread, Timing
 from rs_compile.visualize import LayerMaps, ScoreMaps, SiteMap
 
+WAY_OUT = "call F.scaled_dot_product_attention"
 HOSTILE = "</script><img src=x onerror=\"document.title='run'\">&amp; $1\u2028.png"
 
 REPORT = Report(
@@ -34,8 +35,8 @@ REPORT = Report(
     flops_dense=1_310_000_000,
     flops=1_010_000_000,
     skips=(
-        Skip("softmax", "softmax over channels", 'File "vit.py", line 3: a.softmax(1)', "call F.scaled_dot_product_attention"),
-        Skip("softmax_1", "softmax over channels", 'File "vit.py", line 9: b.softmax(1)', "call F.scaled_dot_product_attention"),
+        Skip("softmax", "softmax over channels", 'File "vit.py", line 3: a.softmax(1)', WAY_OUT),
+        Skip("softmax_1", "softmax over channels", 'File "vit.py", line 9: b.softmax(1)', WAY_OUT),
         Skip("mul", HOSTILE),
     ),
     merging="merging: ward, no size bias",

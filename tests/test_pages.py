@@ -125,8 +125,10 @@ def test_drift_of_each_output(pages: Path, browser: Any) -> None:
 
 def dots(browser: Any) -> dict[str, tuple[float, float]]:
     """Middle of each point that is shown, by its name."""
-    script = "return [...document.querySelectorAll('.dot:not([hidden])')].map(dot => { const b = dot.getBoundingClientRect();"
-    script += " return [dot.dataset.name, b.x + b.width / 2, b.y + b.height / 2] })"
+    script = "return [...document.querySelectorAll('.dot:not([hidden])')].map(dot => {"
+    script += (
+        " const b = dot.getBoundingClientRect(); return [dot.dataset.name, b.x + b.width / 2, b.y + b.height / 2] })"
+    )
     return {name: (x, y) for name, x, y in browser.execute_script(script)}
 
 

@@ -60,8 +60,8 @@ def captions(browser: Any) -> list[str]:
 def test_one_slider_for_maps_and_what_is_left(opened: Any) -> None:
     # blocks 0 and 3, after which something leaves, and 1 and 5, which have maps; it starts at the last cut
     assert text(opened, "#layer-name") == "block 3"
-    assert captions(opened) == ["photograph", "MLP shift, l2 (none asked for)", "class attention (none: no attention op here)",
-                                "4 of 6 patches left"]  # fmt: skip
+    none = ["MLP shift, l2 (none asked for)", "class attention (none: no attention op here)"]
+    assert captions(opened) == ["photograph", *none, "4 of 6 patches left"]
     assert text(opened, "#now") == "2 patches leave or merge into others here, 4 of 6 patches are left"
     marks = [mark.get_attribute("value") for mark in opened.find_elements("css selector", "#cuts option")]
     assert marks == ["0", "2"]
@@ -178,6 +178,8 @@ def test_what_the_score_is_and_what_leaves_by_it() -> None:
     assert "what the stage makes of a cell" in meaning(Shift(metric="l1"), "stage")
     said = leaving(SCHEDULE, MAPS)
     assert said[0] == "In block 3 tokens merge, chosen by what adds least to the variance of keys and values (Ward)."
-    assert "Of 6 patches 4 are left at the end." in said and any("One more token, the class token" in s for s in said)
+    assert "At the end 4 tokens stand for the 6 patches." in said and any(
+        "One more token, the class token" in s for s in said
+    )
     pruned = leaving(Schedule({0: 0.8, 3: 0.8, 6: 0.5}, score=Lowest(ClassAttention())), MAPS)
     assert pruned[0] == "After blocks 0, 3 and 6 the tokens of the highest class attention leave."

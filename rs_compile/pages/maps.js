@@ -95,7 +95,7 @@ function borders(panel, canvas, stands, sizes) {  // around what became one toke
     if ((cell + 1) % width && split(cell + 1)) { lines.moveTo(x + w, y); lines.lineTo(x + w, y + h); }
     if (cell + width < stands.length && split(cell + width)) { lines.moveTo(x, y + h); lines.lineTo(x + w, y + h); }
   });
-  [["#000", 3], ["#fff", 1.5]].forEach(([style, wide]) => {  // seen on every colour
+  [["#000", 4], ["#fff", 2]].forEach(([style, wide]) => {  // seen on every colour
     canvas.strokeStyle = style;
     canvas.lineWidth = wide / SCALE;
     canvas.stroke(lines);

@@ -19,8 +19,8 @@ from passes.graph.base import CompileError
 
 # matplotlib's viridis at even steps: perceptually even, and readable to the colour-blind
 VIRIDIS = (
-    "#440154", "#48186a", "#472d7b", "#424086", "#3b528b", "#33638d", "#2c728e", "#26828e", "#21918c", "#1fa088", "#28ae80", "#3fbc73",
-    "#5ec962", "#84d44b", "#addc30", "#d8e219", "#fde725",
+    "#440154", "#48186a", "#472d7b", "#424086", "#3b528b", "#33638d", "#2c728e", "#26828e", "#21918c",
+    "#1fa088", "#28ae80", "#3fbc73", "#5ec962", "#84d44b", "#addc30", "#d8e219", "#fde725",
 )  # fmt: skip
 
 

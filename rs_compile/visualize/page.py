@@ -37,7 +37,7 @@ def save_page(
     names: Sequence[str],
     photos: Sequence[Picture],
     maps: ScoreMaps,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule,
     shift: Shift = Shift(),
     beside: SideBySide | None = None,
 ) -> None:
@@ -101,12 +101,14 @@ def leaving(schedule: Schedule, maps: ScoreMaps) -> list[str]:
             score, of = score.score, "highest"
         name = "shift" if isinstance(score, Shift) else score.kind.replace("-", " ")
         said.append(f"After {_listed(schedule.keep or schedule.grid, maps.unit)} the {what} of the {of} {name} leave.")
-    said.append(f"Of {first.of - first.others} {patches(maps)} {last.left - last.others} are left at the end.")
+    count, left = first.of - first.others, last.left - last.others
+    merged = f"At the end {left} tokens stand for the {count} {patches(maps)}."
+    said.append(merged if schedule.merge else f"Of {count} {patches(maps)} {left} are left at the end.")
     if last.others == 1:
         said.append("One more token, the class token, is no patch: it always stays and is not counted here.")
     elif last.others:
         said.append(
-            f"{last.others} more tokens (class token, registers) are no patches: they always stay and are not counted here."
+            f"{last.others} more tokens (class token, registers) are no patches: they stay and are not counted."
         )
     if len(maps.sites) > 1:
         said.append(
