@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,11 +12,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from browser import chromium, faults, logged, looks_like, press, text
 from pages_made import BESIDE, GRID_REPORT, HOSTILE, MAPS, REPORT, SCHEDULE, photos, search_result, sweep
 
 from rs_compile import CompileError, Schedule
+from rs_compile.cli import main
 from rs_compile.pages import VIRIDIS, check_page, render
+from rs_compile.search import command
 from rs_compile.search.page import Axis
 from rs_compile.visualize import save_page
 
@@ -120,7 +124,7 @@ def test_drift_of_each_output(pages: Path, browser: Any) -> None:
     rows = [row.text for row in browser.find_elements("css selector", "#drift ~ .wide tbody tr")]
     assert rows[0].startswith("pooled 0.20000 ± 0.10000") and rows[0].endswith("0.30000 sample 1, counted from 0")
     assert rows[1].startswith("last 0.01000 ± 0.01000")
-    assert "50.0%" in text(browser, ".figures") and "KL 0.2500 nats" in text(browser, ".figures")
+    assert "50.0%" in text(browser, ".figures") and "KL 0.25 nats" in text(browser, ".figures")
 
 
 def dots(browser: Any) -> dict[str, tuple[float, float]]:
@@ -212,6 +216,20 @@ def test_a_name_that_nothing_fills_is_an_error_and_so_is_a_file_that_cannot_be(t
         check_page(tmp_path / "o.png", "--html")
     with pytest.raises(CompileError, match="give one in a directory that exists"):
         check_page(tmp_path / "no" / "o.html", "--html")
+
+
+def test_the_commands_write_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = ["bench", "test_vit", "--schedule", "0:0.5", "--backend", "eager", "--batch-size", "1", "--rounds", "1"]
+    assert main([*bench, "--html", str(tmp_path / "o.html")]) == 0
+    page = (tmp_path / "o.html").read_text(encoding="utf-8")
+    assert "<h1>test_vit</h1>" in page and "Batch 1" in page and 'id="blocks"' in page
+    assert main([*bench, "--html", str(tmp_path / "o.png")]) == 2
+    assert "a page ends in .html; name the file so" in capsys.readouterr().err
+    asked = argparse.Namespace(
+        speedup=None, macs=0.5, drift=None, output=None, plot=None, html=tmp_path / "no" / "o.html"
+    )
+    with pytest.raises(CompileError, match="give one in a directory that exists"):
+        command.run(torch.nn.Identity(), asked)
 
 
 def test_a_report_without_blocks_is_a_page_too(tmp_path: Path) -> None:

@@ -153,9 +153,9 @@ def test_toggles_and_opacity(opened: Any) -> None:
 
 def test_drift_and_speed_stand_beside(opened: Any) -> None:
     figures = text(opened, ".figures")
-    assert "0.2000" in figures and "2.00× as fast" in figures and "as torch.compile(model)" in figures
+    assert "\n0.2\n" in figures and "2.00× as fast" in figures and "as torch.compile(model)" in figures
     overs = [e.text for e in opened.find_elements("css selector", "#images .over")]
-    assert overs == ["drift of the output 0.1000", "drift of the output 0.3000"]
+    assert overs == ["drift of the output 0.1", "drift of the output 0.3"]
 
 
 def test_names_are_text(opened: Any) -> None:

@@ -185,7 +185,7 @@ for (const [kind, name] of KINDS)
   by("shown").append(make("label", {}, make("input", { type: "checkbox", id: `show-${kind}`, checked: true }), name));
 by("images").className = data.images.length === 1 ? "one" : "";
 data.images.forEach((image, index) => {
-  const drift = drifts[index] === null ? [] : [make("p", { className: "over", textContent: `drift of the output ${drifts[index].toFixed(4)}` })];
+  const drift = drifts[index] === null ? [] : [make("p", { className: "over", textContent: `drift of the output ${number(drifts[index])}` })];
   const section = make("section", {}, make("header", {}, make("h3", { textContent: image.name }), ...drift));
   for (const [kind, name] of KINDS) {
     const photo = make("img", { src: image.source, alt: kind === "photo" ? `The photograph ${image.name}` : "", className: kind === "shift" || kind === "attention" ? "grey" : "" });

@@ -77,7 +77,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    made.filters |= {"giga": _giga, "fixed": _fixed, "runs": _runs}
+    made.filters |= {"giga": _giga, "fixed": _fixed, "drift": _drift, "runs": _runs}
     return made
 
 
@@ -88,6 +88,11 @@ def _giga(value: float) -> str:
 
 def _fixed(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
+
+
+def _drift(value: float) -> str:
+    """Three digits, however small."""
+    return f"{value:.3g}"
 
 
 def _runs(numbers: Iterable[int]) -> str:

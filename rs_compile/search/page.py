@@ -39,7 +39,7 @@ class Axis:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             found = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
-            found = found if last - first < 3 else [10.0**e for e in range(first, last + 1)]
+            found = found if last - first <= 3 else [10.0**e for e in range(first, last + 1)]
         else:
             rough = (self.high - self.low) / 5
             step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if s >= rough or s == 0.5)

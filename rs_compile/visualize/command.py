@@ -62,8 +62,8 @@ class Visualized:
         return "\n".join([*lines, f"written: {self.output}"])
 
     def to_json(self) -> str:
-        """By block the grid [rows, columns] and the maps [image][row][column]; by site which patches are left, and which
-        one stands for each (-1: it has left); with a schedule drift and speed."""
+        """By block the grid [rows, columns] and the maps [image][row][column]; by site which patches are left and
+        which one stands for each (-1: it has left); with a schedule drift and speed."""
         layers = [
             {
                 "index": layer.index,
