@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import timm
@@ -18,7 +19,7 @@ from rs_compile.cli import main
 from rs_compile.models import build, load_images
 from rs_compile.visualize import save_picture
 from rs_compile.visualize.command import layers_for, parse_layers, seen
-from rs_compile.visualize.picture import OPACITY, PANEL, colour_range, overlay, palette
+from rs_compile.visualize.picture import OPACITY, PANEL, colour_range, overlay
 
 HEIGHT, WIDTH, PATCH = 48, 80, 8
 ROWS, COLUMNS = HEIGHT // PATCH, WIDTH // PATCH
@@ -70,7 +71,7 @@ def test_the_bright_patch_has_the_last_colour_and_its_exact_pixels() -> None:
     drawn = overlay(black, layer.shift[0], layer.grid, colour_range(layer.shift[0]))
     bright = np.zeros((HEIGHT, WIDTH), dtype=bool)
     bright[16:24, 56:64] = True
-    first, last = (OPACITY * np.array(colour) / 255 for colour in palette(2))
+    first, last = (OPACITY * np.array(matplotlib.colormaps["viridis"](end)[:3]) for end in (0.0, 1.0))
     assert np.allclose(drawn[bright], last, atol=0.01)
     assert np.allclose(drawn[~bright], first, atol=0.01)
 

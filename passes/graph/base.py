@@ -15,7 +15,7 @@ from passes.graph.aliasing import writes
 
 HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
-WATCHED = "watched"  # node.meta key: what is looked at from outside survives all passes
+SHOWN = "shown"  # node.meta key: what is shown to a user survives all passes
 
 Check = Callable[[GraphModule], None]
 
@@ -130,7 +130,7 @@ class Pass(abc.ABC):
             else:  # lints first; a random op that nothing reads may go, torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
                     is_impure_node=lambda n: (
-                        not n.meta.keys().isdisjoint((ALIVE, WATCHED))
+                        not n.meta.keys().isdisjoint((ALIVE, SHOWN))
                         or n.is_impure(impure_random=False)
                         or bool(writes(n))
                     )

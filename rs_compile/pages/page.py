@@ -30,8 +30,9 @@ def write_page(path: str | os.PathLike[str], template: str, **content: Any) -> N
     Raises:
         CompileError: the file cannot be written.
     """
+    text = render(template, **content)  # a template that is missing would be an OSError too
     try:
-        Path(path).write_text(render(template, **content), encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise CompileError(f"{path}: {error.strerror}; no page was written") from error
 

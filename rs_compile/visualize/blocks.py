@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from passes.axes.token_axis import sequences_per_sample
-from passes.graph.base import OBSERVER, WATCHED, Pass, PassResult, Refusal
+from passes.graph.base import OBSERVER, SHOWN, Pass, PassResult, Refusal
 from passes.network.branches import Block
 from passes.network.patch_grid import PatchGrid, find_grid
 from passes.network.protected import Protected
@@ -109,7 +109,7 @@ def _places() -> Iterator[dict[Node, Node | None]]:
         if site is not None:
             found[site.index] = site.place
             if site.place is not None:
-                site.place.meta[WATCHED] = True  # a model that reads one token has no other use for it
+                site.place.meta[SHOWN] = True  # a model that reads one token has no other use for it
 
     token = OBSERVER.set(observe)
     try:
