@@ -163,7 +163,7 @@ def test_points_are_read_and_copied_by_keys(pages: Path, browser: Any) -> None:
     press(browser, ".dot:focus", "ARROW_RIGHT")
     shown = text(browser, "#tip")
     assert (
-        "held out 0.02000, 60.0% of the multiply-accumulates, measured 1.50x [1.40, 1.60]" in shown
+        "held out 0.02000, 60.0% of the multiply-accumulates, measured speed-up 1.50x [1.40, 1.60]" in shown
         and '"ward"' in shown
     )
     press(browser, ".dot:focus", "ENTER")

@@ -129,11 +129,7 @@ class Pass(abc.ABC):
                 result.gm.graph.lint()
             else:  # lints first; a random op that nothing reads may go, torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
-                    is_impure_node=lambda n: (
-                        not n.meta.keys().isdisjoint((ALIVE, SHOWN))
-                        or n.is_impure(impure_random=False)
-                        or bool(writes(n))
-                    )
+                    lambda n: ALIVE in n.meta or SHOWN in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
                 )
         except RuntimeError as error:
             raise Postcondition(f"pass {name} left a malformed graph: {error}", name, result.gm) from error
