@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from browser import chromium, press, text
-from pages_made import BESIDE, HOSTILE, MAPS, SCHEDULE, photos
+from pages_made import BESIDE, GRID, HOSTILE, MAPS, SCHEDULE, photos
 
 from rs_compile import ClassAttention, Lowest, Schedule, Shift
-from rs_compile.visualize import save_page
+from rs_compile.visualize import SiteMap, save_page
 from rs_compile.visualize.page import leaving, meaning
 
 PHOTO, SHIFT, ATTENTION, KEPT = range(4)  # panels of a picture
@@ -61,17 +63,17 @@ def test_one_slider_for_maps_and_what_is_left(opened: Any) -> None:
     # blocks 0 and 3, after which something leaves, and 1 and 5, which have maps; it starts at the last cut
     assert text(opened, "#layer-name") == "block 3"
     none = ["MLP shift, l2 (none asked for)", "class attention (none: no attention op here)"]
-    assert captions(opened) == ["photograph", *none, "4 of 6 patches left"]
-    assert text(opened, "#now") == "2 patches leave or merge into others here, 4 of 6 patches are left"
+    assert captions(opened) == ["photograph", *none, "4 tokens left of 6 patches"]
+    assert text(opened, "#now") == "2 patches leave or merge into others here, 4 tokens are left of 6 patches"
     marks = [mark.get_attribute("value") for mark in opened.find_elements("css selector", "#cuts option")]
     assert marks == ["0", "2"]
     press(opened, "#layer", "ARROW_LEFT")
     assert text(opened, "#layer-name") == "block 1" and captions(opened)[1:] == [
         "MLP shift, l2",
         "class attention",
-        "6 of 6 patches left",
+        "6 tokens left of 6 patches",
     ]
-    assert text(opened, "#now") == "blocks.1: 6 of 6 patches are left"
+    assert text(opened, "#now") == "blocks.1: 6 tokens are left of 6 patches"
     lowest, highest = middle(opened, 0, SHIFT, 0), middle(opened, 0, SHIFT, 5)
     assert lowest[:3] == pytest.approx((68, 1, 84), abs=2) and highest[:3] == pytest.approx((253, 231, 37), abs=2)
     assert lowest[3] == highest[3] == round(0.65 * 255)
@@ -84,7 +86,7 @@ def test_one_slider_for_maps_and_what_is_left(opened: Any) -> None:
     assert (middle(opened, 0, SHIFT, 0), middle(opened, 0, SHIFT, 5)) == (highest, lowest)
     assert middle(opened, 0, ATTENTION, 0) == (0, 0, 0, 0)
     press(opened, "#layer", "HOME")
-    assert text(opened, "#now") == "0 patches leave or merge into others here, 6 of 6 patches are left"
+    assert text(opened, "#now") == "0 patches leave or merge into others here, 6 tokens are left of 6 patches"
 
 
 def test_cells_have_their_exact_borders(opened: Any) -> None:
@@ -143,6 +145,18 @@ def test_a_merged_patch_tells_how_many_it_is_one_with(opened: Any) -> None:
     assert text(opened, ".reading", 2) == "row 0, column 2: has left"
 
 
+def test_a_page_of_pruning_alone(browser: Any, tmp_path: Path) -> None:
+    stands = torch.tensor([[[0, -1, 2], [3, -1, 5]]]).repeat(2, 1, 1)
+    maps = replace(MAPS, sites=(SiteMap(1, GRID, stands, 5, 7),))
+    save_page(tmp_path / "o.html", "Vit", ["a.png", "b.png"], photos(), maps, Schedule({1: 0.7}))
+    browser.get((tmp_path / "o.html").as_uri())
+    assert captions(browser)[KEPT] == "4 of 6 patches left"
+    assert text(browser, "#now") == "blocks.1: 2 patches leave here, 4 of 6 patches are left"
+    assert "has left" in text(browser, ".key") and "became one token" not in text(browser, ".key")
+    assert [middle(browser, 0, KEPT, cell)[3] > 0 for cell in range(6)] == [False, True, False, False, True, False]
+    assert text(browser, ".figures") == "Patches left at the end\n4\nof 6 patches"  # nobody measured speed
+
+
 def test_toggles_and_opacity(opened: Any) -> None:
     opened.find_element("css selector", "#show-attention").click()
     shown = [f.is_displayed() for f in opened.find_elements("css selector", "figure")]
@@ -178,7 +192,7 @@ def test_what_the_score_is_and_what_leaves_by_it() -> None:
     assert "what the stage makes of a cell" in meaning(Shift(metric="l1"), "stage")
     said = leaving(SCHEDULE, MAPS)
     assert said[0] == "In block 3 tokens merge, chosen by what adds least to the variance of keys and values (Ward)."
-    assert "At the end 4 tokens stand for the 6 patches." in said and any(
+    assert "Of 6 patches 4 tokens are left at the end." in said and any(
         "One more token, the class token" in s for s in said
     )
     pruned = leaving(Schedule({0: 0.8, 3: 0.8, 6: 0.5}, score=Lowest(ClassAttention())), MAPS)

@@ -3,7 +3,7 @@ const controls = { layer: by("layer"), opacity: by("opacity") };
 const SCALE = Math.max(1, Math.ceil(640 / data.width));  // of a canvas over the picture: sharp borders
 // what the slider runs over: the layers with maps, and those that something leaves after
 const steps = [...new Set([...data.layers, ...data.sites].map(of => of.index))].sort((a, b) => a - b);
-const KINDS = [["photo", "photograph"], ["shift", data.score], ["attention", data.attention], ["kept", `${data.patches} left`]]
+const KINDS = [["photo", "photograph"], ["shift", data.score], ["attention", data.attention], ["kept", "what is left"]]
   .filter(([kind]) => kind !== "attention" || data.attention).filter(([kind]) => kind !== "kept" || data.sites.length);
 const number = value => Number(value.toPrecision(4)).toString();
 const panels = [], means = new Map();
@@ -46,7 +46,7 @@ function draw(panel) {
   canvas.setTransform(SCALE, 0, 0, SCALE, 0, 0);
   canvas.clearRect(0, 0, data.width, data.height);
   if (panel.kind === "kept") {
-    panel.caption.textContent = map ? `${current("kept").left} of ${current("kept").of} ${data.patches} left` : `all ${data.patches} left`;
+    panel.caption.textContent = map ? amount(current("kept"), "left") : `all ${data.patches} left`;
     if (map) {
       const sizes = counts(map);
       map.forEach((stands, cell) => {
@@ -64,6 +64,10 @@ function draw(panel) {
   }
   if (panel.cell !== null) for (const cell of together(panel)) outline(canvas, ...rectangle(panel, cell));
   read(panel);
+}
+
+function amount(site, words) {
+  return data.merges ? `${site.left} tokens ${words} of ${site.of} ${data.patches}` : `${site.left} of ${site.of} ${data.patches} ${words}`;
 }
 
 function counts(stands) {
@@ -95,7 +99,7 @@ function borders(panel, canvas, stands, sizes) {  // around what became one toke
     if ((cell + 1) % width && split(cell + 1)) { lines.moveTo(x + w, y); lines.lineTo(x + w, y + h); }
     if (cell + width < stands.length && split(cell + width)) { lines.moveTo(x, y + h); lines.lineTo(x + w, y + h); }
   });
-  [["#000", 4], ["#fff", 2]].forEach(([style, wide]) => {  // seen on every colour
+  [["#000", 7], ["#fff", 4]].forEach(([style, wide]) => {  // seen on every colour
     canvas.strokeStyle = style;
     canvas.lineWidth = wide / SCALE;
     canvas.stroke(lines);
@@ -165,7 +169,7 @@ function show() {
   let left = "";
   if (data.sites.length) {
     const before = data.sites.findLast(s => s.index < index);
-    left = !site ? `nothing has left yet` : `${site.left} of ${site.of} ${data.patches} are left`;
+    left = site ? amount(site, "are left") : "nothing has left yet";
     if (site && site.index === index)
       left = `${(before ? before.left : site.of) - site.left} ${data.patches} ${!data.merges ? "leave" : data.leaves ? "leave or merge into others" : "merge into others"} here, ${left}`;
   }

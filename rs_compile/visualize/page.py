@@ -102,8 +102,7 @@ def leaving(schedule: Schedule, maps: ScoreMaps) -> list[str]:
         name = "shift" if isinstance(score, Shift) else score.kind.replace("-", " ")
         said.append(f"After {_listed(schedule.keep or schedule.grid, maps.unit)} the {what} of the {of} {name} leave.")
     count, left = first.of - first.others, last.left - last.others
-    merged = f"At the end {left} tokens stand for the {count} {patches(maps)}."
-    said.append(merged if schedule.merge else f"Of {count} {patches(maps)} {left} are left at the end.")
+    said.append(f"Of {count} {patches(maps)} {left}{' tokens' if schedule.merge else ''} are left at the end.")
     if last.others == 1:
         said.append("One more token, the class token, is no patch: it always stays and is not counted here.")
     elif last.others:
