@@ -76,8 +76,14 @@ class Visualized:
             for layer in self.maps.layers
         ]
         sites = [
-            {"index": s.index, "grid": s.grid.shape, "left": s.left, "of": s.of, "kept": s.kept.tolist()}
-            | {"stands": s.stands.tolist()}
+            {
+                "index": s.index,
+                "grid": s.grid.shape,
+                "left": s.left,
+                "of": s.of,
+                "kept": s.kept.tolist(),
+                "stands": s.stands.tolist(),
+            }
             for s in self.maps.sites
         ]
         content: dict[str, Any] = {"images": self.names, "unit": self.maps.unit, "score": self.maps.score}
@@ -118,11 +124,9 @@ def visualize(
     inputs = images.to(like.device, like.dtype)
     shift = schedule.score if isinstance(schedule.score, Shift) else Shift()
     maps = score_maps(model, inputs, layers, schedule=schedule, shift=shift, progress=say)
-    beside = (
-        optimize(model, schedule, backend=backend, progress=say).compare(inputs, rounds=_ROUNDS)
-        if schedule.prunes
-        else None
-    )
+    beside = None
+    if schedule.prunes:
+        beside = optimize(model, schedule, backend=backend, progress=say).compare(inputs, rounds=_ROUNDS)
     photos, names = seen(images, model), tuple(str(path) for path in paths)
     say(f"drawing {output}")
     if output.suffix.lower() == ".html":
