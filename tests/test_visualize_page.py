@@ -12,7 +12,7 @@ import torch
 from browser import chromium, press, text
 from pages_made import BESIDE, GRID, HOSTILE, MAPS, SCHEDULE, photos
 
-from rs_compile import ClassAttention, Lowest, Schedule, Shift
+from rs_compile import ClassAttention, GridPrune, Lowest, Random, Schedule, Shift
 from rs_compile.visualize import SiteMap, save_page
 from rs_compile.visualize.page import leaving, meaning
 
@@ -196,4 +196,7 @@ def test_what_the_score_is_and_what_leaves_by_it() -> None:
         "One more token, the class token" in s for s in said
     )
     pruned = leaving(Schedule({0: 0.8, 3: 0.8, 6: 0.5}, score=Lowest(ClassAttention())), MAPS)
+    stages = replace(MAPS, unit="stage", sites=(SiteMap(0, GRID, MAPS.sites[0].stands, 20, 24), MAPS.sites[0]))
+    lines = leaving(Schedule(grid={0: GridPrune(1, 1), 1: GridPrune(1, 1)}, score=Random()), stages)
+    assert lines[:2] == ["After stages 0 and 1 rows and columns leave at random.", "Of 6 cells 6 are left at the end."]
     assert pruned[0] == "After blocks 0, 3 and 6 the tokens of the highest class attention leave."

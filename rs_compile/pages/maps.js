@@ -170,7 +170,7 @@ function show() {
   if (data.sites.length) {
     const before = data.sites.findLast(s => s.index < index);
     left = site ? amount(site, "are left") : "nothing has left yet";
-    if (site && site.index === index)
+    if (site && site.index === index && data.unit === "block")  // each stage of a CNN has cells of its own
       left = `${(before ? before.left : site.of) - site.left} ${data.patches} ${!data.merges ? "leave" : data.leaves ? "leave or merge into others" : "merge into others"} here, ${left}`;
   }
   by("now").textContent = [layer && layer.where, left].filter(Boolean).join(": ");

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from passes.network.patch_grid import PatchGrid
-from passes.sites.importance import Lowest, Shift
+from passes.sites.importance import Lowest, Random, Shift
 from passes.sites.mergers import Stream, ToMe, VidTLDR, Ward
 from rs_compile.pages import VIRIDIS, write_page
 from rs_compile.schedule import Schedule
@@ -90,7 +90,7 @@ def leaving(schedule: Schedule, maps: ScoreMaps) -> list[str]:
     """What the schedule does, a sentence each; none without sites."""
     if not maps.sites:
         return []
-    first, last = maps.sites[0], maps.sites[-1]
+    last = maps.sites[-1]
     said = []
     if schedule.merge:
         said.append(f"In {_listed(schedule.merge, 'block')} tokens merge, chosen by {_MERGERS[type(schedule.by)]}.")
@@ -100,8 +100,9 @@ def leaving(schedule: Schedule, maps: ScoreMaps) -> list[str]:
         if isinstance(score, Lowest):
             score, of = score.score, "highest"
         name = "shift" if isinstance(score, Shift) else score.kind.replace("-", " ")
-        said.append(f"After {_listed(schedule.keep or schedule.grid, maps.unit)} the {what} of the {of} {name} leave.")
-    count, left = first.of - first.others, last.left - last.others
+        which = f"{what} leave at random" if isinstance(score, Random) else f"the {what} of the {of} {name} leave"
+        said.append(f"After {_listed(schedule.keep or schedule.grid, maps.unit)} {which}.")
+    count, left = last.of - last.others, last.left - last.others
     said.append(f"Of {count} {patches(maps)} {left}{' tokens' if schedule.merge else ''} are left at the end.")
     if last.others == 1:
         said.append("One more token, the class token, is no patch: it always stays and is not counted here.")
