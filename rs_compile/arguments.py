@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("torch.export", "aot-inductor", "onnx", "openvino", "executorch")  # `exporting.formats`'s
@@ -58,6 +59,11 @@ def add_dataset(parser: argparse.ArgumentParser, names: Sequence[str], text: str
         return by_lower[name.lower()]
 
     parser.add_argument("--dataset", type=read, metavar="NAME", help=f"one of {','.join(names)}; {text}")
+
+
+def add_html(sub: argparse.ArgumentParser) -> None:
+    """The result as a page."""
+    sub.add_argument("--html", type=Path, metavar="FILE", help="the result as a page, one .html file, as well")
 
 
 def add_backend(sub: argparse.ArgumentParser, default: str) -> None:

@@ -24,6 +24,7 @@ from rs_compile.arguments import (
     LAYERS_OF_SHIFT,
     METRICS,
     add_backend,
+    add_html,
     add_json,
     add_model_options,
     add_schedule,
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
     sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
     sub.add_argument("--rounds", type=positive, default=15, help="of all variants, interleaved")
+    add_html(sub)
     add_backend(sub, "inductor")
     add_json(sub)
 
@@ -137,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", type=Path, metavar="FILE", help="keeps what is found; an interrupted search goes on")
     sub.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="the schedule, for --schedule and optimize")
     sub.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf: drift against arithmetic")
+    add_html(sub)
     add_backend(sub, "inductor")
     add_json(sub)
 
@@ -156,15 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--layers",
-        default=LAYERS,
         metavar="N,N,..",
         help="blocks, or stages of a CNN, counted from 0 as in schedules and in `explain`: 1 is the second; or all "
-        f"(default {LAYERS})",
+        f"(default: all on a page; in a picture those that the schedule cuts after, or {LAYERS})",
     )
     sub.add_argument("--schedule", help="show which patches it leaves; as in bench")
     sub.add_argument("--of", choices=LAYERS_OF_SHIFT, help="whose shift, of maps and schedule (default mlp)")
     sub.add_argument("--metric", choices=METRICS, help="the distance (default l2)")
     sub.add_argument("--with-skip", action="store_const", const=True, help="compare x + F(x), not F(x), with x")
+    add_backend(sub, "eager")
     add_json(sub)
     return parser
 

@@ -25,6 +25,7 @@ from rs_compile.explain import explain
 from rs_compile.exporting import export, info
 from rs_compile.exporting.formats import format_of
 from rs_compile.optimize import optimize
+from rs_compile.pages import check_page
 from rs_compile.predict import predict
 from rs_compile.schedule import Schedule
 from rs_compile.search import command as search_command
@@ -82,6 +83,8 @@ def _say_of(say: timing.Say, batch: int, text: str) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.html is not None:
+        check_page(args.html, "--html")
     schedule, device = Schedule.of(args.schedule), device_of(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -102,12 +105,14 @@ def _bench(args: argparse.Namespace) -> None:
                     say=partial(_say_of, say, batch),
                 )
             )
-    sweep = comparison.Sweep(tuple(results))
+    sweep = comparison.Sweep(tuple(results), args.model)
 
     def as_json() -> str:
         head = {"model": args.model, "schedule": json.loads(schedule.to_json())}
         return json.dumps(head | sweep.to_dict(), indent=2)
 
+    if args.html is not None:
+        sweep.to_html(args.html)
     give(str(sweep), as_json, args.json)
 
 
@@ -152,17 +157,19 @@ def _info(args: argparse.Namespace) -> None:
 
 def _visualize(args: argparse.Namespace) -> None:
     visualize.check_output(args.output)
-    layers = visualize.parse_layers(args.layers)
     schedule = Schedule.of(args.schedule) if args.schedule else Schedule()
     chosen = {k: v for k in ("of", "metric", "with_skip") if (v := getattr(args, k)) is not None}
     if chosen:
         schedule = replace(
             schedule, score=replace(schedule.score, **chosen) if isinstance(schedule.score, Shift) else Shift(**chosen)
         )
+    layers = visualize.parse_layers(args.layers or visualize.layers_for(args.output, schedule))
     with _progress() as say:
         say(f"building {args.model}")
         model = _model(args)
-        result = visualize.visualize(model, args.model, args.images, args.output, layers, schedule, args.img_size, say)
+        result = visualize.visualize(
+            model, args.model, args.images, args.output, layers, schedule, args.img_size, say, args.backend
+        )
     give(str(result), result.to_json, args.json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ class Sweep:
     """Comparisons of one model and schedule at several batch sizes, one at least."""
 
     results: tuple[Comparison, ...]
+    model: str = ""  # what to call it, its class if not given
 
     def __str__(self) -> str:
         first = self.results[0]
@@ -82,6 +84,16 @@ class Sweep:
         """The same as JSON-ready values: the report, and under "batches" every comparison with all its rounds."""
         report = json.loads(self.results[0].optimized.report().to_json())
         return {"report": report, "batches": [result.to_dict() for result in self.results]}
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the same as a page, one file that needs nothing else.
+
+        Raises:
+            CompileError: the file cannot be written.
+        """
+        from rs_compile.pages import write_page
+
+        write_page(path, "bench.html", sweep=self)
 
 
 @torch.no_grad()

@@ -213,8 +213,8 @@ class OptimizedModel(nn.Module):
         why = check_faithful(self._entry, gm, first, call.leaves, call.key[1]) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
-        notes: tuple[Skip, ...] = (Skip("graph", f"not compared with the model: {why}"),) if why else ()
-        notes += tuple(Skip("hooks", reason) for reason in hooked_inside(self._model))
+        notes: tuple[Skip, ...] = (_not_compared(f"with the model: {why}"),) if why else ()
+        notes += hooked_inside(self._model)
         return replace(prepared, skips=notes + prepared.skips)
 
     def _rewrite(self, call: Call, prepared: PassResult, verify: bool) -> Graphs:
@@ -238,7 +238,7 @@ class OptimizedModel(nn.Module):
             compiled = rewrite(gm, schedule, short, options.force_insert, options.explicit_attention, drop)
         why = check_cuts(self._entry, compiled.gm, call.args, call.kwargs, call.leaves) if verify else ""
         if why:
-            skip = Skip("graph", f"not compared with the model on the smaller map: {why}")
+            skip = _not_compared(f"with the model on the smaller map: {why}")
             compiled = replace(compiled, skips=(*compiled.skips, skip))
         pruned = reported(name, prepared.skips, compiled, inputs, merging_text(schedule, compiled.size_bias))
         return Graphs(pruned, dense, out_spec, fixed, unmeasured)
@@ -286,6 +286,10 @@ class OptimizedModel(nn.Module):
             self._plans[key] = _BY_SIZE
             key = (*key, batch_sizes(call.leaves))
         self._plans[key] = plan
+
+
+def _not_compared(why: str) -> Skip:
+    return Skip("graph", f"not compared {why}", way_out="compare(inputs) holds it against the model on inputs of yours")
 
 
 def optimize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,8 +100,36 @@ class Report:
         if self.flops:
             gflops += f", a ratio of {self.flops_dense / self.flops:.2f}"
         table = self._stage_table() if self.stages else self._block_table()
-        notes = [str(note) for note in (self.merging, self._unread(), self.guard) if note]
-        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *notes, *_skip_lines(self.skips)])
+        return "\n".join([f"{self.model}, {self.signature}", table, gflops, *self.notes, *_skip_lines(self.skips)])
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the same as a page, one file that needs nothing else.
+
+        Raises:
+            CompileError: the file cannot be written.
+        """
+        from rs_compile.pages import write_page
+
+        write_page(path, "report.html", report=self)
+
+    @property
+    def notes(self) -> list[str]:
+        """How tokens merged, what unread ones saved, what a guard kept: a line each, where there is one."""
+        return [str(note) for note in (self.merging, self._unread(), self.guard) if note]
+
+    @property
+    def kernels(self) -> dict[tuple[str, str], list[int]]:
+        """By attention kernel, and why it is not flash, the blocks that take it."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for row in self.blocks:
+            if row.attention_kernel:
+                found.setdefault((row.attention_kernel, row.kernel_reason), []).append(row.block)
+        return found
+
+    @property
+    def skipped(self) -> dict[str, list[Skip]]:
+        """The skips by reason."""
+        return _by_reason(self.skips)
 
     def _unread(self) -> str:
         if not self.unread_flops:
@@ -301,15 +330,22 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> s
     )
 
 
-def _skip_lines(skips: Iterable[Skip]) -> list[str]:
-    """Each distinct reason once, with how often it stood and the first source line that it stood at."""
-    of_reason: dict[str, list[Skip]] = {}
+def _by_reason(skips: Iterable[Skip]) -> dict[str, list[Skip]]:
+    found: dict[str, list[Skip]] = {}
     for skip in skips:
-        of_reason.setdefault(skip.reason, []).append(skip)
+        found.setdefault(skip.reason, []).append(skip)
+    return found
+
+
+def _skip_lines(skips: Iterable[Skip]) -> list[str]:
+    """Each distinct reason once, with how often it stood, the way out and the first source line that it stood at."""
+    of_reason = _by_reason(skips)
     lines = ["skipped:"] if of_reason else []
     for reason, same in of_reason.items():
         indented = reason.replace("\n", "\n     ")
         lines.append(f"  {len(same)}x {indented}")
+        if same[0].way_out:
+            lines.append(f"     way out: {same[0].way_out}")
         places = list(dict.fromkeys(skip.where or f"node {skip.node}" for skip in same))
         more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
         lines.append(f"     at {places[0]}{more}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
 from rs_compile.drift import apart, divergence, floats, logits_of
+from rs_compile.report import Report
 from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet
 
 
@@ -23,15 +26,31 @@ class OutputDrift:
 
     Args:
         output: its name or place, "" of a model with one output.
-        drift: 1 - cosine over the channels, mean over positions and samples.
-        error: standard error of that mean over the samples; 0 of one sample.
-        worst: of any sample.
+        each: 1 - cosine over the channels, mean over positions, of each sample.
     """
 
     output: str
-    drift: float
-    error: float
-    worst: float
+    each: tuple[float, ...]
+
+    @property
+    def drift(self) -> float:
+        """Mean over the samples."""
+        return fmean(self.each)
+
+    @property
+    def error(self) -> float:
+        """Standard error of that mean; 0 of one sample."""
+        return stdev(self.each) / len(self.each) ** 0.5 if len(self.each) > 1 else 0.0
+
+    @property
+    def worst(self) -> float:
+        """Of any sample."""
+        return max(self.each)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        means = {name: getattr(self, name) for name in ("drift", "error", "worst")}
+        return {"output": self.output, **means, "each": list(self.each)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,7 @@ class SideBySide:
         samples: how many.
         timing: of both, interleaved.
         baseline: the dense side's name in it.
-        macs_ratio: multiply-accumulates of the dense model over those left.
+        report: what was rewritten.
     """
 
     outputs: tuple[OutputDrift, ...]
@@ -54,7 +73,12 @@ class SideBySide:
     samples: int
     timing: Timing
     baseline: str
-    macs_ratio: float
+    report: Report
+
+    @property
+    def macs_ratio(self) -> float:
+        """Multiply-accumulates of the dense model over those left."""
+        return self.report.macs_dense / self.report.macs
 
     def __str__(self) -> str:
         rows = [
@@ -74,7 +98,7 @@ class SideBySide:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, the seconds of every round among them."""
         return {
-            "outputs": [vars(row) for row in self.outputs],
+            "outputs": [row.to_dict() for row in self.outputs],
             "divergence": self.divergence,
             "agreement": self.agreement,
             "samples": self.samples,
@@ -87,6 +111,16 @@ class SideBySide:
     def to_json(self) -> str:
         """The same as JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the same as a page with the report, one file that needs nothing else.
+
+        Raises:
+            CompileError: the file cannot be written.
+        """
+        from rs_compile.pages import write_page
+
+        write_page(path, "compare.html", found=self)
 
 
 @torch.no_grad()
@@ -114,7 +148,7 @@ def side_by_side(
         )
     pick = logits_of(model, wanted)
     first = next(iter(of_dense.values()))
-    dense, report = compiled(model, backend), fast.report()
+    dense = compiled(model, backend)
     baseline = EAGER if backend == "eager" else COMPILED
     calls: dict[str, Call] = {baseline: lambda: dense(*args, **kwargs), PRUNED: lambda: fast(*args, **kwargs)}
     return SideBySide(
@@ -124,11 +158,9 @@ def side_by_side(
         len(first),
         interleaved(calls, rounds, device=first.device, say=say),
         baseline,
-        report.macs_dense / report.macs,
+        fast.report(),
     )
 
 
 def _row(place: Any, found: Tensor, wanted: Tensor) -> OutputDrift:
-    each = apart(found, wanted)
-    error = each.std().item() / len(each) ** 0.5 if len(each) > 1 else 0.0
-    return OutputDrift(pytree.keystr(place).strip("[]'."), each.mean().item(), error, each.max().item())
+    return OutputDrift(pytree.keystr(place).strip("[]'."), tuple(apart(found, wanted).tolist()))

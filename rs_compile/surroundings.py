@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 
-from passes.graph.base import Refusal
+from passes.graph.base import Refusal, Skip
 from passes.graph.codes import Code
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
@@ -76,13 +76,14 @@ def not_exported() -> Refusal:
     )
 
 
-def hooked_inside(model: nn.Module) -> list[str]:
+def hooked_inside(model: nn.Module) -> tuple[Skip, ...]:
     """What a user must know of forward hooks on modules inside, which run once, while the model is captured."""
     named = [name for name, m in model.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks)]
     if not named:
-        return []
+        return ()
     more = f" and {len(named) - 1} more" if len(named) > 1 else ""
-    return [
+    reason = (
         f"hooks on modules inside ({named[0]}{more}) do not run at a call: what they compute is in the graph, what "
-        "they collect is not; return those features from the model's forward"
-    ]
+        "they collect is not"
+    )
+    return (Skip("hooks", reason, way_out="return those features from the model's forward"),)

@@ -151,7 +151,7 @@ def test_explanation_as_json() -> None:
     assert content["model"] == "Vit"
     assert content["rows"] == [asdict(row) for row in ROWS]
     assert content["rows"][1]["prunable"] is True
-    assert content["skips"] == [{"node": "mul", "reason": "scale is a tensor", "where": ""}]
+    assert content["skips"] == [{"node": "mul", "reason": "scale is a tensor", "where": "", "way_out": ""}]
     assert content["notes"] == ["a note"]
 
 

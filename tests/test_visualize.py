@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import timm
@@ -17,8 +18,8 @@ import rs_compile
 from rs_compile.cli import main
 from rs_compile.models import build, load_images
 from rs_compile.visualize import save_picture
-from rs_compile.visualize.command import parse_layers, seen
-from rs_compile.visualize.picture import OPACITY, PANEL, colour_range, overlay, palette
+from rs_compile.visualize.command import layers_for, parse_layers, seen
+from rs_compile.visualize.picture import OPACITY, PANEL, colour_range, overlay
 
 HEIGHT, WIDTH, PATCH = 48, 80, 8
 ROWS, COLUMNS = HEIGHT // PATCH, WIDTH // PATCH
@@ -70,7 +71,7 @@ def test_the_bright_patch_has_the_last_colour_and_its_exact_pixels() -> None:
     drawn = overlay(black, layer.shift[0], layer.grid, colour_range(layer.shift[0]))
     bright = np.zeros((HEIGHT, WIDTH), dtype=bool)
     bright[16:24, 56:64] = True
-    first, last = (OPACITY * np.array(colour) / 255 for colour in palette(2))
+    first, last = (OPACITY * np.array(matplotlib.colormaps["viridis"](end)[:3]) for end in (0.0, 1.0))
     assert np.allclose(drawn[bright], last, atol=0.01)
     assert np.allclose(drawn[~bright], first, atol=0.01)
 
@@ -202,6 +203,27 @@ def test_of_merged_tokens_the_destinations_are_left(vit: Any) -> None:
     assert (site.left, site.of) == (6, 9) and site.kept.sum((1, 2)).tolist() == [5, 5, 5]
 
 
+@torch.no_grad()
+def test_merged_patches_name_the_one_that_stands_for_them(vit: Any) -> None:
+    schedule = rs_compile.Schedule(merge={0: 2, 1: 2}, by=rs_compile.Ward(restore="copy"))
+    dense = rs_compile.optimize(Tokens(vit), schedule, backend="eager")(IMAGES)[:, 1:]
+    last = rs_compile.score_maps(vit, IMAGES, [0], schedule=schedule).sites[-1]
+    for tokens, stands in zip(dense, last.stands.flatten(1), strict=True):
+        same = (tokens[:, None] == tokens[None]).all(-1)  # copies of their destinations, to the bit
+        assert torch.equal(same, stands[:, None] == stands[None]) and len(stands.unique()) == 4
+        assert torch.equal(stands[stands], stands)
+    assert last.others == 1 and last.kept.sum((1, 2)).tolist() == [4, 4, 4]
+
+
+def test_where_merged_patches_left_none_stands_for_them(vit: Any) -> None:
+    schedule = rs_compile.Schedule({2: 0.5}, merge={0: 3}, by=rs_compile.ToMe())
+    merged, pruned = rs_compile.score_maps(vit, IMAGES, [0], schedule=schedule).sites
+    for before, after in zip(merged.stands.flatten(1), pruned.stands.flatten(1), strict=True):
+        assert ((after == before) | (after == -1)).all() and (before >= 0).all()
+        gone = set(before[after == -1].tolist())
+        assert gone.isdisjoint(after.tolist()) and len(gone) == merged.left - pruned.left
+
+
 def stage_by_hand(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     """A ResNet stage's output [B, C, H, W] and its shift [B, H, W] against the shortcut of its first block."""
     first: Any = stage[0]
@@ -323,7 +345,8 @@ def test_the_command_draws_and_tells(
     lines = out.splitlines()
     assert "MLP shift, l1: lowest" in lines[0]
     assert lines[2].split()[:2] == [files[0], "1"] and lines[3].split()[:2] == [files[0], "3"]
-    assert lines[4:] == ["after block 0: 9 of 17 tokens are left", f"written: {output}"]
+    assert lines[4] == "after block 0: 9 of 17 tokens are left" and lines[-1] == f"written: {output}"
+    assert "fewer multiply-adds" in lines[-2] and "worst sample" in lines[5]
     assert "scoring" in err and f"drawing {output}" in err
     with Image.open(output) as picture:
         assert picture.format == "PNG" and picture.width > 3 * PANEL
@@ -332,6 +355,14 @@ def test_the_command_draws_and_tells(
     shift = np.array(content["layers"][1]["shift"])
     assert shift.shape == (1, 4, 4) and lines[3].split()[2] == f"{shift.min():.4g}"
     assert np.array(content["sites"][0]["kept"]).sum() == 8
+    assert (np.array(content["sites"][0]["stands"]) >= 0).sum() == 8
+    assert content["beside"]["samples"] == 1 and content["beside"]["macs_ratio"] > 1
+
+
+def test_the_layers_that_are_drawn_where_none_are_named() -> None:
+    schedule = rs_compile.Schedule({6: 0.8}, merge={0: 3})
+    assert layers_for(Path("o.html"), schedule) == "all" and layers_for(Path("o.png"), schedule) == "0,6"
+    assert layers_for(Path("o.png"), rs_compile.Schedule()) == "1,5,9"
 
 
 def test_the_options_of_the_score_hold_for_the_schedule(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from bench.gpu.document import Table
 from bench.gpu.journal import Journal, Outcome
 from bench.gpu.plan import Step
+from rs_compile.pages import write_page
 
 TITLE = "The claims about GPUs, measured"
 TINY = "A rehearsal with small stand-ins, one model a step: its numbers and verdicts mean nothing."
-_PAGE = Path(__file__).with_name("page.html")
 
 
 def write_report(journal: Journal, steps: Sequence[Step]) -> None:
@@ -28,11 +26,7 @@ def write_report(journal: Journal, steps: Sequence[Step]) -> None:
     parts = [outcomes(journal, steps), *results]
     head = "\n\n".join([f"# {TITLE}", *notes, "## Verdicts", "\n".join(f"- {v}" for v in verdicts) or "(none yet)"])
     (journal.out / "RESULTS.md").write_text("\n\n".join([head, *(part.markdown() for part in parts)]) + "\n")
-    items = "".join(f"<li>{escape(verdict)}</li>" for verdict in verdicts) or "<li>(none yet)</li>"
-    top = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    body = f"{top}<section><h2>Verdicts</h2><ul>{items}</ul></section>" + "".join(part.html() for part in parts)
-    page = _PAGE.read_text(encoding="utf-8").replace("__TITLE__", escape(TITLE)).replace("__BODY__", body)
-    (journal.out / "report.html").write_text(page, encoding="utf-8")
+    write_page(journal.out / "report.html", "document.html", heading=TITLE, notes=notes, verdicts=verdicts, parts=parts)
 
 
 def outcomes(journal: Journal, steps: Sequence[Step]) -> Table:

@@ -22,6 +22,7 @@ from passes.graph.ops import arguments, aten_name
 from passes.graph.splice import ORIGIN, splice
 
 # a product of activations is as finite as the logits themselves
+_WAY_OUT = "results are right as they are; for a fused kernel call F.scaled_dot_product_attention there in the model"
 FINITE = {*MATMULS, "einsum", "mm", "addmm", "linear", "conv1d", "conv2d", "sigmoid", "tanh"}
 KEEP_FINITE = {
     *(SAME | CASTS | RESHAPES | TURNS),
@@ -61,7 +62,7 @@ class LowerAttention(Pass):
                 rewrites += 1
             except Miss as miss:
                 if fed_by_product(node):
-                    skips.append(Skip.at(node, str(miss)))
+                    skips.append(Skip.at(node, str(miss), _WAY_OUT))
         if rewrites:
             # SDPA's result is strided otherwise than a matmul's: what a view took may need a copy now
             for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):

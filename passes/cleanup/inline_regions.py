@@ -24,6 +24,7 @@ from passes.graph.aliasing import EXTERNAL, Memory, bodies, may_require_grad, no
 from passes.graph.base import Pass, PassResult, Skip
 
 aten = torch.ops.aten
+_WAY_OUT = "enter autocast, no_grad and enable_grad around the call of the model instead of in its forward"
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
@@ -94,7 +95,7 @@ class InlineRegions(Pass):
         while region := next((r for r in regions(gm) if r.node not in skips), None):
             reason = self._prepare(gm, region)
             if reason:
-                skips[region.node] = Skip.at(region.node, reason)
+                skips[region.node] = Skip.at(region.node, reason, _WAY_OUT)
             else:
                 _inline(gm, region)
                 rewrites += 1

@@ -17,6 +17,7 @@ from passes.graph.splice import fake, fake_mode
 aten = torch.ops.aten
 
 # Out-of-place forms that the naming rule below does not find. Random ops have none: theirs lack derivatives.
+_WAY_OUT = "it runs as the model wrote it; out of place in the model, x = x.add(y), it would be rewritten"
 OUT_OF_PLACE = {
     aten.pow_.Scalar: aten.pow.Tensor_Scalar,
     aten.pow_.Tensor: aten.pow.Tensor_Tensor,
@@ -59,7 +60,7 @@ def functionalise(graph: Graph) -> tuple[int, list[Skip]]:
             continue
         reason = _blocked(node, target, memory, order) or _replace(node, target, memory, order)
         if reason:
-            skips.append(Skip.at(node, reason))
+            skips.append(Skip.at(node, reason, _WAY_OUT))
         else:
             converted += 1
     return converted, skips

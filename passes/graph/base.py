@@ -19,6 +19,7 @@ from passes.graph.codes import Code
 
 HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
 ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
+SHOWN = "shown"  # node.meta key: what is shown to a user survives all passes
 
 Check = Callable[[GraphModule], None]
 
@@ -105,15 +106,16 @@ class Reason:
 
 @dataclass(frozen=True)
 class Skip:
-    """A place where a pass could have fired and did not, for the user's report."""
+    """A place where a pass could have fired and did not, for the user's report; what a user can do about it."""
 
     node: str
     reason: str
     where: str = ""
+    way_out: str = ""
 
     @classmethod
-    def at(cls, node: Node, reason: str) -> Skip:
-        return cls(node.name, reason, source_line(node))
+    def at(cls, node: Node, reason: str, way_out: str = "") -> Skip:
+        return cls(node.name, reason, source_line(node), way_out)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Pass(abc.ABC):
                 result.gm.graph.lint()
             else:  # lints first; a random op that nothing reads may go, torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
-                    is_impure_node=lambda n: ALIVE in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
+                    lambda n: ALIVE in n.meta or SHOWN in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
                 )
         except RuntimeError as error:
             raise Postcondition(f"pass {name} left a malformed graph: {error}", name, result.gm) from error

@@ -31,6 +31,7 @@ def watched(folder: str | Path) -> Iterator[Path]:
     home = next(p for i in range(1, 1_000_000) if not (p := top / str(i)).exists())
     home.mkdir()
     before: list[str] = []
+    outer = OBSERVER.get()
 
     def observe(pass_: Pass, result: PassResult) -> None:
         nonlocal before
@@ -42,6 +43,8 @@ def watched(folder: str | Path) -> Iterator[Path]:
             "\n".join([head, *(f"skipped {s.node}: {s.reason}" for s in result.skips), "", *now, "", *changes, ""])
         )
         before = now
+        if outer is not None:
+            outer(pass_, result)
         if not pass_.leaves_dead_code:
             try:
                 no_stale_shapes(result.gm)

@@ -1,16 +1,14 @@
-"""A graph that gives scores, or what was kept by them, in place of the model's outputs: to look at."""
+"""A graph that gives scores, or other values of its own, in place of the model's outputs: to look at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from passes.axes.gather import original_positions
 from passes.axes.token_axis import stream_layout
 from passes.graph.base import Pass, PassResult
-from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites.grid_cut import CutGrid
@@ -61,39 +59,18 @@ class StageScoreOutputs(Pass):
 
 
 @dataclass(frozen=True)
-class KeptOutputs(Pass):
-    """Replaces the outputs by the original positions [B, K] of the tokens left after each selection.
+class ValueOutputs(Pass):
+    """Replaces the outputs by these values of the graph."""
 
-    Args:
-        selections: by block the selections that its sequence went through (`gm.meta[SELECTIONS]`).
-    """
-
-    selections: Mapping[int, tuple[Node, ...]]
+    values: tuple[Node, ...]
 
     @property
     def changes_outputs(self) -> bool:
         return True
 
     def call(self, gm: GraphModule) -> PassResult:
-        with gm.graph.inserting_before(gm.graph.output_node()):
-            kept = [splice(gm.graph, "select", original_positions, *chain) for chain in self.selections.values()]
-        _give(gm, kept)
-        return PassResult(gm, rewrites=len(kept))
-
-
-@dataclass(frozen=True)
-class CutOutputs(Pass):
-    """Replaces the outputs by the kept rows and columns of cuts, a pair of them a stage (`gm.meta[CUTS]`)."""
-
-    cuts: Mapping[int, tuple[Node, Node]]
-
-    @property
-    def changes_outputs(self) -> bool:
-        return True
-
-    def call(self, gm: GraphModule) -> PassResult:
-        _give(gm, [node for pair in self.cuts.values() for node in pair])
-        return PassResult(gm, rewrites=len(self.cuts))
+        _give(gm, self.values)
+        return PassResult(gm, rewrites=len(self.values))
 
 
 def _give(gm: GraphModule, values: Sequence[Node]) -> None:

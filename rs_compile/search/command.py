@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from rs_compile.pages import check_page
 from rs_compile.search import plot
 from rs_compile.search.pictures import SearchError, read
 from rs_compile.search.result import SearchResult
@@ -16,7 +17,7 @@ from rs_compile.search.targets import Target
 
 
 def run(model: nn.Module, args: argparse.Namespace) -> SearchResult:
-    """Searches by the command line's arguments; writes the schedule and the picture where asked.
+    """Searches by the command line's arguments; writes the schedule, the picture and the page where asked.
 
     Raises:
         SearchError: see `search`; or a file cannot be written, before any long work.
@@ -26,6 +27,8 @@ def run(model: nn.Module, args: argparse.Namespace) -> SearchResult:
         _check_output(args.output)
     if args.plot is not None:
         plot.check(args.plot)
+    if args.html is not None:
+        check_page(args.html, "--html")
     try:
         result = _searched(model, args)
     except KeyboardInterrupt:
@@ -36,6 +39,8 @@ def run(model: nn.Module, args: argparse.Namespace) -> SearchResult:
         args.output.write_text(result.schedule.to_json() + "\n")
     if args.plot is not None:
         result.plot(args.plot)
+    if args.html is not None:
+        result.to_html(args.html)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from rs_compile.schedule import Schedule
+from rs_compile.search.page import save_page
 from rs_compile.search.plot import draw
 from rs_compile.search.rows import Row
 
@@ -109,6 +110,15 @@ class SearchResult:
         """Draws drift against multiply-accumulates into a .png, .svg or .pdf file; needs matplotlib."""
         title = f"{self.settings['model']}: {self.target}; rings searched on, squares held out"
         draw(Path(path), title, self.metric, self.macs_dense, self.rows, self.front, self.winner)
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Writes every candidate and the Pareto front as a page, one file that needs nothing else.
+
+        Raises:
+            CompileError: the file cannot be written.
+        """
+        words = {name: getattr(self, name) for name in ("target", "metric", "searched", "held", "verdict")}
+        save_page(path, self.settings, self.macs_dense, self.rows, self.front, self.winner, **words)
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -17,13 +17,18 @@ from torch import Tensor, nn
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
 from passes.sites.importance import Shift
+from rs_compile.arguments import LAYERS
+from rs_compile.compiling import Backend
 from rs_compile.models import load_images
+from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
+from rs_compile.side_by_side import SideBySide
 from rs_compile.visualize.layers import Say, ScoreMaps
 from rs_compile.visualize.maps import score_maps
 from rs_compile.visualize.page import save_page
 from rs_compile.visualize.picture import Picture, save_picture
 
+_ROUNDS = 5  # of timing
 _FORMATS = (".png", ".html")
 
 
@@ -34,6 +39,7 @@ class Visualized:
     names: tuple[str, ...]
     maps: ScoreMaps
     output: Path
+    beside: SideBySide | None = None  # with a schedule: drift and speed on these images
 
     def __str__(self) -> str:
         ranges = ["median", "highest"]
@@ -52,10 +58,13 @@ class Visualized:
         lines += [
             f"after {self.maps.unit} {s.index}: {s.left} of {s.of} {self.maps.cells} are left" for s in self.maps.sites
         ]
+        if self.beside is not None:
+            lines.append(str(self.beside))
         return "\n".join([*lines, f"written: {self.output}"])
 
     def to_json(self) -> str:
-        """By block the grid [rows, columns] and the maps [image][row][column]; by site which patches are left."""
+        """By block the grid [rows, columns] and the maps [image][row][column]; by site which patches are left and
+        which one stands for each (-1: it has left); with a schedule drift and speed."""
         layers = [
             {
                 "index": layer.index,
@@ -68,10 +77,18 @@ class Visualized:
             for layer in self.maps.layers
         ]
         sites = [
-            {"index": s.index, "grid": s.grid.shape, "left": s.left, "of": s.of, "kept": s.kept.tolist()}
+            {
+                "index": s.index,
+                "grid": s.grid.shape,
+                "left": s.left,
+                "of": s.of,
+                "kept": s.kept.tolist(),
+                "stands": s.stands.tolist(),
+            }
             for s in self.maps.sites
         ]
-        content = {"images": self.names, "unit": self.maps.unit, "score": self.maps.score, "size": self.maps.size}
+        content: dict[str, Any] = {"images": self.names, "unit": self.maps.unit, "score": self.maps.score}
+        content |= {"size": self.maps.size, "beside": self.beside.to_dict() if self.beside is not None else None}
         return json.dumps(content | {"layers": layers, "sites": sites})
 
 
@@ -84,6 +101,7 @@ def visualize(
     schedule: Schedule,
     img_size: int | None,
     say: Say,
+    backend: Backend = "eager",
 ) -> Visualized:
     """Draws the score maps of image files.
 
@@ -96,6 +114,7 @@ def visualize(
         schedule: the score to show, and what leaves by it, if anything.
         img_size: side of the images in pixels; None for the model's own.
         say: called with a line of text at each stage.
+        backend: what runs both sides where they are timed, with a schedule.
 
     Raises:
         CompileError: an image, a layer or the schedule does not fit, or the file cannot be written.
@@ -103,24 +122,24 @@ def visualize(
     check_output(output)
     images = load_images(paths, model, img_size)
     like = next(model.parameters())
-    maps = score_maps(
-        model,
-        images.to(like.device, like.dtype),
-        layers,
-        schedule=schedule,
-        shift=schedule.score if isinstance(schedule.score, Shift) else Shift(),
-        progress=say,
-    )
+    inputs = images.to(like.device, like.dtype)
+    shift = schedule.score if isinstance(schedule.score, Shift) else Shift()
+    maps = score_maps(model, inputs, layers, schedule=schedule, shift=shift, progress=say)
+    beside = None
+    if schedule.prunes:
+        beside = optimize(model, schedule, backend=backend, progress=say).compare(inputs, rounds=_ROUNDS)
     photos, names = seen(images, model), tuple(str(path) for path in paths)
     say(f"drawing {output}")
+    if output.suffix.lower() == ".html":
+        short = tuple(path.name for path in paths)
+        shown = short if len(set(short)) == len(short) else names
+        save_page(output, name, shown, photos, maps, schedule, shift, beside)
+        return Visualized(names, maps, output, beside)
     try:
-        if output.suffix.lower() == ".html":
-            save_page(output, name, names, photos, maps)
-        else:
-            save_picture(output, names, photos, maps)
+        save_picture(output, names, photos, maps)
     except OSError as error:
         raise CompileError(f"-o {output}: {error.strerror}; nothing was drawn", code=Code.COMMAND) from error
-    return Visualized(names, maps, output)
+    return Visualized(names, maps, output, beside)
 
 
 def check_output(output: Path) -> None:
@@ -135,6 +154,12 @@ def check_output(output: Path) -> None:
         raise CompileError(
             f"-o {output}: no file can be written there; give one in a directory that exists", code=Code.COMMAND
         )
+
+
+def layers_for(output: Path, schedule: Schedule) -> str:
+    """Which layers are drawn if none are named: on a page all; in a picture those that the schedule cuts behind."""
+    sites = sorted({*schedule.keep, *schedule.merge, *schedule.grid})
+    return "all" if output.suffix.lower() == ".html" else ",".join(map(str, sites)) or LAYERS
 
 
 def parse_layers(text: str) -> list[int] | None:

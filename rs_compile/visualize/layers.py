@@ -42,16 +42,28 @@ class SiteMap:
     Args:
         index: of the block or stage, 0-based.
         grid: which pixels a cell stands for.
-        kept: bool [B, rows, columns] on the CPU. Of tokens that merged, those that they merged into are left.
+        stands: int64 [B, rows, columns] on the CPU: for each cell the one, counted row by row, whose token stands for
+            it: itself where its token is left, the one that it merged into, -1 where its token is gone.
         left: how many tokens, protected ones included, or cells of the stage's map are left.
         of: how many there are in the model with nothing pruned.
     """
 
     index: int
     grid: PatchGrid
-    kept: Tensor
+    stands: Tensor
     left: int
     of: int
+
+    @property
+    def kept(self) -> Tensor:
+        """Whether each cell's own token is left, bool [B, rows, columns]."""
+        own = torch.arange(self.stands[0].numel()).reshape(self.grid.shape)
+        return self.stands == own
+
+    @property
+    def others(self) -> int:
+        """Tokens that are no cell and always stay: class token, registers."""
+        return self.grid.cells.count(None)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
-"""Score maps as one HTML file that needs nothing else: `page.html` with the images and the scores filled in."""
+"""Score maps as a page: pictures side by side, a slider over the layers, and what the schedule left of each picture."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,36 @@ from PIL import Image
 from torch import Tensor
 
 from passes.network.patch_grid import PatchGrid
+from passes.sites.importance import Lowest, Random, Shift
+from passes.sites.mergers import Stream, ToMe, VidTLDR, Ward
+from rs_compile.pages import VIRIDIS, write_page
+from rs_compile.schedule import Schedule
+from rs_compile.side_by_side import SideBySide
 from rs_compile.visualize.layers import ScoreMaps
-from rs_compile.visualize.picture import COVER, Picture, colour_range, edges, palette
+from rs_compile.visualize.picture import COVER, Picture, colour_range, edges
 
-_PLACE = "__DATA__"
 _QUALITY = 92  # of the JPEG: no visible loss, a tenth of a PNG's bytes
 _DIGITS = 4  # of each score
-_STEPS = 64  # colours
+_DISTANCE = {"l2": "L2 distance", "l1": "L1 distance", "cosine": "cosine distance"}
+_MERGERS = {
+    Stream: "the residual stream behind the block",
+    ToMe: "the keys of the block's attention (ToMe)",
+    VidTLDR: "the stream, weighed by importance (vid-TLDR)",
+    Ward: "what adds least to the variance of keys and values (Ward)",
+}
 
 
-def save_page(path: Path, model: str, names: Sequence[str], photos: Sequence[Picture], maps: ScoreMaps) -> None:
-    """Writes a page with a slider over layers and one over sites; it opens from a file and loads nothing.
+def save_page(
+    path: Path,
+    model: str,
+    names: Sequence[str],
+    photos: Sequence[Picture],
+    maps: ScoreMaps,
+    schedule: Schedule,
+    shift: Shift = Shift(),
+    beside: SideBySide | None = None,
+) -> None:
+    """Writes a page with one slider over layers and sites; it opens from a file and loads nothing.
 
     Args:
         path: of the HTML file.
@@ -32,53 +49,120 @@ def save_page(path: Path, model: str, names: Sequence[str], photos: Sequence[Pic
         names: of the images.
         photos: what the model saw, [height, width, 3] in 0..1, of `maps.size`.
         maps: of these images, in this order.
+        schedule: that `maps.sites` are of.
+        shift: that the maps show.
+        beside: the model rewritten by the schedule beside the dense one, on these images.
 
     Raises:
-        MissingLibrary: matplotlib, which has the colours, is not installed.
-        OSError: the file cannot be written.
+        CompileError: the file cannot be written.
     """
-    template = files("rs_compile.visualize").joinpath("page.html").read_text(encoding="utf-8")
-    before, after = template.split(_PLACE)
-    path.write_text(before + embedded(_content(model, names, photos, maps)) + after, encoding="utf-8")
+    write_page(
+        path,
+        "maps.html",
+        scripts=("maps.js",),
+        model=model,
+        maps=maps,
+        schedule=schedule,
+        about=meaning(shift, maps.unit),
+        leaving=leaving(schedule, maps),
+        beside=beside,
+        drifts=_drifts(beside, len(names)),
+        data=_content(names, photos, maps),
+    )
 
 
-def embedded(content: Any) -> str:
-    """JSON that can stand inside a <script> element, whatever text it holds."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    # inside strings only, where JSON reads the escape as the same character
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def meaning(shift: Shift, unit: str) -> str:
+    """What the score is, in two sentences."""
+    if unit == "stage":
+        said = "what the stage makes of a cell and what reaches it by the stage's first shortcut"
+    elif shift.of == "block":
+        said = "a token in front of the block and behind it"
+    else:
+        branch = "MLP" if shift.of == "mlp" else shift.of
+        said = f"a token x and {'x + F(x)' if shift.with_skip else 'F(x)'}, where F is the block's {branch}"
+    return (
+        f"Representation shift is the {_DISTANCE[shift.metric]} between {said}: how much the network still does with "
+        "that place of the picture. It needs no attention map."
+    )
 
 
-def _content(model: str, names: Sequence[str], photos: Sequence[Picture], maps: ScoreMaps) -> dict[str, Any]:
+def leaving(schedule: Schedule, maps: ScoreMaps) -> list[str]:
+    """What the schedule does, a sentence each; none without sites."""
+    if not maps.sites:
+        return []
+    last = maps.sites[-1]
+    said = []
+    if schedule.merge:
+        said.append(f"In {_listed(schedule.merge, 'block')} tokens merge, chosen by {_MERGERS[type(schedule.by)]}.")
+    if schedule.keep or schedule.grid:
+        what = "tokens" if maps.unit == "block" else "rows and columns"
+        score, of = schedule.score, "lowest"
+        if isinstance(score, Lowest):
+            score, of = score.score, "highest"
+        name = "shift" if isinstance(score, Shift) else score.kind.replace("-", " ")
+        which = f"{what} leave at random" if isinstance(score, Random) else f"the {what} of the {of} {name} leave"
+        said.append(f"After {_listed(schedule.keep or schedule.grid, maps.unit)} {which}.")
+    count, left = last.of - last.others, last.left - last.others
+    said.append(f"Of {count} {patches(maps)} {left}{' tokens' if schedule.merge else ''} are left at the end.")
+    if last.others == 1:
+        said.append("One more token, the class token, is no patch: it always stays and is not counted here.")
+    elif last.others:
+        said.append(
+            f"{last.others} more tokens (class token, registers) are no patches: they stay and are not counted."
+        )
+    if len(maps.sites) > 1:
+        said.append(
+            f"From the second {maps.unit} on the schedule scores what is left, so it may choose otherwise than the map."
+        )
+    return said
+
+
+def _listed(numbers: Iterable[int], unit: str) -> str:
+    *most, last = map(str, numbers)
+    return f"{unit}s {', '.join(most)} and {last}" if most else f"{unit} {last}"
+
+
+def patches(maps: ScoreMaps) -> str:
+    """What a map is made of, in words."""
+    return "patches" if maps.unit == "block" else "cells"
+
+
+def _drifts(beside: SideBySide | None, count: int) -> list[float | None]:
+    """Of each image the drift of the first output."""
+    return [None] * count if beside is None else list(beside.outputs[0].each)
+
+
+def _content(names: Sequence[str], photos: Sequence[Picture], maps: ScoreMaps) -> dict[str, Any]:
     height, width = maps.size
     return {
-        "model": model,
-        "about": "Photographs as the model saw them, resized and cropped; scores of the model with nothing pruned.",
         "unit": maps.unit,
-        "cells": maps.cells,
+        "patches": patches(maps),
         "score": maps.score,
         "attention": next((layer.attention_kind for layer in maps.layers if layer.attention is not None), None),
+        "merges": any(bool(((s.stands >= 0) & ~s.kept).any()) for s in maps.sites),
+        "leaves": any(bool((s.stands < 0).any()) for s in maps.sites),
         "height": height,
         "width": width,
-        "palette": palette(_STEPS),
+        "palette": VIRIDIS,
         "cover": COVER,
         "images": [{"name": n, "source": _source(photo)} for n, photo in zip(names, photos, strict=True)],
         "layers": [
             {
                 "index": layer.index,
+                "where": layer.where,
                 **_edges(layer.grid, maps.size),
                 "shift": [_map(values) for values in layer.shift],
                 "attention": None if layer.attention is None else [_map(values) for values in layer.attention],
             }
-            for layer in maps.layers
+            for layer in sorted(maps.layers, key=lambda layer: layer.index)
         ],
         "sites": [
             {
                 "index": site.index,
-                "left": site.left,
-                "of": site.of,
+                "left": site.left - site.others,
+                "of": site.of - site.others,
                 **_edges(site.grid, maps.size),
-                "kept": [{"values": [int(left) for left in kept.flatten()]} for kept in site.kept],
+                "stands": [stands.flatten().tolist() for stands in site.stands],
             }
             for site in maps.sites
         ],

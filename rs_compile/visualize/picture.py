@@ -132,12 +132,6 @@ def covered(photo: Picture, kept: Tensor, grid: PatchGrid) -> Picture:
     return np.where(gone[..., None], (1 - GONE) * _grey(photo) + GONE * np.array(COVER) / 255, photo)
 
 
-def palette(steps: int) -> list[tuple[int, int, int]]:
-    """The colours from low to high, 0..255."""
-    colours = _matplotlib().colormaps[COLOURS](np.linspace(0, 1, steps))[:, :3]
-    return [(int(r), int(g), int(b)) for r, g, b in (colours * 255).round()]
-
-
 def _tinted(grey: Picture, share: NDArray[Any]) -> Picture:
     colours = _matplotlib().colormaps[COLOURS](np.nan_to_num(share))[..., :3]
     mixed: Picture = np.where(np.isnan(share)[..., None], grey, (1 - OPACITY) * grey + OPACITY * colours)

@@ -13,7 +13,7 @@ from passes.network.stages import Stage
 from passes.sites.grid_cut import CUTS, CutGrid
 from passes.sites.grid_prune import GridPrune
 from passes.sites.importance import Shift
-from passes.sites.score_outputs import CutOutputs, StageScoreOutputs
+from passes.sites.score_outputs import StageScoreOutputs, ValueOutputs
 from rs_compile.optimize import optimize
 from rs_compile.schedule import Schedule
 from rs_compile.visualize.layers import LayerMaps, Say, SiteMap
@@ -47,7 +47,7 @@ def stage_sites(
     fast(images)
     gm = fast.graph_module()
     cuts = gm.meta[CUTS]
-    flat = [kept.cpu() for kept in CutOutputs(cuts)(gm).gm(images)]
+    flat = [kept.cpu() for kept in ValueOutputs(tuple(node for pair in cuts.values() for node in pair))(gm).gm(images)]
     grid = grids[min(cuts)]
     now = grid.shape
     # for each cell of the first map the cell of the present one that stands for it, -1 once it has left
@@ -63,6 +63,6 @@ def stage_sites(
         moved = place.gather(1, (row * whole[1] + column).clamp(min=0))
         standing, now = torch.where(standing >= 0, moved, standing), left
         dense = grids[i].shape
-        kept = (standing >= 0).reshape(-1, *grid.shape)
-        sites.append(SiteMap(i, grid, kept, left[0] * left[1], dense[0] * dense[1]))
+        stands = torch.where(standing >= 0, torch.arange(standing.shape[1]), -1).reshape(-1, *grid.shape)
+        sites.append(SiteMap(i, grid, stands, left[0] * left[1], dense[0] * dense[1]))
     return tuple(sites)

@@ -13,7 +13,7 @@ from graphs import aten, graph_of, only
 from torch.fx import GraphModule
 
 import rs_compile
-from passes.graph.base import HISTORY, Pass, PassResult, Postcondition
+from passes.graph.base import HISTORY, OBSERVER, SHOWN, Pass, PassResult, Postcondition
 from passes.graph.debug import watched
 
 
@@ -56,6 +56,19 @@ def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> No
     ReluForMul()(graph_of(lambda x: x * 2))
     assert len(list(home.iterdir())) == before  # closed
     assert gm.meta[HISTORY] == ("ReluForMul",)
+
+
+def test_who_observed_before_still_does_and_what_is_shown_survives(tmp_path: pathlib.Path) -> None:
+    seen: list[str] = []
+    token = OBSERVER.set(lambda pass_, _: seen.append(pass_.name))
+    gm = graph_of(lambda x: (x + 3, x * 2)[1])
+    only(gm, aten.mul.Tensor).prev.meta[SHOWN] = True
+    try:
+        with watched(tmp_path):
+            ReluForMul()(gm)
+    finally:
+        OBSERVER.reset(token)
+    assert seen == ["ReluForMul"] and only(gm, aten.add.Tensor).users == {}
 
 
 def test_optimize_leaves_them_where_it_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
