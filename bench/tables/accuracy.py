@@ -13,11 +13,11 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from bench.digits import load_digits
 from bench.tables.methods import Method
 from bench.tables.options import Setting
 from bench.tables.results import UsageError
 from bench.tables.subjects import Subject
-from rs_compile.digits import load_digits
 
 QUICK_DIGITS = 100
 IMAGENET_CLASSES = 1000
