@@ -42,7 +42,7 @@ def new_model() -> VisionTransformer:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
     with torch.no_grad():
-        model.head.weight.zero_()
+        model.get_parameter("head.weight").zero_()
         model.get_parameter("pos_embed")[0, 1:] = 0.2 * build_sincos2d_pos_embed([GRID, GRID], dim=WIDTH)
     return model
 

@@ -71,7 +71,8 @@ def build(
         if side is not None:
             model = _create(name, False, side, options)
             # what says how pictures are resized
-            model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "input_size": (3, side, side)}
+            config: Any = getattr(model, "pretrained_cfg", {})
+            model.__dict__["pretrained_cfg"] = {**config, "input_size": (3, side, side)}
         load_weights(model, weights, checkpoint)
     return model.eval()
 
