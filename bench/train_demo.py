@@ -79,10 +79,16 @@ def rows(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]
         yield from (r for r in torch.randperm(count, generator=generator).split(batch) if len(r) == batch)
 
 
-def train(data: Source, small: int, whole: int, batch: int, seed: int) -> VisionTransformer:
-    """The model after so many steps on half and on whole pictures, in eval mode."""
+def train(data: Source, small: int, whole: int, batch: int, seed: int, start: Path | None) -> VisionTransformer:
+    """The model after so many steps on half and on whole pictures, in eval mode.
+
+    Args:
+        start: weights to go on from.
+    """
     torch.manual_seed(seed)
     generator, model = torch.Generator().manual_seed(seed), new_model().train()
+    if start is not None:
+        model.load_state_dict(safetensors.torch.load_file(start))
     photographs, steps = list(data.photographs.values()), small + whole
     updates = optimizers(model)
     columns = (
@@ -100,7 +106,7 @@ def train(data: Source, small: int, whole: int, batch: int, seed: int) -> Vision
             for group in (g for update in updates for g in update.param_groups):
                 group["lr"] = rate(step, steps) * (MUON if group is updates[0].param_groups[0] else ADAM)
             chosen = next(order)
-            logits = _logits(model, data.scans[chosen], photographs, generator, step, small)
+            logits = _logits(model, data.scans[chosen], photographs, generator, step, small, start is not None)
             loss = F.cross_entropy(logits, data.labels[chosen], label_smoothing=SMOOTHING)
             model.zero_grad()
             loss.backward()
@@ -125,11 +131,12 @@ def _logits(
     generator: torch.Generator,
     step: int,
     small: int,
+    trained: bool,
 ) -> Tensor:
     if step >= small:
         return forward(model, centred(compose(scans, photographs, generator)), 0, 0)
     # photographs come in over the first half of these steps; a half picture has room for one stroke
-    seen = min(1.0, 2 * step / small)
+    seen = 1.0 if trained else min(1.0, 2 * step / small)
     pictures = compose(scans, photographs, generator, HALF, FAINT * seen, int(seen * STROKES) // STROKES)
     top, left = torch.randint((SIDE - HALF) // PATCH + 1, (2,), generator=generator).tolist()
     return forward(model, centred(pictures), top, left)
@@ -148,6 +155,7 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=220, help="steps on whole pictures")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, metavar="FILE", help="weights to go on from")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what makes runs repeat")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="where the .safetensors file goes")
@@ -160,14 +168,14 @@ def main() -> None:
         held = data._replace(scans=data.scans[out], labels=data.labels[out])
         data = data._replace(scans=data.scans[kept], labels=data.labels[kept])
     started = time.process_time()
-    model = train(data, args.small, args.whole, args.batch, args.seed)
+    model = train(data, args.small, args.whole, args.batch, args.seed, args.start)
     seconds = time.process_time() - started
     if held is not None:
         pictures = compose(held.scans, list(held.photographs.values()), torch.Generator().manual_seed(1))
         print(f"validation accuracy {accuracy(model, centred(pictures), held.labels):.2%}; {seconds:.0f} s of CPU time")
         return
     weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    recipe = {k: v for k, v in vars(args).items() if k not in ("out", "validate")}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("out", "validate", "start")}
     safetensors.torch.save_file(weights, args.out, metadata={"recipe": json.dumps(recipe)})
     args.out.chmod(0o644)  # safetensors writes files that only their owner can read
     model.load_state_dict(weights)

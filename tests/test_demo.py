@@ -7,6 +7,7 @@ import json
 from importlib.resources import files as resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -21,8 +22,8 @@ from rs_compile.demo import run as demo_run
 from rs_compile.demo.model import load_pretrained_demo_vit
 from rs_compile.demo.page import page
 from rs_compile.demo.pictures import Labelled, compose, demo_pictures
-from rs_compile.demo.result import Demo, Row
-from rs_compile.demo.run import BLOCKS, METHODS, merged, pruned
+from rs_compile.demo.result import CompiledSpeed, Demo, Row
+from rs_compile.demo.run import BLOCKS, MERGED, METHODS, merged, pruned
 from rs_compile.timing import Spread
 
 DATA = resources("rs_compile").joinpath("data")
@@ -97,7 +98,7 @@ def test_every_method_leaves_as_many_tokens() -> None:
         counts.append(oracle.keep_count(counts[-1], 0.7))
     left = [before - after for before, after in pairwise(counts)]
     assert merged(0.7, 197).merge == {block + 1: n for block, n in zip(BLOCKS, left, strict=True)}
-    assert all(make(0.7, 197).keep == pruned(0.7).keep for name, make in METHODS.items() if name != "Ward merging")
+    assert all(make(0.7, 197).keep == pruned(0.7).keep for name, make in METHODS.items() if name != MERGED)
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def test_the_table_against_pruning_by_hand(
     pictures: Labelled,
 ) -> None:
     monkeypatch.setattr(demo_run, "QUICK_PICTURES", QUICK)
-    monkeypatch.setattr(demo_run, "BATCH", QUICK)
+    monkeypatch.setattr(demo_run, "BATCH", QUICK // 2)
     target, html, png = (tmp_path / name for name in ("d.json", "d.html", "d.png"))
     command = [
         "demo",
@@ -127,8 +128,10 @@ def test_the_table_against_pruning_by_hand(
     out, err = capsys.readouterr()
     assert err.splitlines() == ["accuracy", "speed", "drawing"]  # no line a stage in a log
     lines, content = out.splitlines(), json.loads(target.read_text())
-    assert lines[0].startswith(f"{QUICK} photographs with a digit somewhere; tokens leave after blocks")
+    assert lines[0].startswith(f"accuracy in % on {QUICK} photographs with a digit somewhere, by what chose")
     assert lines[3].split()[:2] == ["dense", "197"] and lines[-1].startswith("of 1 budgets shift is more accurate")
+    assert lines[6].startswith("speed-up over the dense model, both uncompiled") and content["compiled"] is None
+    assert row_speeds(content) == {"shift", "class attention", "Ward merging"}
     (row,) = content["rows"]
     inputs, labels = pictures.inputs[:QUICK], pictures.labels[:QUICK]
     for name, lowest in (("shift", False), ("lowest shift", True)):
@@ -140,19 +143,25 @@ def test_the_table_against_pruning_by_hand(
     assert all(cost < content["gflops"] for cost in row["gflops"].values())
     # the same tokens leave, but for what chooses them
     assert max(row["gflops"].values()) < 1.1 * min(row["gflops"].values())
-    text = html.read_text()
-    assert all(cell in text for cell in lines[4].split()) and "http" not in text
+    assert "<td>197 &gt; 138 &gt; 97 &gt; 68</td>" in html.read_text()
     with Image.open(png) as drawn:
         assert drawn.width > 700 and drawn.height > 400
 
 
+def row_speeds(content: dict[str, Any]) -> set[str]:
+    """Which methods were timed; each in numbers above zero."""
+    (row,) = content["rows"]
+    assert all(0 < speed["quartile_low"] <= speed["quartile_high"] for speed in row["speed_up"].values())
+    return set(row["speed_up"])
+
+
 def row_of(shift: float, attention: float, random: float) -> Row:
     accuracy = {"shift": (shift,), "class attention": (attention,), "random": (random - 0.01, random + 0.01)}
-    return Row(0.5, (9, 5), dict.fromkeys(accuracy, 0.5), accuracy, {"shift": Spread(1.5, 1.4, 1.6)})
+    return Row(0.5, (5,), dict.fromkeys(accuracy, 0.5), accuracy, {"shift": Spread(1.5, 1.4, 1.6)})
 
 
 def demo_of(*rows: Row) -> Demo:
-    return Demo(400, (0,), 0.96, 9, 1.0, "x", 0.25, 64, 2, 9, rows)
+    return Demo(400, (0,), 0.96, 9, 1.0, 0.25, 64, 2, 9, rows, CompiledSpeed(0.5, 0.2, Spread(1.7, 1.6, 1.8)))
 
 
 def test_the_verdict_counts_wins_and_no_ties() -> None:
@@ -166,9 +175,12 @@ def test_the_page_has_the_table_and_nothing_from_elsewhere() -> None:
     drawn = io.BytesIO()
     Image.new("RGB", (4, 4)).save(drawn, "png")
     text = page(demo, drawn.getvalue())
-    heads, rows = demo.cells()
-    assert all(f">{cell}</t" in text for cell in heads + [c for r in rows for c in r if ">" not in c])
-    assert "9 &gt; 5" in text and "http" not in text and 'src="data:image/png;base64,iVBOR' in text
+    for title, (heads, rows) in demo.tables():
+        cells = [cell for line in (heads, *rows) for cell in line if ">" not in cell]
+        assert f"<h2>{title}</h2>" in text and all(f">{cell}</t" in text for cell in cells)
+    assert "9 &gt; 5" in text and "shift at keep 0.5 1.70x [1.60, 1.80] over torch.compile(model), 200 ms" in text
+    assert json.loads(demo.to_json())["compiled"]["speed_up"]["median"] == 1.7
+    assert "http" not in text and 'src="data:image/png;base64,iVBOR' in text
 
 
 def test_files_that_cannot_be_written_are_said_before_the_work(

@@ -12,6 +12,7 @@ _STYLE = """
 body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 img { max-width: 100%; height: auto; background: white; }
 div { overflow-x: auto; }
+h2 { font-size: 1rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
 th:first-child, td:first-child { text-align: left; }
@@ -24,12 +25,7 @@ def page(demo: Demo, png: bytes) -> str:
     Args:
         png: the pictures, see `rs_compile.demo.figure`.
     """
-    heads, rows = demo.cells()
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(text)}</td>" for text in rest)}</tr>'
-        for first, *rest in rows
-    )
+    tables = "".join(f"<h2>{escape(title)}</h2>{_table(title, *cells)}" for title, cells in demo.tables())
     notes = "".join(f"<p>{escape(note)}.</p>" for note in demo.notes())
     return f"""<!doctype html>
 <html lang="en">
@@ -38,10 +34,7 @@ def page(demo: Demo, png: bytes) -> str:
 <title>rs-compile demo</title>
 <style>{_STYLE}</style>
 <h1>rs-compile demo</h1>
-<p>{escape(demo.title())}.</p>
-<div tabindex="0" role="region" aria-label="accuracy and speed">
-<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-</div>
+{tables}
 {notes}
 <h2>Which tokens stay</h2>
 <p>Three of the pictures, how much the first block's MLP changes each patch, and the patches that are left.</p>
@@ -49,3 +42,13 @@ def page(demo: Demo, png: bytes) -> str:
 src="data:image/png;base64,{base64.b64encode(png).decode()}">
 </html>
 """
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(text)}</td>" for text in rest)}</tr>'
+        for first, *rest in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div tabindex="0" role="region" aria-label="{escape(title)}">{table}</div>'

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIDE = 56  # pixels
-SIZE = (20.0, 30.0)  # side of a scan in the picture, pixels
+SIZE = (24.0, 32.0)  # side of a scan in the picture, pixels
 TURN = math.radians(20)  # at most, to either side
 STROKES = 3
 LENGTH, WIDTH = (8.0, 18.0), (2.0, 4.5)  # of a stroke, pixels
 TRIES = 4  # places drawn for a stroke; the one farthest from the digit is taken
-CONTRAST = (0.35, 0.6)  # in brightness, of what is written with the photograph
+CONTRAST = (0.5, 0.7)  # in brightness, of what is written with the photograph
 TINT = 0.15  # how far colours are from grey
-FAINT = 0.6  # how much of the photograph's contrast is left
+FAINT = 0.5  # how much of the photograph's contrast is left
 EDGE = 1.6  # how much steeper than the scan's the edges of a digit are
 _POINTS = 17  # of a stroke
 _SEED = 2026

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from rs_compile.timing import Spread
 
 OURS, RANDOM = "shift", "random"
+Cells = tuple[list[str], list[list[str]]]  # heads and rows
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Row:
 
     Args:
         keep: the keep ratio after each block where tokens leave.
-        tokens: of a picture, at the start and after each of these blocks.
+        tokens: of a picture, after each of these blocks.
         gflops: of a picture, by method; multiply-adds as one.
         accuracy: share of the pictures named rightly, by method; of random a share a seed.
-        speed_up: over the dense baseline, of the methods that were timed.
+        speed_up: over the dense model, both uncompiled, of the methods that were timed.
     """
 
     keep: float
@@ -39,6 +40,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class CompiledSpeed:
+    """Of shift pruning, compiled.
+
+    Args:
+        keep: the budget.
+        seconds: of torch.compile(model), for a batch.
+        speed_up: over it.
+    """
+
+    keep: float
+    seconds: float
+    speed_up: Spread
+
+
+@dataclass(frozen=True)
 class Demo:
     """The demo's table.
 
@@ -47,9 +63,9 @@ class Demo:
         blocks: after which tokens leave.
         accuracy: of the dense model, a share.
         tokens, gflops: of the dense model, one picture.
-        baseline: what speed-ups are relative to.
-        seconds: of the baseline, for a batch.
+        seconds: of the dense model, uncompiled, for a batch.
         batch, threads, rounds: how speed was measured.
+        compiled: the speed of one budget, compiled; None where nothing was.
     """
 
     pictures: int
@@ -57,61 +73,68 @@ class Demo:
     accuracy: float
     tokens: int
     gflops: float
-    baseline: str
     seconds: float
     batch: int
     threads: int
     rounds: int
     rows: tuple[Row, ...]
+    compiled: CompiledSpeed | None = None
 
     @property
     def methods(self) -> list[str]:
         """In the order of the table."""
         return list(self.rows[0].accuracy)
 
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The table: heads, and a row for the dense model and for each budget."""
-        heads = ["keep", "tokens", "GFLOPs", "speed-up", *self.methods]
-        dense = ["dense", str(self.tokens), f"{self.gflops:.3f}", "1", *[_percent(self.accuracy)] * len(self.methods)]
+    def accuracies(self) -> Cells:
+        """A row for the dense model and for each budget, by what chose the tokens."""
+        heads = ["keep", "tokens", "GFLOPs", *self.methods]
+        dense = ["dense", str(self.tokens), f"{self.gflops:.3f}", *[_percent(self.accuracy)] * len(self.methods)]
         rows = [
             [
                 f"{row.keep}",
-                " > ".join(map(str, row.tokens)),
+                " > ".join(map(str, (self.tokens, *row.tokens))),
                 f"{row.gflops[OURS]:.3f}",
-                str(row.speed_up[OURS]),
                 *(_spread(row.accuracy[method]) for method in self.methods),
             ]
             for row in self.rows
         ]
         return heads, [dense, *rows]
 
-    def title(self) -> str:
-        """What the table shows."""
+    def speeds(self) -> Cells:
+        """A row for each budget, by method."""
+        timed = list(self.rows[0].speed_up)
+        return ["keep", *timed], [[f"{row.keep}", *(str(row.speed_up[name]) for name in timed)] for row in self.rows]
+
+    def tables(self) -> tuple[tuple[str, Cells], ...]:
+        """Both, with what they show."""
         after = ", ".join(map(str, self.blocks))
         return (
-            f"{self.pictures} photographs with a digit somewhere; tokens leave after blocks {after} of a small ViT; "
-            "accuracy in % by what chose them"
+            (
+                f"accuracy in % on {self.pictures} photographs with a digit somewhere, by what chose the tokens that "
+                f"stay after blocks {after} of a small ViT",
+                self.accuracies(),
+            ),
+            (
+                f"speed-up over the dense model, both uncompiled: {1e3 * self.seconds:.0f} ms for a batch of "
+                f"{self.batch} on {self.threads} threads; median [quartiles] of {self.rounds} interleaved rounds",
+                self.speeds(),
+            ),
         )
 
     def notes(self) -> list[str]:
-        """How it was measured, and what it shows."""
-        speed = (
-            f"speed-up and GFLOPs of shift; over {self.baseline}, {1e3 * self.seconds:.0f} ms for a batch of "
-            f"{self.batch} on {self.threads} threads; median [quartiles] of {self.rounds} interleaved rounds"
-        )
-        others = [
-            f"{method} at keep {row.keep} {spread}"
-            for row in self.rows
-            for method, spread in row.speed_up.items()
-            if method != OURS
-        ]
-        return [speed, *([f"others: {', '.join(others)}"] if others else []), self.verdict()]
+        """The compiled model's speed, and what the numbers show."""
+        if self.compiled is None:
+            return [self.verdict()]
+        c = self.compiled
+        text = f"compiled: {OURS} at keep {c.keep} {c.speed_up} over torch.compile(model), {1e3 * c.seconds:.0f} ms"
+        return [text, self.verdict()]
 
     def __str__(self) -> str:
-        heads, rows = self.cells()
-        align = ("left", "left", "right", "left", *["right"] * len(self.methods))
-        table = tabulate(rows, heads, disable_numparse=True, colalign=align)
-        return "\n".join([self.title(), table, *self.notes()])
+        parts = []
+        for title, (heads, rows) in self.tables():
+            align = ["left", "left", *["right"] * (len(heads) - 2)]
+            parts += [title, tabulate(rows, heads, disable_numparse=True, colalign=align), ""]
+        return "\n".join([*parts, *self.notes()])
 
     def verdict(self) -> str:
         """One sentence that says what the numbers do and do not show."""
@@ -133,6 +156,8 @@ class Demo:
         content: dict[str, Any] = asdict(self)
         for given, row in zip(content["rows"], self.rows, strict=True):
             given["speed_up"] = {method: spread.to_dict() for method, spread in row.speed_up.items()}
+        if self.compiled is not None:
+            content["compiled"]["speed_up"] = self.compiled.speed_up.to_dict()
         return json.dumps(content | {"verdict": self.verdict()}, indent=2)
 
 

@@ -12,21 +12,21 @@ from passes.sites.importance import ClassAttention, Lowest, Random, Score, Shift
 from passes.sites.mergers import Ward
 from rs_compile.demo.model import load_pretrained_demo_vit
 from rs_compile.demo.pictures import demo_pictures
-from rs_compile.demo.result import OURS, RANDOM, Demo, Row
-from rs_compile.optimize import Backend, optimize
+from rs_compile.demo.result import OURS, RANDOM, CompiledSpeed, Demo, Row
+from rs_compile.optimize import Backend, OptimizedModel, optimize
 from rs_compile.planning import Planner
-from rs_compile.report import Report
 from rs_compile.schedule import Schedule
-from rs_compile.timing import COMPILED, EAGER, Call, Say, Timing, compiled, interleaved, quiet
+from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet
 
 TOKENS = 197  # of a picture
 BLOCKS = (0, 2, 4)  # after which tokens leave
 KEEP_RATIOS, QUICK_KEEP_RATIOS = (0.9, 0.8, 0.7, 0.5), (0.7,)
 SEEDS = 5
-PICTURES, QUICK_PICTURES = 400, 100
-BATCH = 64
+PICTURES, QUICK_PICTURES = 400, 64
+BATCH = 32
 TURN = 0.1  # seconds; calls this short are noisy alone
-ROUNDS, QUICK_ROUNDS = 9, 3
+ROUNDS, QUICK_ROUNDS = 7, 3
+COMPILED_KEEP = 0.7  # one budget: compiling takes longer than all else here
 
 
 def _by(score: Score) -> Callable[[float, int], Schedule]:
@@ -48,10 +48,12 @@ def merged(ratio: float, tokens: int) -> Schedule:
     return Schedule(merge=counts, by=Ward())
 
 
+ATTENTION, MERGED = "class attention", "Ward merging"
+TIMED = (OURS, ATTENTION, MERGED)
 METHODS: Mapping[str, Callable[[float, int], Schedule]] = {
     OURS: _by(Shift()),
-    "class attention": _by(ClassAttention()),
-    "Ward merging": merged,
+    ATTENTION: _by(ClassAttention()),
+    MERGED: merged,
     RANDOM: _by(Random()),
     "lowest shift": _by(Lowest(Shift())),
 }
@@ -59,10 +61,10 @@ METHODS: Mapping[str, Callable[[float, int], Schedule]] = {
 
 @torch.no_grad()
 def run(backend: Backend = "inductor", quick: bool = False, say: Say = quiet) -> Demo:
-    """Prunes and merges tokens of the demo's ViT by every method at several budgets, and times shift pruning.
+    """Prunes and merges tokens of the demo's ViT by every method at several budgets.
 
     Args:
-        backend: torch.compile's, for the timing; "eager" compiles nothing and compares with the plain model.
+        backend: torch.compile's, for the compiled model's speed at one budget; "eager" compiles nothing.
         quick: one budget, few pictures and rounds.
         say: progress.
     """
@@ -72,71 +74,66 @@ def run(backend: Backend = "inductor", quick: bool = False, say: Say = quiet) ->
     say("accuracy: dense")
     dense = _accuracy(model, inputs, labels)
     planner = Planner(inputs[:BATCH], verify=True)
-    found = [
-        {name: _measured(model, planner, name, ratio, inputs, labels, say) for name in METHODS} for ratio in ratios
-    ]
-    baseline = EAGER if backend == "eager" else COMPILED
-    timing = _timed(model, ratios, inputs[:BATCH], backend, rounds, baseline, say)
-    rows = []
-    for ratio, by_method in zip(ratios, found, strict=True):
-        report = by_method[OURS][1]
-        kept = tuple(row.tokens_out or 0 for row in report.blocks if row.block in BLOCKS)
-        rows.append(
-            Row(
-                ratio,
-                (report.blocks[0].tokens_in or 0, *kept),
-                {name: of.flops / 1e9 for name, (_, of) in by_method.items()},
-                {name: shares for name, (shares, _) in by_method.items()},
-                {OURS: timing.ratio(baseline, _called(ratio))},
-            )
+    handles: dict[tuple[str, float], OptimizedModel] = {}
+    shares: dict[tuple[str, float], tuple[float, ...]] = {}
+    for ratio in ratios:
+        for name, method in METHODS.items():
+            say(f"accuracy: {name}, keep {ratio}")
+            handle = optimize(model, method(ratio, TOKENS), backend="eager")
+            planner.plan(handle)
+            handles[name, ratio] = handle
+            shares[name, ratio] = _accuracies(handle, inputs, labels, SEEDS if name == RANDOM else 1)
+    batch = inputs[:BATCH]
+    calls: dict[str, Call] = {EAGER: partial(model, batch)}
+    calls |= {_called(*key): partial(handle, batch) for key, handle in handles.items() if key[0] in TIMED}
+    timing = _interleaved(calls, rounds, say)
+    rows = tuple(
+        Row(
+            ratio,
+            tuple(b.tokens_out or 0 for b in handles[OURS, ratio].report().blocks if b.block in BLOCKS),
+            {name: handles[name, ratio].report().flops / 1e9 for name in METHODS},
+            {name: shares[name, ratio] for name in METHODS},
+            {name: timing.ratio(EAGER, _called(name, ratio)) for name in TIMED},
         )
+        for ratio in ratios
+    )
     return Demo(
         len(labels),
         BLOCKS,
         dense,
-        rows[0].tokens[0],
-        report.flops_dense / 1e9,
-        baseline,
-        timing.of(baseline).median,
+        TOKENS,
+        handles[OURS, ratios[0]].report().flops_dense / 1e9,
+        timing.of(EAGER).median,
         BATCH,
         torch.get_num_threads(),
         rounds,
-        tuple(rows),
+        rows,
+        None if backend == "eager" else _compiled(model, batch, backend, rounds, say),
     )
 
 
-def _measured(
-    model: nn.Module, planner: Planner, name: str, ratio: float, inputs: Tensor, labels: Tensor, say: Say
-) -> tuple[tuple[float, ...], Report]:
-    """Accuracy of a method at a budget, for each seed where there is chance in it, and what it costs."""
-    say(f"accuracy: {name}, keep {ratio}")
-    handle = optimize(model, METHODS[name](ratio, TOKENS), backend="eager")
-    report, shares = planner.plan(handle), []
-    with torch.random.fork_rng(devices=[]):
-        for seed in range(SEEDS if name == RANDOM else 1):
-            torch.manual_seed(seed)
-            shares.append(_accuracy(handle, inputs, labels))
-    return tuple(shares), report
+def _compiled(model: nn.Module, batch: Tensor, backend: Backend, rounds: int, say: Say) -> CompiledSpeed:
+    """Of shift pruning over the dense model, both compiled."""
+    fast, dense = optimize(model, pruned(COMPILED_KEEP), backend=backend), compiled(model, backend)
+    timing = _interleaved({COMPILED: partial(dense, batch), PRUNED: partial(fast, batch)}, rounds, say)
+    return CompiledSpeed(COMPILED_KEEP, timing.of(COMPILED).median, timing.ratio(COMPILED, PRUNED))
 
 
-def _timed(
-    model: nn.Module,
-    ratios: tuple[float, ...],
-    inputs: Tensor,
-    backend: Backend,
-    rounds: int,
-    baseline: str,
-    say: Say,
-) -> Timing:
-    dense = compiled(model, backend)
-    calls: dict[str, Call] = {baseline: lambda: dense(inputs)}
-    for ratio in ratios:
-        calls[_called(ratio)] = partial(optimize(model, pruned(ratio), backend=backend), inputs)
+def _interleaved(calls: dict[str, Call], rounds: int, say: Say) -> Timing:
     return interleaved(calls, rounds, least_seconds=TURN, say=lambda text: say(f"speed: {text}"))
 
 
-def _called(ratio: float) -> str:
-    return f"shift, keep {ratio}"
+def _called(name: str, ratio: float) -> str:
+    return f"{name}, keep {ratio}"
+
+
+def _accuracies(model: nn.Module, inputs: Tensor, labels: Tensor, seeds: int) -> tuple[float, ...]:
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            found.append(_accuracy(model, inputs, labels))
+    return tuple(found)
 
 
 def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
