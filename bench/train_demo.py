@@ -79,11 +79,14 @@ def rows(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]
         yield from (r for r in torch.randperm(count, generator=generator).split(batch) if len(r) == batch)
 
 
-def train(data: Source, small: int, whole: int, batch: int, seed: int, start: Path | None) -> VisionTransformer:
+def train(
+    data: Source, small: int, whole: int, batch: int, seed: int, start: Path | None, peak: float
+) -> VisionTransformer:
     """The model after so many steps on half and on whole pictures, in eval mode.
 
     Args:
         start: weights to go on from.
+        peak: of the learning rates, as a share of theirs.
     """
     torch.manual_seed(seed)
     generator, model = torch.Generator().manual_seed(seed), new_model().train()
@@ -104,7 +107,7 @@ def train(data: Source, small: int, whole: int, batch: int, seed: int, start: Pa
         task = progress.add_task("", total=steps, loss=0.0, accuracy=0.0)
         for step in range(steps):
             for group in (g for update in updates for g in update.param_groups):
-                group["lr"] = rate(step, steps) * (MUON if group is updates[0].param_groups[0] else ADAM)
+                group["lr"] = peak * rate(step, steps) * (MUON if group is updates[0].param_groups[0] else ADAM)
             chosen = next(order)
             logits = _logits(model, data.scans[chosen], photographs, generator, step, small, start is not None)
             loss = F.cross_entropy(logits, data.labels[chosen], label_smoothing=SMOOTHING)
@@ -151,10 +154,11 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains the demo's small ViT on digits on photographs.")
-    parser.add_argument("--small", type=int, default=700, help="steps on pictures of half the side")
-    parser.add_argument("--whole", type=int, default=220, help="steps on whole pictures")
+    parser.add_argument("--small", type=int, default=1200, help="steps on pictures of half the side")
+    parser.add_argument("--whole", type=int, default=400, help="steps on whole pictures")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak", type=float, default=1.0, metavar="SHARE", help="of the learning rates' peaks")
     parser.add_argument("--start", type=Path, metavar="FILE", help="weights to go on from")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what makes runs repeat")
     target = parser.add_mutually_exclusive_group(required=True)
@@ -168,7 +172,7 @@ def main() -> None:
         held = data._replace(scans=data.scans[out], labels=data.labels[out])
         data = data._replace(scans=data.scans[kept], labels=data.labels[kept])
     started = time.process_time()
-    model = train(data, args.small, args.whole, args.batch, args.seed, args.start)
+    model = train(data, args.small, args.whole, args.batch, args.seed, args.start, args.peak)
     seconds = time.process_time() - started
     if held is not None:
         pictures = compose(held.scans, list(held.photographs.values()), torch.Generator().manual_seed(1))
