@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rs_compile.completion import script
 
             print(script(parser(), args.shell))
-            return 0
-        from rs_compile import commands
+        else:
+            from rs_compile import commands
 
-        commands.run(args)
+            commands.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)

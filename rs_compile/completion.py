@@ -12,7 +12,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """What the shell has to read; options that take a path complete file names.
 
     Args:
-        shell: "bash", "zsh" or "tcsh".
+        shell: "bash" or "zsh".
     """
     _complete_files(parser)
     written: str = shtab.complete(parser, shell)

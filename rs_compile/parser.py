@@ -247,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
         "bash > ~/.local/share/bash-completion/completions/rs-compile",
         'zsh > "${fpath[1]}/_rs-compile"',
     )
-    sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    sub.add_argument("shell", choices=("bash", "zsh"))
     return top
 
 

@@ -241,9 +241,10 @@ def test_want_of_memory_names_what_to_make_smaller(
 
 
 def test_stdout_may_be_closed_by_who_reads_it() -> None:
-    shell = f"{sys.executable} -m rs_compile.cli explain test_vit --img-size 64 | head -1; exit ${{PIPESTATUS[0]}}"
+    # the reader is gone before a word is written
+    shell = f"(sleep 1; {sys.executable} -m rs_compile.cli completion bash; echo $? >&2) | true"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "VisionTransformer\n") and "Error" not in done.stderr
+    assert done.stderr == "0\n"
 
 
 def test_compare(capsys: pytest.CaptureFixture[str], checkpoint: str, image: str) -> None:
@@ -261,7 +262,7 @@ def test_compare(capsys: pytest.CaptureFixture[str], checkpoint: str, image: str
 
 
 def test_completion_knows_commands_and_options() -> None:
-    for shell in ("bash", "zsh", "tcsh"):
+    for shell in ("bash", "zsh"):
         done = subprocess.run(
             [sys.executable, "-m", "rs_compile.cli", "completion", shell], capture_output=True, text=True, check=True
         )

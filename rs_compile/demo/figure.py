@@ -13,7 +13,7 @@ from rs_compile.demo.run import BLOCKS, pruned
 from rs_compile.visualize.maps import score_maps
 from rs_compile.visualize.picture import Picture, colour_range, covered, overlay
 
-SHOWN = (0, 1, 2)  # of the test pictures
+SHOWN = (3, 8, 12)  # of the test pictures: one on each photograph
 KEEP = 0.7
 ENLARGED = 4
 CELL = 1.5  # inches
