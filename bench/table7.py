@@ -19,6 +19,7 @@ from tabulate import tabulate
 from timm.data import create_transform
 from torch import Tensor
 
+from bench.digits import load_digits
 from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
 from bench.tables.results import processor
@@ -26,7 +27,6 @@ from passes.graph.base import CompileError
 from passes.graph.codes import Code
 from rs_compile import OptimizedModel, Report, Schedule, TopViM, optimize, plan
 from rs_compile.arguments import positive
-from rs_compile.digits import load_digits
 from rs_compile.models import load_checkpoint
 from rs_compile.timing import compiled, interleaved
 

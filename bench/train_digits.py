@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m bench.train_digits --out rs_compile/data/digits_vit.safetensors`.
+"""Trains the digits ViT: `python -m bench.train_digits --out bench/data/digits_vit.safetensors`.
 
 Plain supervised training, no token pruned or dropped, so that what the compiler prunes is an ordinary model.
 Hyper-parameters are chosen by `--validate`; the test images are looked at once, after the last epoch.
@@ -20,7 +20,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rs_compile.digits import PATCH, SIDE, digits_vit, load_digits
+from bench.digits import PATCH, SIDE, digits_vit, load_digits
 
 WARMUP = 0.08  # share of the steps
 ROTATION = math.radians(12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from torch import nn
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
 from passes.sites.importance import Shift
-from rs_compile import arguments, comparison, demo, models, timing
+from rs_compile import arguments, comparison, doctor, models, timing
+from rs_compile.demo import command as demo_command
 from rs_compile.embed import command as embed_command
 from rs_compile.explain import explain
 from rs_compile.exporting import export, info
@@ -40,31 +42,17 @@ class UsageError(CompileError):
     family = Code.COMMAND
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the subcommand that was parsed; returns the exit code."""
-    try:
-        check_json(args.json)
-        _COMMANDS[args.command](args)
-    except CompileError as error:
-        print(f"rs-compile: {error}", file=sys.stderr)
-        return 2
-    except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        print(
-            f"rs-compile: torch.compile's backend failed: {first}\n  way out: Inductor needs a C++ compiler "
-            "(and Triton on a GPU); install one, or pass --backend eager",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+def run(args: argparse.Namespace) -> None:
+    """Runs the subcommand that was parsed."""
+    check_json(args.json)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns that there is no GPU
+    _COMMANDS[args.command](args)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    try:
-        with _progress() as say:
-            result = demo.run(args.backend, args.quick, say)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
+    demo_command.check_outputs(args)
+    with _progress(terse=True) as say:
+        result = demo_command.run(args, say)
     give(str(result), result.to_json, args.json)
 
 
@@ -124,6 +112,24 @@ def _run(args: argparse.Namespace) -> None:
         images = models.load_images(args.images, model, args.img_size)
         optimized = optimize(model, schedule, backend=args.backend, progress=say)
         result = predict(model, optimized, [str(path) for path in args.images], images)
+    give(str(result), result.to_json, args.json)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    schedule, device = Schedule.of(args.schedule), device_of(args.device)
+    if args.html is not None:
+        check_page(args.html, "--html")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with _progress() as say:
+        say(f"building {args.model}")
+        model = _model(args).to(device)
+        paths = models.pictures_in(args.images)[: args.limit]
+        images = models.load_images(paths, model, args.img_size).to(device)
+        fast = optimize(model, schedule, backend=args.backend, progress=say)
+        result = fast.compare(images, rounds=args.rounds)
+    if args.html is not None:
+        result.to_html(args.html)
     give(str(result), result.to_json, args.json)
 
 
@@ -194,6 +200,12 @@ def _embed(args: argparse.Namespace) -> None:
     give(str(result), result.to_json, file)
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    with _progress() as say:
+        result = doctor.look(say)
+    give(str(result), result.to_json, args.json)
+
+
 def _model(args: argparse.Namespace) -> nn.Module:
     return models.build(
         args.model,
@@ -244,11 +256,15 @@ def give(text: str, as_json: Callable[[], str], target: str | None) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[timing.Say]:
-    """A spinner with the stage and its seconds on a terminal; elsewhere a line a stage. Always on stderr."""
+def _progress(terse: bool = False) -> Iterator[timing.Say]:
+    """One line with the stage and its seconds, overwritten, on a terminal; elsewhere a line a stage. Always on stderr.
+
+    Args:
+        terse: elsewhere, a line for all stages that begin alike, up to a colon.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda text: print(text, file=sys.stderr, flush=True)
+        yield _first_of_each() if terse else _line
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -256,9 +272,27 @@ def _progress() -> Iterator[timing.Say]:
         yield lambda text: progress.reset(task, description=text)
 
 
+def _line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _first_of_each() -> timing.Say:
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        stage = text.partition(":")[0]
+        if stage not in said:
+            said.add(stage)
+            _line(stage)
+
+    return say
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": _demo,
     "explain": _explain,
+    "compare": _compare,
+    "doctor": _doctor,
     "bench": _bench,
     "run": _run,
     "search": _search,

@@ -50,3 +50,23 @@ def named(what: str) -> Iterator[None]:
             code, text = Code.FAULT, f"{what} failed: {said}"
             way_out = "the model is as it was and runs unoptimized; please report this, with the traceback above"
         raise CompileError(f"{text}\n  way out: {way_out}", code=code) from error
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """An error of a command in one line, with the way out, and the exit code: 2 where the user can mend it, else 1."""
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed | torch._inductor.exc.InductorError):
+        text = (
+            f"torch.compile's backend failed: {first_line(error)}; way out: Inductor needs a C++ compiler (and Triton "
+            "on a GPU); install one (`rs-compile doctor` says what is here), or pass --backend eager"
+        )
+        return text, 2
+    if isinstance(error, CompileError):
+        return " ".join(line.strip() for line in str(error).splitlines()), 2
+    if isinstance(error, _MACHINE):
+        return f"out of memory: {first_line(error)}; way out: a smaller --batch-size or --limit", 2
+    return f"{type(error).__name__}: {first_line(error)}; way out: --debug shows where; please report it with that", 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,10 +22,13 @@ from torch import Tensor, nn
 
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
+from rs_compile.errors import first_line
+from rs_compile.hub import hub_or_cache
 
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder is searched for
 _SHOWN = 3  # keys named in a message
 
 
@@ -51,7 +56,8 @@ def build(
 
     Args:
         name: as timm writes it, "deit_small_patch16_224", with or without a tag.
-        img_size: side of the images in pixels; None for the model's own.
+        img_size: side of the images in pixels; None for the checkpoint's own, which its table of positions tells, else
+            the model's.
         num_classes: of the classifier; 0 for features; None for the model's own.
         pretrained: weights from timm's hub (its cache first). Otherwise, without checkpoint, random weights.
         checkpoint: a .safetensors file or one of torch.save's, of a state dict.
@@ -65,7 +71,14 @@ def build(
         options["num_classes"] = num_classes
     model = _create(name, pretrained, img_size, options)
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        weights = read_weights(checkpoint)
+        side = None if img_size is not None else _trained_size(model, weights)
+        if side is not None:
+            model = _create(name, False, side, options)
+            # what says how pictures are resized
+            config: Any = getattr(model, "pretrained_cfg", {})
+            model.__dict__["pretrained_cfg"] = {**config, "input_size": (3, side, side)}
+        load_weights(model, weights, checkpoint)
     return model.eval()
 
 
@@ -131,6 +144,20 @@ def load_images(paths: Sequence[Path], model: nn.Module, img_size: int | None = 
     return torch.stack([transform(read_image(path, colours)) for path in paths])
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """Paths of the pictures in a folder and those below it, sorted.
+
+    Raises:
+        ImageError: it is no folder, or has none.
+    """
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is no folder; pass one with pictures ({', '.join(PICTURES)})")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise ImageError(f"{folder} has no pictures; pass a folder with some ({', '.join(PICTURES)})")
+    return paths
+
+
 def evaluation_transform(model: nn.Module, img_size: int | None = None) -> tuple[Callable[[Image.Image], Tensor], str]:
     """timm's own evaluation transform of a picture to float32 [channels, height, width], and PIL's mode of pictures.
 
@@ -159,6 +186,20 @@ def class_names(classes: int) -> list[str]:
     return [info.index_to_description(i) for i in range(classes)]
 
 
+def _trained_size(model: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
+    """Side of the images, pixels, that weights were made with; None where it is the model's, or no table tells it."""
+    own, table = getattr(model, "pos_embed", None), weights.get("pos_embed")
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if not isinstance(own, Tensor) or table is None or own.dim() != 3 or table.dim() != 3 or not patches or not patch:
+        return None
+    prefix = own.shape[1] - patches  # of the tokens that have a place in the table
+    side = math.isqrt(max(0, table.shape[1] - prefix))
+    if table.shape[1] == own.shape[1] or side == 0 or side * side != table.shape[1] - prefix or len(set(patch)) > 1:
+        return None
+    return int(side * patch[0])
+
+
 def _check_name(name: str) -> None:
     if name.startswith(_HUBS):
         return
@@ -173,7 +214,8 @@ def _check_name(name: str) -> None:
 
 
 def _create(name: str, pretrained: bool, img_size: int | None, options: dict[str, Any]) -> nn.Module:
-    with warnings.catch_warnings():
+    hub = pretrained or name.startswith(_HUBS)
+    with hub_or_cache() if hub else contextlib.nullcontext(True) as online, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's, on renamed models
         try:
             if img_size is not None:
@@ -185,12 +227,13 @@ def _create(name: str, pretrained: bool, img_size: int | None, options: dict[str
             # a convolutional net takes any size, and no argument for it
             return timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:  # timm, the hub's client and its HTTP library each have their own
-            if pretrained or name.startswith(_HUBS):
+            if hub:
+                why = first_line(error) if online else "the hub cannot be reached, and its cache has none"
                 raise ModelError(
-                    f"the weights of {name} cannot be had: {_first_line(error)}\n"
+                    f"the weights of {name} cannot be had: {why}\n"
                     "  way out: connect to the hub, or fetch the file elsewhere and pass --checkpoint FILE"
                 ) from error
-            raise ModelError(f"timm cannot build {name} like this: {_first_line(error)}") from error
+            raise ModelError(f"timm cannot build {name} like this: {first_line(error)}") from error
 
 
 def _read(path: Path) -> Any:
@@ -209,7 +252,7 @@ def _read(path: Path) -> Any:
                 "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
             ) from error
         told = isinstance(error, OSError | RuntimeError | safetensors.SafetensorError)
-        reason = _first_line(error) if told else "it is no file of torch.save's"
+        reason = first_line(error) if told else "it is no file of torch.save's"
         raise ModelError(
             f"{path} cannot be read as weights: {reason}\n"
             "  way out: pass a complete .safetensors file, or a state dict that torch.save wrote"
@@ -245,7 +288,7 @@ def _advice(model: nn.Module, keys: set[str]) -> str:
     if any(key.startswith(f"{head}.") for key in keys for head in heads):
         advice.append("--num-classes as the checkpoint's (0 for none)")
     if any("pos_embed" in key for key in keys):
-        advice.append("--img-size as the checkpoint was trained with")
+        advice.append("--img-size as the checkpoint was trained with, where it is not square")
     return " and ".join(advice) if advice else "name the model that the checkpoint was made from"
 
 
@@ -263,7 +306,7 @@ def read_image(path: Path | BytesIO, colours: str) -> Image.Image:
     # a truncated or hostile file raises any of these
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(
-            f"{path} cannot be read as an image ({_first_line(error)}); pass a PNG, JPEG, WebP or the like"
+            f"{path} cannot be read as an image ({first_line(error)}); pass a PNG, JPEG, WebP or the like"
         ) from error
 
 
@@ -275,8 +318,3 @@ def _named(things: Iterable[str]) -> str:
 
 def _kind(value: Any) -> str:
     return "nothing" if isinstance(value, Mapping) and not value else type(value).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

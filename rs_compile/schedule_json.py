@@ -61,7 +61,7 @@ def read(text: str, known: Sequence[str]) -> dict[str, Any]:
             f"unknown key {', '.join(map(repr, unknown))} in the schedule{by}; remove it, "
             f"the keys are {', '.join(known)}"
         )
-    if not values.keys() & set(_TABLES):
+    if values and not values.keys() & set(_TABLES):
         raise ScheduleError('the schedule has no keep, merge or grid; write "keep": {"0": 0.8}')
     for name in values.keys() & set(_TABLES):
         if not isinstance(of := values[name], dict):

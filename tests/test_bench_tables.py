@@ -14,12 +14,12 @@ from PIL import Image
 from umt_world import scenes, write_world
 
 from bench.__main__ import COMMANDS, main, summary
+from bench.digits import load_digits, load_pretrained_digits_vit
 from bench.tables import measure, table2, table4, table5
 from bench.tables.methods import dense, pruned, with_attention
 from bench.tables.one_layer import deit_s, umt_b
 from bench.tables.subjects import deit, umt_encoder
 from rs_compile import ClassAttention, Lowest, MeanAttention, Random, Schedule, Shift
-from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.schedule import removed
 
 QUICK = ["--quick", "--rounds", "1", "--batch-size", "2"]

@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rs_compile import cli, comparison, demo, predict, timing
+from rs_compile import commands, comparison, predict, timing
 from rs_compile.cli import main
+from rs_compile.demo import command as demo
 from rs_compile.models import build
+from rs_compile.parser import parser
 from rs_compile.schedule import removed
 
 
@@ -40,7 +42,9 @@ def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
     assert err.count("rs-compile: ") == 1
-    return err[err.index("rs-compile: ") :]
+    text = err[err.index("rs-compile: ") :]
+    assert text.count("\n") == 1  # one line
+    return text
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -96,7 +100,7 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_bench_at_several_batch_sizes_says_what_a_guard_would_keep(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._parser().parse_args(["bench", "test_vit"]).batch_size == (1, 4, 16, 64)
+    assert parser().parse_args(["bench", "test_vit"]).batch_size == (1, 4, 16, 64)
     assert main([*BENCH, "--schedule", "0:0.5", "--batch-size", "1", "3"]) == 0
     table = capsys.readouterr().out.partition("\n\n")[2].splitlines()
     assert table[0].endswith("guard keeps")
@@ -210,51 +214,75 @@ def test_a_backend_that_fails_is_no_traceback(
     assert "torch.compile's backend failed: InvalidCxxCompiler" in text and "or pass --backend eager" in text
 
 
+def test_a_fault_of_ours_is_one_line_and_a_traceback_with_debug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError("blocks")
+
+    monkeypatch.setattr(commands, "explain", fail)
+    command = ["explain", "test_vit", "--img-size", "64"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].startswith("rs-compile: KeyError: 'blocks'; way out: --debug shows where")
+    with pytest.raises(KeyError, match="blocks"):
+        main([*command, "--debug"])
+
+
+def test_want_of_memory_names_what_to_make_smaller(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("too much was asked for")
+
+    monkeypatch.setattr(commands, "explain", fail)
+    text = error(capsys, "explain", "test_vit", "--img-size", "64")
+    assert "out of memory: too much was asked for; way out: a smaller --batch-size" in text
+
+
+def test_stdout_may_be_closed_by_who_reads_it() -> None:
+    # the reader is gone before a word is written
+    shell = f"(sleep 1; {sys.executable} -m rs_compile.cli completion bash; echo $? >&2) | true"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.stderr == "0\n"
+
+
+def test_compare(capsys: pytest.CaptureFixture[str], checkpoint: str, image: str) -> None:
+    folder = str(Path(image).parent)
+    command = ["compare", "test_vit", "--images", folder, "--img-size", "64", "--checkpoint", checkpoint]
+    command += ["--backend", "eager", "--rounds", "2", "--json", "-"]
+    assert main([*command, "--schedule", "{}"]) == 0  # nothing leaves: nothing drifts
+    same = json.loads(capsys.readouterr().out)
+    assert same["outputs"][0]["drift"] < 1e-6 and same["macs_ratio"] == 1 and same["samples"] == 1
+    assert main([*command, "--schedule", "0:0.5"]) == 0
+    pruned = json.loads(capsys.readouterr().out)
+    assert pruned["outputs"][0]["drift"] > 1e-4 and pruned["macs_ratio"] > 1.2
+    assert len(pruned["seconds"][timing.EAGER]) == 2
+    assert f"{folder}/none is no folder" in error(capsys, *command[:3], f"{folder}/none", *command[4:])
+
+
+def test_completion_knows_commands_and_options() -> None:
+    for shell in ("bash", "zsh"):
+        done = subprocess.run(
+            [sys.executable, "-m", "rs_compile.cli", "completion", shell], capture_output=True, text=True, check=True
+        )
+        assert "visualize" in done.stdout and "--img-size" in done.stdout
+    # what bash offers for "rs-compile expl" and "rs-compile bench --mod"
+    shell = (
+        f"source <({sys.executable} -m rs_compile.cli completion bash); COMP_WORDS=(rs-compile expl); COMP_CWORD=1; "
+        '_shtab_rs_compile; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["explain"]
+
+
 def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run", interrupt)
+    monkeypatch.setattr(demo, "run_demo", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "rs-compile: interrupted\n"
-
-
-def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    target = tmp_path / "d.json"
-    assert main(["demo", "--quick", "--backend", "eager", "--json", str(target)]) == 0
-    out, err = capsys.readouterr()
-    lines = out.splitlines()
-    assert lines[1].split("  ")[0] == "keep after blocks" and lines[3].split()[:3] == [
-        "none",
-        "pruned",
-        "101",
-    ]
-    assert lines[4].startswith("0:0.7,2:0.7,4:0.7    101 > 71 > 50 > 35")
-    assert lines[-1].startswith("Shift pruning is more accurate than random pruning (mean of 5 seeds) in ")
-    assert "keep 0.7, class-attention: capturing the model" in err
-    content = json.loads(target.read_text())
-    assert content["images"] == 596 and content["accuracy"] > 0.9
-    row = content["rows"][0]
-    assert row["tokens"] == [101, 71, 50, 35] and row["macs"] < content["macs"]
-    assert row["shift"] > 0.8 and row["class_attention"] > 0.8
-    assert len(set(row["random"])) > 1  # seeds differ
-    assert row["random_mean"] == pytest.approx(np.mean(row["random"]))
-
-
-def row_of(shift: float, class_attention: float, random: float) -> demo.Row:
-    return demo.Row("0:0.5", (9, 5), 1, shift, class_attention, (random,), timing.Spread(1, 1, 1))
-
-
-def test_the_verdict_counts_wins_and_no_ties() -> None:
-    rows = (row_of(0.9, 0.9, 0.8), row_of(0.7, 0.6, 0.7), row_of(0.5, 0.6, 0.7))
-    text = demo.Demo(400, 0.96, 9, 2, "x", 1, 1, 1, rows).verdict()
-    assert "(mean of 5 seeds) in 1 of 3 rows and than class attention in 1 of 3" in text
-    assert "one image is 0.25 points and the standard error of the dense accuracy 1.0" in text
-
-
-def test_demo_without_scikit_learn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert "pip install 'rs-compile[demo]'" in error(capsys, "demo")
 
 
 def test_the_module_runs_as_a_script() -> None:

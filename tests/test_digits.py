@@ -1,9 +1,8 @@
-"""The demo's digits and the weights that come with the package."""
+"""The digits and the small ViT that the tables measure accuracy with."""
 
 from __future__ import annotations
 
 import sys
-from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from sklearn import datasets
 from torch import nn
 
-from rs_compile.digits import Split, digits_vit, load_digits, load_pretrained_digits_vit
+from bench.digits import WEIGHTS, Split, digits_vit, load_digits, load_pretrained_digits_vit
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_an_unknown_split_is_refused() -> None:
 
 def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"pip install 'rs-compile\[demo\]'"):
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
         load_digits("test")
 
 
@@ -77,8 +76,7 @@ def test_every_weight_comes_from_the_file(pretrained: nn.Module) -> None:
 
 
 def test_the_file_is_small() -> None:
-    weights = files("rs_compile").joinpath("data", "digits_vit.safetensors").read_bytes()
-    assert len(weights) < 900_000
+    assert WEIGHTS.stat().st_size < 900_000
 
 
 def test_accuracy_of_the_weights(pretrained: nn.Module) -> None:

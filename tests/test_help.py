@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,11 +17,14 @@ from bench.__main__ import COMMANDS, summary
 from bench.__main__ import main as bench
 from passes.sites.score import Metric, Operation
 from rs_compile import arguments, cli
+from rs_compile.parser import parser
 
 Main = Callable[[Sequence[str]], int]
 
 RS_COMPILE = {
-    "demo": "Prune a small digits ViT",
+    "demo": "What leaving tokens out costs and gains",
+    "compare": "How far a pruned timm model's outputs are from the dense one's",
+    "doctor": "What this machine has for rs_compile",
     "explain": "Where tokens could leave a timm model",
     "bench": "Time a pruned timm model",
     "run": "Classify images with a timm model",
@@ -50,7 +55,24 @@ def known(text: str) -> str:
 def test_rs_compile(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert RS_COMPILE[command] in shown(cli.main, capsys, "--help")
     text = shown(cli.main, capsys, command, "--help")
-    assert RS_COMPILE[command] in text and "--json" in text
+    assert RS_COMPILE[command] in text and "--json" in text and "--debug" in text
+
+
+@pytest.mark.parametrize("command", RS_COMPILE)
+def test_two_examples_that_can_be_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+    assert len(examples) == 2
+    for example in examples:
+        name, *argv = shlex.split(example)
+        assert name == "rs-compile" and parser().parse_args(argv).command == command
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(cli.main, capsys, "--help")
+    assert f"{cli.FAULT} a fault" in text and f"{cli.MENDABLE} something that you can mend" in text
+    assert f"{cli.INTERRUPTED} interrupted" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,6 +109,34 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_helps_of_bench_are_made_without_torch_and_say_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    code = """
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from bench.__main__ import COMMANDS, main
+texts = {}
+for command in COMMANDS:
+    with redirect_stdout(StringIO()) as out:
+        try:
+            main([command, "--help"])
+        except SystemExit:
+            texts[command] = out.getvalue()
+assert "torch" not in sys.modules
+print(json.dumps(texts))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    texts = json.loads(done.stdout)
+    assert texts.keys() == COMMANDS.keys()
+    for command, text in texts.items():
+        with pytest.raises(SystemExit):
+            bench([command, "--help"])
+        assert capsys.readouterr().out == text
 
 
 def test_choices_are_those_of_the_scores() -> None:

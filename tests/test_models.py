@@ -142,6 +142,15 @@ def test_another_image_size_says_so(weights: dict[str, Any], tmp_path: Path) -> 
     assert "way out: --img-size as the checkpoint was trained with" in text
 
 
+def test_the_image_size_of_a_checkpoint_is_read_from_its_positions(weights: dict[str, Any], tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", weights)
+    model = build("test_vit", num_classes=5, checkpoint=path)  # timm's own is 160
+    assert torch.equal(model.pos_embed, weights["pos_embed"]) and input_size(model) == (3, 32, 32)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    with pytest.raises(ModelError, match=r"pos_embed is \[1, 5, 64\], the model's \[1, 17, 64\]"):
+        build("test_vit", img_size=64, num_classes=5, checkpoint=path)  # what the user says goes first
+
+
 class Code:
     """Pickled, it would run code on loading."""
 

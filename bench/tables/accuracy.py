@@ -13,10 +13,10 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from bench.digits import load_digits
 from bench.tables.methods import Method
 from bench.tables.options import Setting
 from bench.tables.subjects import Subject
-from rs_compile.digits import load_digits
 
 if TYPE_CHECKING:
     from bench.evaluate.retrieval import RetrievalScores

@@ -19,13 +19,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from bench.digits import load_digits, load_pretrained_digits_vit
 from bench.tables.fidelity import CROPS, pictures
 from bench.tables.measure import say
 from bench.tables.options import usable
 from bench.tables.results import UsageError
 from rs_compile import Schedule, SearchResult, optimize, search
 from rs_compile.arguments import positive
-from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.models import build
 from rs_compile.search import Row
 
@@ -111,7 +111,7 @@ def _sklearn_folder() -> Path:
     try:
         import sklearn.datasets
     except ImportError:
-        raise UsageError("scikit-learn's photographs are not here; pip install 'rs-compile[bench]'") from None
+        raise UsageError("scikit-learn's photographs are not here; pip install scikit-learn") from None
     return Path(sklearn.datasets.__file__).parent / "images"
 
 

@@ -212,7 +212,7 @@ def photograph(name: str) -> Path:
     try:
         import skimage
     except ImportError:
-        raise UsageError("scikit-image's photographs are not here; pip install 'rs-compile[bench]'") from None
+        raise UsageError("scikit-image's photographs are not here; pip install scikit-image") from None
     return Path(skimage.__file__).parent / "data" / name
 
 

@@ -11,6 +11,7 @@ import torch
 
 from bench.tables.results import UsageError
 from bench.tables.subjects import Subject
+from rs_compile.arguments import DTYPES as FLOATS
 from rs_compile.arguments import add_dataset, count, positive
 from rs_compile.commands import DTYPES
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str] = COLU
     names = ",".join(columns)
     parser.add_argument("--columns", type=chosen(columns), default=list(columns), help=f"some of {names}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=FLOATS, default="float32")
     parser.add_argument(
         "--batch-size", type=positive, help="of timing and evaluation; the paper's on a GPU if not given"
     )

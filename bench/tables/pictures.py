@@ -10,6 +10,7 @@ from bench.tables.fidelity import photograph
 from bench.tables.measure import say
 from bench.tables.options import usable
 from rs_compile import Schedule
+from rs_compile.arguments import DTYPES as FLOATS
 from rs_compile.commands import DTYPES
 from rs_compile.models import build
 from rs_compile.visualize.command import check_output, parse_layers, visualize
@@ -40,7 +41,7 @@ class Pictures:
         parser.add_argument("--layers", default=self.layers, help="counted from 0, or all (default %(default)s)")
         parser.add_argument("--img-size", type=int, metavar="PIXELS")
         parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
-        parser.add_argument("--dtype", choices=DTYPES, default="float32")
+        parser.add_argument("--dtype", choices=FLOATS, default="float32")
         parser.add_argument("--quick", action="store_true", help="one picture")
         parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png or .html")
         parser.add_argument("--json", type=Path, metavar="FILE", help="every score")

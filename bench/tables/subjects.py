@@ -12,9 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from bench.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from bench.models.umt import SIZES, Size, VisionEncoder, umt
 from rs_compile import ClassAttention, MeanAttention, Score
-from rs_compile.digits import SIDE, digits_vit, load_pretrained_digits_vit
 from rs_compile.models import build
 
 Make = Callable[[bool, Path | None], nn.Module]  # from pretrained, checkpoint

@@ -23,8 +23,8 @@ from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS
 from bench.throughput.picture import plot
 from bench.throughput.sweep import NAMES, Cell, measure, methods_of
+from rs_compile.arguments import DTYPES as FLOATS
 from rs_compile.arguments import positive
-from rs_compile.commands import DTYPES
 
 KEEPS = (0.8, 0.9, 0.7)
 BATCHES, QUICK_BATCH = (16,), 2
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows, saved as they are measured; a rerun goes on")
     parser.add_argument("--out", type=Path, metavar="PNG", help="the plot; a .svg or .pdf will do too")
     parser.add_argument("--quick", action="store_true", help="small stand-ins, uncompiled: does every row run?")
-    for option, known in (("--models", list(NETWORKS)), ("--methods", list(NAMES)), ("--dtypes", list(DTYPES))):
+    for option, known in (("--models", list(NETWORKS)), ("--methods", list(NAMES)), ("--dtypes", list(FLOATS))):
         default = ["float32"] if option == "--dtypes" else known
         text = f"some of {', '.join(known)}" + ("" if default == known else f" (default {default[0]})")
         parser.add_argument(option, type=chosen(known), default=default, metavar="NAME,...", help=text)

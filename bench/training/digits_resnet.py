@@ -12,10 +12,10 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from bench.digits import Split, load_digits
 from bench.train_digits import augment
 from bench.training.loop import Data
 from bench.training.recipe import Recipe
-from rs_compile.digits import Split, load_digits
 
 WEIGHTS = Path(__file__).parents[1] / "data" / "digits_resnet.safetensors"
 CLASSES = 10

@@ -64,7 +64,7 @@ def entries_of(source: Source, column: str | None = None) -> tuple[list[Entry], 
         entries += found
         others += _kind(path) is None
     if any(entry.kind == "video" for entry in entries) and importlib.util.find_spec("av") is None:
-        raise EmbedError("there are videos, which need PyAV: pip install 'rs-compile[embed]'", code=Code.MISSING)
+        raise EmbedError("there are videos, which need PyAV: pip install av", code=Code.MISSING)
     if not entries:
         raise EmbedError(
             f"nothing to embed in {_shown(source)}; give a folder or files with pictures "
@@ -185,7 +185,7 @@ def arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise EmbedError("Parquet needs pyarrow: pip install 'rs-compile[embed]'", code=Code.MISSING) from error
+        raise EmbedError("Parquet needs pyarrow: pip install pyarrow", code=Code.MISSING) from error
     return pyarrow, pyarrow.parquet
 
 

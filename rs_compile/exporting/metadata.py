@@ -114,7 +114,7 @@ def info(path: str | Path) -> Info:
     return Info(json.loads(text))
 
 
-WAY_OUT = "pip install 'rs-compile[export]', or 'rs-compile[executorch]' for .pte"
+WAY_OUT = "pip install onnx onnxscript onnxruntime openvino, or executorch for .pte"
 
 
 def add_to_archive(path: Path, text: str) -> None:

@@ -17,7 +17,6 @@ from passes.graph.codes import Code
 from rs_compile import models
 
 LEAST = 8
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class SearchError(CompileError, ValueError):
@@ -153,13 +152,9 @@ def _loaded(batches: Iterable[Any], limit: int) -> Pictures:
 
 
 def _files(folder: Path, model: nn.Module, limit: int, seed: int, size: int | None) -> Pictures:
-    if not folder.is_dir():
-        raise SearchError(f"{folder} is no folder; pass one with pictures ({', '.join(sorted(SUFFIXES))})")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = models.pictures_in(folder)
     if len(paths) < LEAST:
-        raise SearchError(
-            f"{folder} has {len(paths)} pictures ({', '.join(sorted(SUFFIXES))}); give {LEAST} at least, better 64"
-        )
+        raise SearchError(f"{folder} has {len(paths)} pictures; give {LEAST} at least, better 64")
     if not hasattr(model, "pretrained_cfg"):
         raise SearchError(
             f"{type(model).__name__} is not a timm model, so how to resize and normalise a folder's pictures is not "

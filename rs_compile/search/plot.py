@@ -24,7 +24,7 @@ def check(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise SearchError(f"{path} is in no folder that exists; give one that does")
     if find_spec("matplotlib") is None:
-        raise SearchError("drawing needs matplotlib; pip install 'rs-compile[visualize]'", code=Code.MISSING)
+        raise SearchError("drawing needs matplotlib; pip install matplotlib", code=Code.MISSING)
 
 
 def draw(

@@ -197,6 +197,6 @@ def _matplotlib() -> Any:
         import matplotlib
     except ImportError as error:
         raise MissingLibrary(
-            "pictures are drawn by matplotlib, which is not installed: pip install 'rs-compile[visualize]'"
+            "pictures are drawn by matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return matplotlib

@@ -119,7 +119,7 @@ def test_openvino_with_half_weights(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_executorch(tmp_path: Path) -> None:
-    pytest.importorskip("executorch", reason="pip install 'rs-compile[executorch]'")
+    pytest.importorskip("executorch", reason="pip install executorch")
     fast, path = rs_compile.optimize(encoder(), PRUNED, backend="eager"), tmp_path / "m.pte"
     said = rs_compile.export(fast, images(3), path)
     for batch in (1, 3):

@@ -1,4 +1,4 @@
-"""The demo that needs no download: handwritten digits, and a small ViT trained on them.
+"""Accuracy without a download: handwritten digits, and a small ViT trained on them.
 
 scikit-learn's wheel carries 1797 real 8x8 scans (the UCI optical digits' test set). Each is enlarged to
 40x40; with patches of 4 that is 100 patch tokens and a class token.
@@ -6,7 +6,7 @@ scikit-learn's wheel carries 1797 real 8x8 scans (the UCI optical digits' test s
 
 from __future__ import annotations
 
-from importlib.resources import files
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 Split = Literal["train", "test"]
 
+WEIGHTS = Path(__file__).parent / "data" / "digits_vit.safetensors"
 SIDE = 40  # pixels
 PATCH = 4
 SPLIT_SEED = 0
@@ -39,9 +40,18 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
         ImportError: scikit-learn is missing.
         ValueError: no such split.
     """
+    scans, labels = _sklearn_digits()
+    index = split_rows(split)
+    images = torch.from_numpy(scans[index] / 16.0).float().unsqueeze(1)
+    enlarged = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    return enlarged, torch.from_numpy(labels[index]).long()
+
+
+def split_rows(split: Split) -> np.ndarray:
+    """Which of scikit-learn's digits are in a split, [n]; see `load_digits`."""
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it is 'train' or 'test'")
-    scans, labels = _sklearn_digits()
+    _, labels = _sklearn_digits()
     # RandomState, because its stream is frozen across numpy versions
     random = np.random.RandomState(SPLIT_SEED)
     chosen: list[np.ndarray] = []
@@ -49,10 +59,7 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
         members = random.permutation(np.flatnonzero(labels == label))
         tests = len(members) // TEST_SHARE
         chosen.append(members[:tests] if split == "test" else members[tests:])
-    index = np.sort(np.concatenate(chosen))
-    images = torch.from_numpy(scans[index] / 16.0).float().unsqueeze(1)
-    enlarged = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    return enlarged, torch.from_numpy(labels[index]).long()
+    return np.sort(np.concatenate(chosen))
 
 
 def digits_vit() -> nn.Module:
@@ -71,13 +78,12 @@ def digits_vit() -> nn.Module:
 
 
 def load_pretrained_digits_vit() -> nn.Module:
-    """`digits_vit` with the weights that come with this package, in eval mode.
+    """`digits_vit` with the weights that lie beside this file, in eval mode.
 
     They were made by `bench/train_digits.py`, without any token pruning or dropping.
     """
-    weights = files("rs_compile").joinpath("data", "digits_vit.safetensors").read_bytes()
     model = digits_vit()
-    model.load_state_dict(safetensors.torch.load(weights), strict=True)
+    model.load_state_dict(safetensors.torch.load_file(WEIGHTS), strict=True)
     return model.eval()
 
 
@@ -86,7 +92,7 @@ def _sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
         from sklearn import datasets
     except ImportError as error:
         raise ImportError(
-            "the digits come with scikit-learn, which is not installed: pip install 'rs-compile[demo]'",
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn",
             name="sklearn",
         ) from error
     digits = datasets.load_digits()
