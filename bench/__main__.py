@@ -11,13 +11,10 @@ import argparse
 import ast
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
-
-from bench.stand_ins import stand_ins
 
 
 class Command(Protocol):
@@ -67,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse fills % in a help, and not in a description
         subparser = subparsers.add_parser(name, help=text.replace("%", "%%"), description=text)
         if name in argv[:1]:  # there is no option before the command
-            with stand_ins() if {"-h", "--help"} & set(argv) else nullcontext():
-                _command(name).add_arguments(subparser)
+            _command(name).add_arguments(subparser)
     args = parser.parse_args(argv)
     from passes.graph.base import CompileError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -109,34 +108,6 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
-
-
-def test_helps_of_bench_are_made_without_torch_and_say_the_same(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    code = """
-import json, sys
-from contextlib import redirect_stdout
-from io import StringIO
-from bench.__main__ import COMMANDS, main
-texts = {}
-for command in COMMANDS:
-    with redirect_stdout(StringIO()) as out:
-        try:
-            main([command, "--help"])
-        except SystemExit:
-            texts[command] = out.getvalue()
-assert "torch" not in sys.modules
-print(json.dumps(texts))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    texts = json.loads(done.stdout)
-    assert texts.keys() == COMMANDS.keys()
-    for command, text in texts.items():
-        with pytest.raises(SystemExit):
-            bench([command, "--help"])
-        assert capsys.readouterr().out == text
 
 
 def test_choices_are_those_of_the_scores() -> None:

@@ -15,6 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from bench.digits import load_digits, load_pretrained_digits_vit
 from bench.tables import figure5
 from bench.tables.fidelity import pictures
 from bench.tables.measure import say
@@ -22,7 +23,6 @@ from bench.tables.results import Results, Row, UsageError, environment
 from passes.sites.score import Metric, Operation
 from rs_compile import ClassAttention, MeanAttention, Random, Schedule, Score, Shift, optimize
 from rs_compile.arguments import positive
-from rs_compile.digits import load_digits, load_pretrained_digits_vit
 from rs_compile.drift import cosine, divergence
 from rs_compile.models import build
 from rs_compile.planning import Planner
