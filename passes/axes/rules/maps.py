@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.axes.rules import contractions, reductions, tokens
+from passes.axes.rules.contractions import attention as attention_of_tokens
+from passes.axes.rules.reductions import along
 from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, grid_rules_for, need_free
+from passes.axes.rules.tokens import select as select_of_tokens
+from passes.axes.rules.tokens import slice_ as slice_of_tokens
 from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, Line, lines_in, regroup, whole_lines
 from passes.graph.ops import RESHAPES, SOFTMAX, argument, arguments, shape_of, view_sizes, wrap
 
 aten = torch.ops.aten
 
-grid_rules_for(*SOFTMAX, aten.log_softmax.int, aten.glu.default, aten.cumsum.default)(reductions.along)
+grid_rules_for(*SOFTMAX, aten.log_softmax.int, aten.glu.default, aten.cumsum.default)(along)
 
 
 @grid_rules_for(aten.batch_norm.default)
@@ -41,7 +44,7 @@ def slice_(node: Node, ctx: Context) -> Transfer:
     layout = ctx.carried(node)
     d = wrap(argument(node, "dim"), len(layout))
     if not lines_in(layout[d]):
-        return tokens.slice_(node, ctx)
+        return slice_of_tokens(node, ctx)
     start, end = argument(node, "start"), argument(node, "end", 0)
     if start not in (None, 0) or end not in (None, torch.iinfo(torch.int64).max):
         raise Untransferable("takes rows or columns by their number", code=Code.NEEDS_THE_MAP)
@@ -66,7 +69,7 @@ def select(node: Node, ctx: Context) -> Transfer:
         need_free((dim,), [0], "one entry of a dimension that")
     if any(isinstance(f, Batch) for f in dim):
         raise Untransferable("takes one sample of the batch", code=Code.SAMPLES_MEET)
-    return tokens.select(node, ctx)
+    return select_of_tokens(node, ctx)
 
 
 @grid_rules_for(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
@@ -92,7 +95,7 @@ def attention(node: Node, ctx: Context) -> Transfer:
     keys, values = (lines_in(ctx.sides(n)[-2]) for n in given[1:])
     if [line.count for line in keys] != [line.count for line in values]:
         raise Untransferable("takes keys and values of different maps", code=Code.OTHER_SEQUENCE)
-    return replace(contractions.attention(node, ctx), mixes=True, apart=True)
+    return replace(attention_of_tokens(node, ctx), mixes=True, apart=True)
 
 
 @grid_rules_for(*RESHAPES)

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from passes.axes.rules import tokens
 from passes.axes.rules.registry import Context, Transfer, Untransferable, grid_rules_for, need_free
+from passes.axes.rules.tokens import pad as pad_of_tokens
 from passes.graph.codes import Code
 from passes.graph.layout import Layout, Line, holds_lines, lines_in
 from passes.graph.ops import CONV2D, POOL2D, argument, shape_of
@@ -105,7 +105,7 @@ def pad(node: Node, ctx: Context) -> Transfer:
     here = {d: others.pop(d) for d in range(rank) if lines_in(layout[d]) and d in others}
     only_others = any(map(any, others.values())) and not any(map(any, here.values()))
     if not here or only_others:
-        return tokens.pad(node, ctx)
+        return pad_of_tokens(node, ctx)
     lines = map_in(layout)
     if lines is None or any(map(any, others.values())):
         raise Untransferable("pads other dimensions together with rows or columns", code=Code.NEEDS_THE_MAP)
