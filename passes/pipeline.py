@@ -22,6 +22,7 @@ from passes.device.pad_keys import PadKeys, with_matrix_units
 from passes.graph.base import CompileError, PassResult, Refusal, Skip, finish
 from passes.graph.codes import Code
 from passes.graph.cost import count
+from passes.graph.facts import Fact
 from passes.graph.layout import LAYOUTS
 from passes.graph.splice import REPLACED
 from passes.graph.verify import no_stale_shapes
@@ -42,7 +43,9 @@ from passes.sites.site import SITE, Site
 from passes.sites.sizes import HOW, ApplySizes
 from passes.sites.steps import Behind, Merge, Prune, hidden_padding, pass_for, place_of
 
-SELECTIONS = "selections"  # gm.meta key: by block the kept positions of the selections that its sequence went through
+# of graphs: by block the kept positions of the selections that its sequence went through
+# of graphs: by block the kept positions of the selections that its sequence went through
+SELECTIONS: Fact[Mapping[int, tuple[Node, ...]]] = Fact("selections")
 
 
 Progress = Callable[[str], None]
@@ -69,7 +72,7 @@ def prepare(
     """
     say("capturing the model")
     gm = capture(model, args, kwargs, constant)
-    del gm.meta[FIRST_RUN]
+    FIRST_RUN.forget(gm)
     with torch._C._DisableAutocast():
         return cleaned(gm, lower, ambient_autocast, say)
 
@@ -81,7 +84,7 @@ def cleaned(
     say: Progress = lambda _: None,
 ) -> PassResult:
     """The clean-up of a captured graph alone; see `prepare`."""
-    gm.meta[AUTOCAST] = dict(ambient_autocast or {})
+    AUTOCAST.put(gm, dict(ambient_autocast or {}))
     say("rewriting the graph")
     skips: list[Skip] = []
     passes = [
@@ -95,7 +98,7 @@ def cleaned(
         result = pass_.apply(gm)
         gm, skips = result.gm, skips + list(result.skips)
     finish(gm)
-    gm.meta[GUARDS] = {}
+    GUARDS.put(gm, {})
     return PassResult(gm, skips=tuple(skips))
 
 
@@ -155,8 +158,8 @@ def prune(
         anchors = [names.current(s) for s in layers]
         gm = RetargetTokens(anchors, None if compact_outputs else mine, behind.gap).apply(result.gm).gm
         gm = RestoreTokens(mine, compact_outputs).apply(gm).gm
-        site: Site = gm.meta.pop(SITE)
-        del gm.meta[LAYOUTS]
+        site = SITE.take(gm)
+        LAYOUTS.forget(gm)
         sites[p.block] = site
         selections[p.block] = (*earlier, site.index)
         names.follow(site)
@@ -175,11 +178,11 @@ def prune(
         named = NameFlash().apply(gm)
         gm, skips = PadKeys(with_matrix_units()).apply(named.gm).gm, skips + named.skips
     finish(gm, no_stale_shapes)
-    gm.meta[SELECTIONS] = selections
+    SELECTIONS.put(gm, selections)
     cost = count(gm)
     rows = before.report(gm, cost, names, entries)
-    gm.meta.pop(REPLACED, None)  # or it would keep the ops that are gone
-    return Compiled(gm, tuple(rows), before.dense, cost, skips + cost.uncounted, (), gm.meta.get(HOW, ""), unread)
+    REPLACED.forget(gm)  # or it would keep the ops that are gone
+    return Compiled(gm, tuple(rows), before.dense, cost, skips + cost.uncounted, (), (HOW.get(gm) or ""), unread)
 
 
 def check_blocks(gm: GraphModule, blocks: list[Block], branches: list[Branch], wanted: Sequence[int]) -> None:

@@ -57,6 +57,11 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    code = next((code for code in Code if code == args.model.upper()), None)
+    if code is not None:
+        said = {"code": code.value, "title": code.heading, "meaning": code.meaning, "way out": code.way_out}
+        give("\n".join(f"{name}: {text}" for name, text in said.items()), lambda: json.dumps(said), args.json)
+        return
     with _progress() as say:
         say(f"building {args.model}")
         model = _model(args)

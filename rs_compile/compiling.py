@@ -100,7 +100,7 @@ class Graphs:
     @property
     def kept(self) -> list[int]:
         """Which outputs are short, with their kept positions behind all outputs."""
-        return sorted(self.pruned.gm.meta.get(KEPT, {}))
+        return sorted(KEPT.get(self.pruned.gm) or {})
 
 
 @dataclass

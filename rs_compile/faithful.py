@@ -52,7 +52,7 @@ def check_faithful(
     if why := hindrance(model, gm, leaves) or first.why:
         return why
     wanted, few = first.outputs, first.leaves
-    if gm.meta.get(FIXED_BATCH) and not _same_sizes(few, leaves):
+    if FIXED_BATCH.get(gm) and not _same_sizes(few, leaves):
         few = leaves  # the graph is right for all of them only
         wanted = outputs_of(model, few, spec)
     with alike(few):
@@ -83,7 +83,7 @@ def _same_sizes(some: Sequence[Any], all_: Sequence[Any]) -> bool:
 
 def first_samples(leaves: Sequence[Any], gm: GraphModule) -> list[Any]:
     """Two samples of the batch, where the graph is right for any number: what is the same for two is for all."""
-    if gm.meta.get(FIXED_BATCH):
+    if FIXED_BATCH.get(gm):
         return list(leaves)
     return [leaf[:SAMPLES] if over else leaf for leaf, over in zip(leaves, batched(leaves), strict=True)]
 

@@ -72,7 +72,7 @@ def check_cuts(
     Raises:
         Refusal: they do not agree.
     """
-    if not gm.meta.get(MAPS) or hindrance(model, gm, leaves):
+    if not MAPS.get(gm) or hindrance(model, gm, leaves):
         return ""
     if any(_draws(node) for node in gm.graph.nodes):
         return "the model draws random numbers"
@@ -114,7 +114,7 @@ def check_cuts(
 
 def _draws(node: Node) -> bool:
     """Whether an op of the model's own draws random numbers; attention without dropout only says so."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.meta.get(ORIGIN) == "score":
+    if not isinstance(node.target, torch._ops.OpOverload) or ORIGIN.get(node) == "score":
         return False
     return torch.Tag.nondeterministic_seeded in node.target.tags and "attention" not in str(node.target)
 
@@ -123,7 +123,7 @@ def _run(gm: GraphModule, leaves: Sequence[Any]) -> tuple[list[_Cut], list[Any]]
     """The cuts that something reads, and the outputs, maps before they were given back at full size."""
     (returned,) = gm.graph.output_node().args
     sources = [_before_restored(n) for n in pytree.tree_leaves(returned)]
-    nodes = {i: (*gm.meta[MAPS][i], *gm.meta[CUTS][i]) for i in sorted(gm.meta[MAPS])}
+    nodes = {i: (*MAPS.of(gm)[i], *CUTS.of(gm)[i]) for i in sorted(MAPS.of(gm))}
     there = set(gm.graph.nodes)
     nodes = {i: of for i, of in nodes.items() if there.issuperset(of)}
     found = values_of(
@@ -134,7 +134,7 @@ def _run(gm: GraphModule, leaves: Sequence[Any]) -> tuple[list[_Cut], list[Any]]
 
 
 def _before_restored(value: Any) -> Any:
-    while isinstance(value, Node) and value.meta.get(ORIGIN) == RESTORE:
+    while isinstance(value, Node) and ORIGIN.get(value) == RESTORE:
         value = value.args[0]
     return value
 

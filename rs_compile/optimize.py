@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.capture.capture import FIRST_RUN, FIXED_BATCH, batched, capture
+from passes.capture.capture import FIRST_RUN, FIXED_BATCH, OUT_SPEC, batched, capture
 from passes.cleanup.keep_outputs import KeepOutputs
 from passes.graph.base import CompileError, PassResult, Skip
 from passes.graph.codes import Code
@@ -208,8 +208,8 @@ class OptimizedModel(nn.Module):
         ambient = dict(autocast_state())
         self._say("capturing the model")
         gm = capture(self._entry, call.args, call.kwargs, call.constant, self._fixed_batch)
-        first = gm.meta.pop(FIRST_RUN)
-        gm.meta[MANY] = many_samples(call.leaves, batched(call.leaves, call.constant))
+        first = FIRST_RUN.take(gm)
+        MANY.put(gm, many_samples(call.leaves, batched(call.leaves, call.constant)))
         why = check_faithful(self._entry, gm, first, call.leaves, call.key[1]) if verify else ""
         with torch._C._DisableAutocast():
             prepared = cleaned(gm, self._lowers, ambient, self._say)
@@ -221,11 +221,11 @@ class OptimizedModel(nn.Module):
         options: Options = self._options
         schedule, gm = options.schedule, prepared.gm
         if options.outputs is not None:
-            kept = kept_leaves(type(self._model).__name__, gm.meta["out_spec"], options.outputs)
+            kept = kept_leaves(type(self._model).__name__, OUT_SPEC.of(gm), options.outputs)
             gm = KeepOutputs(frozenset(kept)).apply(gm).gm
-            gm.meta[GUARDS] = {}  # what reads tokens is not what it was
+            GUARDS.put(gm, {})  # what reads tokens is not what it was
         drop = schedule.prunes if options.drop_unread is None else options.drop_unread
-        out_spec, fixed = gm.meta["out_spec"], gm.meta[FIXED_BATCH]
+        out_spec, fixed = OUT_SPEC.of(gm), bool(FIXED_BATCH.of(gm))
         name, inputs = type(self._model).__name__, in_words(call.leaves, call.constant)
         dense, unmeasured = None, ""
         with torch._C._DisableAutocast():

@@ -291,3 +291,10 @@ def test_the_module_runs_as_a_script() -> None:
     )
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("demo", "explain", "bench", "run"))
+
+
+def test_what_a_code_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "rsc-403"]) == 0
+    assert capsys.readouterr().out.startswith("code: RSC-403\ntitle: An op needs every token\nmeaning: The op mixes")
+    assert main(["explain", "RSC-403", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["way out"].startswith("Prune after a later block")

@@ -237,7 +237,7 @@ def test_a_merge_alone_is_bit_equal(config: Config, merger: merge_oracle.Merger,
     put = InsertWard(block, r, guard) if merger == "ward" else InsertMerge(block, r, guard, merger_of(merger))
     gm = put.apply(gm).gm
     assert torch.equal(gm(images)[0], wanted), f"{config}"
-    assert (gm.meta[SITE].short.meta["val"].shape[1]) == config.tokens - r
+    assert (SITE.of(gm).short.meta["val"].shape[1]) == config.tokens - r
 
 
 @hypothesis.given(data=st.data(), config=unfolded())

@@ -15,8 +15,11 @@ from torch import nn
 
 import rs_compile
 from rs_compile.commands import UsageError, give
+from rs_compile.demo.command import _write
+from rs_compile.embed import sources
 from rs_compile.embed.features import Features
 from rs_compile.embed.loader import _stacked
+from rs_compile.embed.ray_engine import _cluster, ray_data
 from rs_compile.embed.shards import Folder
 from rs_compile.embed.sources import _of_parquet
 from rs_compile.models import ImageError, evaluation_transform
@@ -74,6 +77,33 @@ def test_a_file_whose_reader_is_not_installed(tmp_path: Path, monkeypatch: pytes
     assert error.value.code == "RSC-802"
 
 
+def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(**options: Any) -> None:
+        raise ConnectionError("nobody listens")
+
+    with pytest.raises(rs_compile.EmbedError, match=r"--address here: Ray cannot be reached there \(nobody listens\)"):
+        _cluster(SimpleNamespace(init=refuses), "here").__enter__()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(rs_compile.EmbedError, match="--engine ray needs Ray") as error:
+        ray_data()
+    assert error.value.code == "RSC-802"
+
+
+def test_packages_of_videos_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(rs_compile.EmbedError, match="there are videos, which need PyAV: pip install av"):
+        sources.entries_of(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(rs_compile.EmbedError, match="Parquet needs pyarrow: pip install"):
+        sources.arrow()
+
+
+def test_a_page_of_the_demo_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(rs_compile.CompileError, match="Is a directory; it was not written"):
+        _write(tmp_path, b"page")
+
+
 def test_pictures_have_one_channel_or_three() -> None:
     with pytest.raises(ImageError, match="the model wants 4 channels; image files have 1 or 3"):
         evaluation_transform(
@@ -87,7 +117,8 @@ def test_a_metric_of_no_known_name() -> None:
 
 
 def test_a_folder_with_too_few_pictures(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match=r"has 0 pictures \(.+\); give \d+ at least, better 64"):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(SearchError, match=r"has 1 pictures; give \d+ at least, better 64"):
         pictures.read(str(tmp_path), nn.Identity(), 64, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from passes.graph.contraction import is_alias
+from passes.graph.facts import Fact
 from passes.graph.fake import Described
 from passes.graph.ops import SDPA, arguments
 
@@ -20,7 +22,9 @@ ATEN = torch.ops.aten
 FLASH = ATEN._scaled_dot_product_flash_attention.default  # CUDA's
 ALIGN = 8  # channels of a head that CUDA's flash kernels take at once
 HALF = (torch.float16, torch.bfloat16)
-AUTOCAST = "autocast"  # gm.meta key: the autocast that the graph will run under, dtype by device type
+# of graphs: the autocast that the graph will run under, dtype by device type
+# of graphs: the autocast that the graph will run under, dtype by device type
+AUTOCAST: Fact[Mapping[str, torch.dtype]] = Fact("autocast")
 _THREE = ("query", "key", "value")
 LOWERED = {
     ATEN._scaled_dot_product_flash_attention_for_cpu.default: "flash",
@@ -161,7 +165,7 @@ def flash_obstacle(gm: GraphModule, node: Node) -> str:
     device = query.device.type
     if device != "cuda":
         return f"{device} has no such op"
-    if device in gm.meta.get(AUTOCAST, {}):
+    if device in (AUTOCAST.get(gm) or {}):
         return "autocast is on, which casts the inputs of scaled_dot_product_attention and of no kernel's own op"
     mask = None if given["attn_mask"] is None else concrete(given["attn_mask"].meta["val"], mode)
     query, key, value = (t.detach().requires_grad_() for t in (query, key, value))
@@ -176,7 +180,7 @@ def _choice(gm: GraphModule, node: Node, needs_grad: bool, known: dict[Any, Kern
         val = concrete(mask.meta["val"], mode).detach()
         mask = val.requires_grad_(val.is_floating_point() and _wants_grad(mask, needs_grad))
     query, key, value = (concrete(given[name].meta["val"], mode).detach() for name in _THREE)
-    cast = gm.meta.get(AUTOCAST, {}).get(query.device.type)
+    cast = (AUTOCAST.get(gm) or {}).get(query.device.type)
     query, key, value, mask = (_cast(t, cast) for t in (query, key, value, mask))
     plain = (given["dropout_p"], given["is_causal"], needs_grad, given["enable_gqa"])
     kind = (*(None if t is None else Described.of(t) for t in (query, key, value, mask)), *plain)

@@ -79,7 +79,7 @@ def _lower(found: Attention, constants: Constants) -> None:
     with graph.inserting_before(old):
         new = splice(graph, "attention", attend, found.q, found.k, found.v, *tensors)
     at = old.prev
-    while at.meta.get(ORIGIN) == "attention" and "stack_trace" not in at.meta:
+    while ORIGIN.get(at) == "attention" and "stack_trace" not in at.meta:
         at.meta |= {key: old.meta[key] for key in ("stack_trace", "nn_module_stack") if key in old.meta}
         at = at.prev
     old.replace_all_uses_with(new)

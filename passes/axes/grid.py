@@ -161,7 +161,7 @@ def follow_grid(
             axes.fixed.add(node)
         if not carries or (within is not None and node not in within):
             pass
-        elif node.op == "output" or node.meta.get(ORIGIN) == RESTORE:
+        elif node.op == "output" or ORIGIN.get(node) == RESTORE:
             axes.dense.append(node)
         else:
             try:

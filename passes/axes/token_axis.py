@@ -108,7 +108,7 @@ def stream_layout(stream: Node, prefix: int = 0, suffix: int = 0) -> tuple[Layou
     if len(shape) == 2 and all(isinstance(size, int) for size in shape):
         return (_sequence(shape[0], prefix, suffix), merged((Free(expr(shape[1])),))), Batch(expr(1))
     owner = stream.graph.owning_module
-    samples = owner.meta.get(FIXED_BATCH, 0) if owner is not None else 0
+    samples = (FIXED_BATCH.get(owner) or 0) if owner is not None else 0
     over = [d for d, size in enumerate(shape) if isinstance(size, torch.SymInt)]
     if not over and samples and shape[:1] == (samples,):
         over = [0]  # no rule lets entries of the first dimension meet, so they are samples, or as good as samples

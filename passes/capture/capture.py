@@ -18,10 +18,12 @@ from passes.capture.first_run import FirstRun, first_run
 from passes.capture.left_behind import Kept, Untouched
 from passes.graph.base import op_name, source_line
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.layout import expr
 
-FIXED_BATCH = "fixed_batch"  # gm.meta key: how many samples the graph is right for; 0 for any number
-FIRST_RUN = "first_run"  # gm.meta key: the model's run before its capture
+FIXED_BATCH: Fact[int] = Fact("fixed_batch")  # of graphs: how many samples the graph is right for; 0 for any number
+FIRST_RUN: Fact[FirstRun] = Fact("first_run")  # of graphs: the model's run before its capture
+OUT_SPEC: Fact[pytree.TreeSpec] = Fact("out_spec")  # of graphs: how the outputs are nested
 
 
 def batched(leaves: Sequence[Any], constant: Collection[int] = ()) -> list[bool]:
@@ -45,9 +47,9 @@ def capture(
     """Captures `model` for inputs like these, whatever their batch size, after it ran once on two samples of them.
 
     The graph shares the model's parameters and buffers. Its placeholders are the flat input leaves, its
-    output the flat output leaves; `gm.meta["out_spec"]` says how they are nested. Where the model's code fixes
-    the number of samples, or inputs are constant, so does the graph, and `gm.meta[FIXED_BATCH]` is that number.
-    `gm.meta[FIRST_RUN]` is what the model gave back, for who compares the graph with it, and holds memory.
+    output the flat output leaves; `OUT_SPEC.of(gm)` says how they are nested. Where the model's code fixes
+    the number of samples, or inputs are constant, so does the graph, and `FIXED_BATCH.of(gm)` is that number.
+    `FIRST_RUN.of(gm)` is what the model gave back, for who compares the graph with it, and holds memory.
 
     The run fills what the model's code caches with values; in train mode, on the meta device and on fake tensors
     there is none. What the code keeps while it is traced is put back. The model runs under autocast where the
@@ -86,9 +88,9 @@ def capture(
         exported = _traced(model, doubled, runs, spec, first)
     if exported is None or _fixed_batch(exported, runs):
         exported = _traced(model, leaves, [False] * len(leaves), spec, first, held)
-        exported.meta[FIXED_BATCH] = next((x.shape[0] for x, over in zip(leaves, runs, strict=True) if over), 0)
+        FIXED_BATCH.put(exported, next((x.shape[0] for x, over in zip(leaves, runs, strict=True) if over), 0))
     gm = _flat(exported).train(model.training)
-    gm.meta[FIRST_RUN] = first
+    FIRST_RUN.put(gm, first)
     return gm
 
 
@@ -218,6 +220,6 @@ def _flat(exported: GraphModule) -> GraphModule:
     info = codegen.pytree_info
     exported.graph.set_codegen(torch.fx.graph.CodeGen())
     gm = GraphModule(exported, exported.graph, type(exported).__name__)
-    gm.meta["out_spec"] = info.out_spec
-    gm.meta[FIXED_BATCH] = exported.meta.get(FIXED_BATCH, 0)
+    OUT_SPEC.put(gm, info.out_spec)
+    FIXED_BATCH.put(gm, FIXED_BATCH.get(exported) or 0)
     return gm

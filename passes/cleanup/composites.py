@@ -66,7 +66,7 @@ def _write_out(gm: GraphModule, node: Node) -> None:
         out = splice(gm.graph, "", call, *node.args, *node.kwargs.values(), table={op: op.decompose})
     for new in set(gm.graph.nodes) - before:
         new.meta |= {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        del new.meta[ORIGIN]
+        ORIGIN.forget(new)
     if isinstance(out, Node):
         node.replace_all_uses_with(out)
         return

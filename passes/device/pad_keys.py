@@ -52,7 +52,7 @@ class PadKeys(Pass):
     def _pays(self, gm: GraphModule, op: Node) -> bool:
         given = arguments(op)
         key, mask = given["key"].meta["val"], given["attn_mask"]
-        cast = gm.meta.get(AUTOCAST, {}).get("cpu")
+        cast = (AUTOCAST.get(gm) or {}).get("cpu")
         if key.device.type != "cpu" or (cast or key.dtype) not in self.dtypes or key.dim() != 4:
             return False
         if given["is_causal"] or given["dropout_p"] or (mask is not None and not _by_key(mask.meta["val"], key)):

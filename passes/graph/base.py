@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 
 from passes.graph.aliasing import writes
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 
-HISTORY = "history"  # gm.meta key: the names of the passes that a graph went through
-ALIVE = "alive"  # node.meta key: what only a later pass will read must survive
-SHOWN = "shown"  # node.meta key: what is shown to a user survives all passes
+HISTORY: Fact[tuple[str, ...]] = Fact("history")  # of graphs: the names of the passes that a graph went through
+ALIVE: Fact[bool] = Fact("alive")  # of nodes: what only a later pass will read must survive
+SHOWN: Fact[bool] = Fact("shown")  # of nodes: what is shown to a user survives all passes
 
 Check = Callable[[GraphModule], None]
 
@@ -58,7 +59,7 @@ class PassError(CompileError):
     """A pass broke its contract: a fault of the compiler, not of the model."""
 
     def __init__(self, said: str, name: str, gm: GraphModule) -> None:
-        super().__init__(f"{said} (before {name} ran: {', '.join(gm.meta.get(HISTORY) or ('none',))})")
+        super().__init__(f"{said} (before {name} ran: {', '.join(HISTORY.get(gm) or ('none',))})")
 
 
 class Precondition(PassError):
@@ -161,17 +162,17 @@ class Pass(abc.ABC):
 
     def apply(self, gm: GraphModule) -> PassResult:
         """`__call__` without the recompilation of the graph's code."""
-        name, before = self.name, gm.meta.get(HISTORY, ())
+        name, before = self.name, HISTORY.get(gm) or ()
         _hold(self.requires, gm, Precondition, f"before pass {name}", name)
         outputs = _outputs(gm)
         result = self.call(gm)
-        result.gm.meta[HISTORY] = before
+        HISTORY.put(result.gm, before)
         try:
             if self.leaves_dead_code:
                 result.gm.graph.lint()
             else:  # lints first; a random op that nothing reads may go, torch counts attention among them
                 result.gm.graph.eliminate_dead_code(
-                    lambda n: ALIVE in n.meta or SHOWN in n.meta or n.is_impure(impure_random=False) or bool(writes(n))
+                    lambda n: ALIVE.known(n) or SHOWN.known(n) or n.is_impure(impure_random=False) or bool(writes(n))
                 )
         except RuntimeError as error:
             raise Postcondition(f"pass {name} left a malformed graph: {error}", name, result.gm) from error
@@ -181,7 +182,7 @@ class Pass(abc.ABC):
             observe(self, result)
         ensured = (known_values, *(() if self.changes_outputs else (_same(outputs),)), *self.ensures)
         _hold(ensured, result.gm, Postcondition, f"after pass {name}", name)
-        result.gm.meta[HISTORY] = (*before, name)
+        HISTORY.put(result.gm, (*before, name))
         return result
 
 

@@ -68,7 +68,8 @@ def as_text(gm: GraphModule) -> list[str]:
             return f"{str(val.dtype).removeprefix('torch.')}[{', '.join(map(str, val.shape))}]"
         return f"({', '.join(map(shape, val))})" if isinstance(val, (tuple, list)) else str(val)
 
-    lines, layouts = [], gm.meta.get(LAYOUTS, {})
+    lines: list[str] = []
+    layouts = LAYOUTS.get(gm) or {}
     for node in gm.graph.nodes:
         arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
         where = source_line(node).split(": ")[0]

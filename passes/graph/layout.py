@@ -9,21 +9,23 @@ Rows and columns of a map (`Line`) may be folded into one dimension, whole and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
-from typing import ClassVar, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeGuard
 
 import sympy
 import torch
+from torch.fx import Node
 
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 
 Size: TypeAlias = sympy.Expr
 
 
-LAYOUTS = "layouts"  # gm.meta key: of the values that run over tokens which are leaving
+LAYOUTS: Fact[Mapping[Node, Any]] = Fact("layouts")  # of graphs: of values with tokens that leave
 
 
 def expr(size: int | torch.SymInt | Size) -> Size:

@@ -15,10 +15,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from passes.graph.facts import Fact
 from passes.graph.fake import Described, LiteralBatch, remember
 
-ORIGIN = "rs_compile"  # node.meta key: which piece of new arithmetic a node belongs to
-REPLACED = "replaced"  # gm.meta key: an op -> the ops that stand in its place
+ORIGIN: Fact[str] = Fact("rs_compile")  # of nodes: which piece of new arithmetic a node belongs to
+REPLACED: Fact[dict[Node, list[Node]]] = Fact("replaced")  # of graphs: an op -> the ops that stand in its place
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
@@ -80,7 +81,7 @@ def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any, table:
         elif inner.op == "call_function":
             args_, kwargs_ = map_aggregate(inner.args, outer), map_aggregate(inner.kwargs, outer)
             env[inner] = copied = graph.call_function(inner.target, args_, kwargs_)
-            copied.meta = {**inner.meta, "val": traced.values.get(inner, inner.meta.get("val")), ORIGIN: origin}
+            copied.meta = {**inner.meta, "val": traced.values.get(inner, inner.meta.get("val")), ORIGIN.name: origin}
             remember(mode, copied.target, fake(copied.args), fake(copied.kwargs), copied.meta.get("val"))
         else:
             raise ValueError(f"{origin}: tracing made a {inner.op} node; write constants as factory calls")
@@ -123,13 +124,13 @@ def _samples(graph: Graph, origin: str, nodes: list[Node], batch: LiteralBatch, 
     sizes = ((batch.times(s), n, d) for n in nodes for d, s in enumerate(n.meta["val"].shape))
     times, node, at = min(((t, n, d) for t, n, d in sizes if t), key=lambda found: (count % found[0] > 0, found[0]))
     size = graph.call_function(torch.ops.aten.sym_size.int, (node, at))
-    size.meta = {"val": batch.batch * times, ORIGIN: origin}
+    size.meta = {"val": batch.batch * times, ORIGIN.name: origin}
     if count % times:  # windows of the samples, where all samples are asked for
         size, times = graph.call_function(operator.floordiv, (size, times)), 1
-        size.meta = {"val": batch.batch, ORIGIN: origin}
+        size.meta = {"val": batch.batch, ORIGIN.name: origin}
     if count > times:
         size = graph.call_function(operator.mul, (size, count // times))
-        size.meta = {"val": batch.batch * count, ORIGIN: origin}
+        size.meta = {"val": batch.batch * count, ORIGIN.name: origin}
     return size
 
 
@@ -152,7 +153,7 @@ def replace_by(gm: GraphModule, node: Node, origin: str, fn: Callable[..., Any],
     with graph.inserting_before(node):
         results = splice(graph, origin, fn, *args)
     out = results[0] if isinstance(results, tuple) else results
-    gm.meta.setdefault(REPLACED, {})[node] = [n for n in graph.nodes if n not in before]
+    REPLACED.first(gm, {})[node] = [n for n in graph.nodes if n not in before]
     out.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
     node.replace_all_uses_with(out)
     return results
@@ -160,5 +161,5 @@ def replace_by(gm: GraphModule, node: Node, origin: str, fn: Callable[..., Any],
 
 def stand_ins(gm: GraphModule, node: Node) -> list[Node]:
     """The ops that stand in an op's place: itself, where nothing replaced it."""
-    replaced = gm.meta.get(REPLACED, {})
+    replaced = REPLACED.get(gm) or {}
     return [m for n in replaced[node] for m in stand_ins(gm, n)] if node in replaced else [node]

@@ -10,18 +10,21 @@ from torch.fx import GraphModule, Node
 from passes.axes.token_axis import follow, stream_layout
 from passes.graph.base import CompileError, Refusal
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.layout import sequence_in, tokens_in
 from passes.network.branches import Block, Branch
 from passes.network.padding import masking
 from passes.network.protected import Protected, find_protected, with_picked
 from passes.network.same_stream import same_stream
 
-GUARDS = "guards"  # gm.meta key: protected tokens by block and given ones, shared by all copies of one capture
+# of graphs: protected tokens by block and given ones, shared by all copies of one capture
+# of graphs: protected tokens by block and given ones, shared by all copies of one capture
+GUARDS: Fact[dict[tuple[int, tuple[int, ...] | None], Protected]] = Fact("guards")
 
 
 def guarded_once(gm: GraphModule, block: Block, given: tuple[int, ...] | None) -> Protected:
     """`protected_tokens` of a graph that nothing has left yet, found once for all copies of its capture."""
-    known: dict[tuple[int, tuple[int, ...] | None], Protected] = gm.meta.setdefault(GUARDS, {})
+    known = GUARDS.first(gm, {})
     key = (block.index, given)
     if key not in known:
         known[key] = protected_tokens(gm, block, given)

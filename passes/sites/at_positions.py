@@ -59,7 +59,7 @@ class AtPositions:
     def note(self) -> None:
         """Notes which op stands in whose place, once the twins are read."""
         for node, twin in self.twins.items():
-            self.gm.meta.setdefault(REPLACED, {}).setdefault(node, []).append(twin)
+            REPLACED.first(self.gm, {}).setdefault(node, []).append(twin)
 
     def value(self, node: Node, layout: Layout, picks: Picks) -> Node:
         """A value at these positions, at the graph's insertion point.

@@ -14,7 +14,7 @@ from passes.sites.site import SITE, Site
 
 def no_open_site(gm: GraphModule) -> None:
     """No selection or merge is half-done."""
-    if SITE in gm.meta:
+    if SITE.known(gm):
         raise CompileError("an earlier selection was not retargeted and restored", code=Code.FAULT)
 
 
@@ -47,7 +47,7 @@ def put_back_nowhere(gm: GraphModule) -> None:
 
 
 def _site(gm: GraphModule) -> Site:
-    if SITE not in gm.meta:
+    if not SITE.known(gm):
         raise CompileError("no selection or merge stands open", code=Code.FAULT)
-    site: Site = gm.meta[SITE]
+    site = SITE.of(gm)
     return site

@@ -12,11 +12,12 @@ from torch.fx import GraphModule, Node
 
 from passes.graph.base import Check, CompileError, Pass, PassResult, Refusal
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by
 from passes.sites.sizes import KEY_SIZES, with_bias
 
-MAP = "attention map"  # node.meta key of an op that was written out: its map without size bias, and with it
+MAP: Fact[tuple[Node, Node]] = Fact("attention map")  # of nodes: without size bias, and with it
 
 
 def no_attention_op(gm: GraphModule) -> None:
@@ -50,9 +51,8 @@ def write_out(gm: GraphModule, op: Node, size_bias: bool = False) -> Node:
     Raises:
         Refusal: attention with dropout, whose map is random.
     """
-    if MAP in op.meta:
-        known: tuple[Node, Node] = op.meta[MAP]
-        return known[size_bias]
+    if MAP.known(op):
+        return MAP.of(op)[size_bias]
     given: dict[str, Any] = arguments(op)
     if given["dropout_p"]:
         raise Refusal(
@@ -71,8 +71,8 @@ def write_out(gm: GraphModule, op: Node, size_bias: bool = False) -> Node:
         # a mask of size bias is float32 on CPU, and so are the weights then
         return weights.to(value.dtype) @ value, plain, weights
 
-    inputs = (given["query"], given["key"], given["value"], given["attn_mask"], op.meta.get(KEY_SIZES))
-    op.meta[MAP] = replace_by(gm, op, "attention", attend, *inputs)[1:]
+    inputs = (given["query"], given["key"], given["value"], given["attn_mask"], KEY_SIZES.get(op))
+    MAP.put(op, replace_by(gm, op, "attention", attend, *inputs)[1:])
     return write_out(gm, op, size_bias)
 
 

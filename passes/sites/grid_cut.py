@@ -17,6 +17,7 @@ from passes.axes.grid import RESTORE, WAY_OUT, GridAxes, follow_grid
 from passes.axes.rules import Extent, Transfer
 from passes.graph.base import CompileError, Pass, PassResult, Refusal
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.fake import evaluate
 from passes.graph.layout import Dim, Line, factor_size, lines_in
 from passes.graph.splice import fake, fake_mode, splice
@@ -26,8 +27,10 @@ from passes.sites.grid_select import kept_cells, kept_lines, score_map, spread, 
 from passes.sites.importance import Lowest, Random, Score, Shift
 from passes.sites.select import MANY
 
-CUTS = "cuts"  # gm.meta key: by stage the rows and columns kept, which broadcast to [B, H', W']
-MAPS = "maps"  # gm.meta key: by stage the map before the cut and after it
+# of graphs: by stage the rows and columns kept, which broadcast to [B, H', W']
+# of graphs: by stage the rows and columns kept, which broadcast to [B, H', W']
+CUTS: Fact[dict[int, tuple[Node, Node]]] = Fact("cuts")
+MAPS: Fact[dict[int, tuple[Node, Node]]] = Fact("maps")  # of graphs: by stage the map before the cut and after it
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,11 @@ class CutGrid(Pass):
         whole = _whole(axes)
         with graph.inserting_before(output.next):
             score = self.insert_score(graph)
-            select = partial(self._select, many=gm.meta.get(MANY, False))
+            select = partial(self._select, many=bool(MANY.get(gm)))
             rows, columns = splice(graph, "select", select, score)
-            gm.meta.setdefault(CUTS, {})[self.stage.index] = (rows, columns)
+            CUTS.first(gm, {})[self.stage.index] = (rows, columns)
             short = splice(graph, "gather", take, output, rows, columns)
-        gm.meta.setdefault(MAPS, {})[self.stage.index] = (output, short)
+        MAPS.first(gm, {})[self.stage.index] = (output, short)
         for reader in readers:
             reader.replace_input_with(output, short)
         cut = _Cut(gm, axes, rows, columns, short)

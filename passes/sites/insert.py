@@ -65,7 +65,7 @@ class InsertSelection(Pass):
         users = list(stream.users)
         with graph.inserting_before(stream.next):
             padding, guard = self._padding(gm), self._guard(graph, stream, tokens)
-            many = gm.meta.get(MANY, False) or sequences_per_sample(stream) > 1
+            many = bool(MANY.get(gm)) or sequences_per_sample(stream) > 1
             in_score = self._marks_in_score(stream, tokens, padding, many)
             marked = guard if in_score else None
             scores = self._scores(gm, stream, layout, marked, guard, tokens.dense - self.keep)
@@ -82,14 +82,14 @@ class InsertSelection(Pass):
                 None if self.sizes is None else splice(graph, "sizes", lambda n, i: n.gather(1, i), self.sizes, index)
             )
         if sizes is not None:
-            sizes.meta[ALIVE] = True
+            ALIVE.put(sizes, True)
         for user in users:
             user.replace_input_with(stream, full)
         left = self.keep - self.protected.prefix - self.protected.suffix
-        gm.meta[SITE] = Site(
+        SITE.put(gm, Site(
             stream, full, short, index, layout, batch, left,
             sizes=sizes, size_bias=self.size_bias, weighted_mean=self.weighted_mean,
-        )  # fmt: skip
+        ))  # fmt: skip
         return PassResult(gm, rewrites=1)
 
     def _scores(

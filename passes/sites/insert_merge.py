@@ -94,25 +94,28 @@ class InsertMerge(Pass):
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
             full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore, dropped > 0)
-        sizes.meta[ALIVE] = True
+        ALIVE.put(sizes, True)
         for user in users:
             user.replace_input_with(stream, full)
         left = tokens.dense - self.r - p.prefix - p.suffix
-        gm.meta[SITE] = Site(
-            stream,
-            full,
-            short,
-            index,
-            layout,
-            batch,
-            left,
-            place=place,
-            drops=dropped > 0,
-            restore=self.by.restore,
-            sizes=sizes,
-            size_bias=self.by.size_bias,
-            weighted_mean=self.by.weighted_mean,
-            in_order=order == "sequence",
+        SITE.put(
+            gm,
+            Site(
+                stream,
+                full,
+                short,
+                index,
+                layout,
+                batch,
+                left,
+                place=place,
+                drops=dropped > 0,
+                restore=self.by.restore,
+                sizes=sizes,
+                size_bias=self.by.size_bias,
+                weighted_mean=self.by.weighted_mean,
+                in_order=order == "sequence",
+            ),
         )
         return PassResult(gm, rewrites=1)
 

@@ -66,7 +66,7 @@ class InsertWard(Pass):
         op = self._attention(stream, layout)
         inputs: list[Node] = [arguments(op)[name] for name in ("query", "key", "value")]
         layouts = self._layouts(gm, stream, inputs, layout, batch)
-        autocast = bool(gm.meta.get(AUTOCAST))
+        autocast = bool(AUTOCAST.get(gm))
         users = [n for n in stream.users if op < n and n not in self.block.attention.nodes]
 
         def merged(
@@ -91,25 +91,28 @@ class InsertWard(Pass):
             whole = {n: splice(graph, "merge", torch.ops.aten.alias.default, n) for n in inputs}
             full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore)
         for n in (sizes, *heads):  # read once the network is retargeted
-            n.meta[ALIVE] = True
+            ALIVE.put(n, True)
         for user in users:
             user.replace_input_with(stream, full)
         for n, stands in whole.items():
             op.replace_input_with(n, stands)
-        gm.meta[SITE] = Site(
-            stream,
-            full,
-            short,
-            index,
-            layout,
-            batch,
-            tokens.dense - self.r - p.prefix - p.suffix,
-            beside={whole[n]: (of, h) for n, of, h in zip(inputs, layouts, heads, strict=True)},
-            place=place,
-            restore=self.by.restore,
-            sizes=sizes,
-            size_bias=self.by.size_bias,
-            weighted_mean=self.by.weighted_mean,
+        SITE.put(
+            gm,
+            Site(
+                stream,
+                full,
+                short,
+                index,
+                layout,
+                batch,
+                tokens.dense - self.r - p.prefix - p.suffix,
+                beside={whole[n]: (of, h) for n, of, h in zip(inputs, layouts, heads, strict=True)},
+                place=place,
+                restore=self.by.restore,
+                sizes=sizes,
+                size_bias=self.by.size_bias,
+                weighted_mean=self.by.weighted_mean,
+            ),
         )
         return PassResult(gm, rewrites=1)
 

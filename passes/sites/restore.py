@@ -18,12 +18,13 @@ from passes.axes.gather import original_positions
 from passes.axes.token_axis import WAY_OUT, TokenAxis
 from passes.graph.base import Check, Pass, PassResult, Refusal
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.layout import Part, tokens_in
 from passes.graph.splice import splice
 from passes.sites.contract import put_back_nowhere, retargeted
 from passes.sites.site import SITE, Site
 
-KEPT = "kept"  # gm.meta key: for each short output leaf the selections it went through
+KEPT: Fact[dict[int, list[Node]]] = Fact("kept")  # of graphs: for each short output leaf the selections it went through
 
 
 class TokenOutput(NamedTuple):
@@ -53,7 +54,7 @@ class RestoreTokens(Pass):
         return self.compact_outputs
 
     def call(self, gm: GraphModule) -> PassResult:
-        site: Site = gm.meta[SITE]
+        site = SITE.of(gm)
         assert site.axis is not None
         if site.stream_is_full:
             site.restored[site.full] = site.stream
@@ -109,7 +110,7 @@ def _shorten(gm: GraphModule, site: Site, output: Node) -> None:
     """Lets the output read the compact values, and notes for each the selections it went through."""
     axis = site.axis
     assert axis is not None
-    kept: dict[int, list[Node]] = gm.meta.setdefault(KEPT, {})
+    kept = KEPT.first(gm, {})
     leaves: Any = output.args[0]
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Node) or leaf not in axis.layouts:
@@ -135,7 +136,7 @@ class AppendKept(Pass):
 
     def call(self, gm: GraphModule) -> PassResult:
         output = next(iter(reversed(gm.graph.nodes)))
-        kept: dict[int, list[Node]] = gm.meta.get(KEPT, {})
+        kept = KEPT.get(gm) or {}
         with gm.graph.inserting_before(output):
             extra = [splice(gm.graph, "select", original_positions, *kept[i]) for i in sorted(kept)]
         leaves: Any = output.args[0]

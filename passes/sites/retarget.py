@@ -15,6 +15,7 @@ from passes.axes.rules import Extent, Kept, Position, Transfer
 from passes.axes.token_axis import WAY_OUT, follow
 from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.fake import evaluate
 from passes.graph.layout import LAYOUTS, Batch, Dim, Layout, Part, Tokens, expr, factor_size, over_samples, tokens_in
 from passes.graph.ops import SDPA, SOFTMAX
@@ -25,7 +26,7 @@ from passes.sites.sizes import KEY_SIZES, MEAN_SIZES, check_biasable, stretch_si
 
 aten = torch.ops.aten
 Gap = Literal["compact", "decay"]
-TAKEN = "taken"  # node meta: the Taken of a value that was gathered by kept positions
+TAKEN: Fact[Taken] = Fact("taken")  # of nodes: the Taken of a value that was gathered by kept positions
 MEANS = {aten.mean.dim, aten.adaptive_avg_pool1d.default}
 
 
@@ -55,10 +56,10 @@ class RetargetTokens(Pass):
     gap: Gap = "compact"
 
     def call(self, gm: GraphModule) -> PassResult:
-        site: Site = gm.meta[SITE]
+        site = SITE.of(gm)
         beside = {value: layout for value, (layout, _) in site.beside.items()}
         axis = site.axis = follow(gm, site.full, site.layout, site.batch, self.anchors, self.streams, beside)
-        gm.meta[LAYOUTS] = axis.layouts
+        LAYOUTS.put(gm, axis.layouts)
         in_turn = next((n for n, t in axis.transfers.items() if t.ordered), None)
         if in_turn is not None and not site.in_order:
             raise Refusal(
@@ -128,7 +129,7 @@ class _Emitter:
             args, kwargs = self._argument(given, swapped)
             op: Any = transfer.target or node.target
             twin = self.graph.call_function(op, args, kwargs)
-        kept = ("stack_trace", "nn_module_stack", "torch_fn", KEY_SIZES, MEAN_SIZES)
+        kept = ("stack_trace", "nn_module_stack", "torch_fn", KEY_SIZES.name, MEAN_SIZES.name)
         twin.meta = {k: v for k, v in node.meta.items() if k in kept}
         self._evaluate(node, twin, transfer)
         if self.site.sizes is not None:
@@ -170,7 +171,7 @@ class _Emitter:
             if key in layouts and (keys := tokens_in(layouts[key][-2])):
                 out: Any = transfer.out
                 check_biasable(node, out, self.one_sample)
-                twin.meta[KEY_SIZES] = self._sizes(keys)
+                KEY_SIZES.put(twin, self._sizes(keys))
         elif node.target in SOFTMAX and self.site.size_bias and transfer.mixes:
             raise Refusal(
                 "attention that is not scaled_dot_product_attention takes no size bias",
@@ -190,7 +191,7 @@ class _Emitter:
                     "use Schedule(weighted_mean=False)",
                     code=Code.SIZES,
                 )
-            twin.meta[MEAN_SIZES] = (self._sizes(over), samples, tokens)
+            MEAN_SIZES.put(twin, (self._sizes(over), samples, tokens))
 
     def _sizes(self, tokens: Tokens) -> Node:
         """The sizes [B, K] along a sequence made of the site's prunable stretch."""
@@ -202,7 +203,7 @@ class _Emitter:
                     lambda n: stretch_sizes(n, self.site.tokens, tokens.pieces),
                     self.site.sizes,
                 )
-            self.sizes[tokens.pieces].meta[ALIVE] = True
+            ALIVE.put(self.sizes[tokens.pieces], True)
         return self.sizes[tokens.pieces]
 
     def _extent(self, dim: Dim) -> Any:
@@ -279,13 +280,13 @@ class _Emitter:
                 return take(x, taken.target, gathered, dict(zip(taken.indices, given, strict=True)))
 
             self.taken[key] = splice(self.graph, "gather", gather, taken.source, *taken.indices.values())
-            self.taken[key].meta[TAKEN] = taken
+            TAKEN.put(self.taken[key], taken)
         return self.taken[key]
 
     def _taken(self, node: Node, target: Layout, gathered: tuple[int, ...]) -> Taken:
         """What to gather: where an earlier site gathered the same dimensions, its source, so that it is done once."""
         now = {d: t for d in gathered if (t := tokens_in(target[d]))}
-        earlier: Taken | None = node.meta.get(TAKEN)
+        earlier = TAKEN.get(node)
         if (
             earlier is None
             or not gathered

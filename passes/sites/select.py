@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from passes.graph.facts import Fact
+
 Way = Literal["topk", "sorts", "compares"]
 
-MANY = "many"  # gm.meta key: whether calls bring more than FEW samples
+MANY: Fact[bool] = Fact("many")  # of graphs: whether calls bring more than FEW samples
 FEW = 256  # samples whose tokens, or rows and columns, Inductor sorts a row at a time
 _IN_REGISTERS = 512  # tokens up to which Inductor makes one GPU kernel of both sorts
 

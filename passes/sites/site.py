@@ -10,10 +10,11 @@ from torch.fx import Graph, Node
 
 from passes.axes.gather import changed, or_as_it_left, put, spread, tokens_first
 from passes.axes.token_axis import TokenAxis
+from passes.graph.facts import Fact
 from passes.graph.layout import Batch, Layout, Tokens, sequence_in
 from passes.graph.splice import splice
 
-SITE = "site"  # gm.meta key
+SITE: Fact[Site] = Fact("site")  # of graphs
 Restore = Literal["change", "copy"]
 
 

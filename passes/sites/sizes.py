@@ -21,13 +21,16 @@ from passes.attention.attention_kernel import ALIGN
 from passes.axes.gather import along
 from passes.graph.base import ALIVE, Check, CompileError, Pass, PassResult, Refusal
 from passes.graph.codes import Code
+from passes.graph.facts import Fact
 from passes.graph.layout import Batch, Layout, Piece, Prunable, Tokens
 from passes.graph.ops import SDPA, arguments
 from passes.graph.splice import replace_by, splice
 
-KEY_SIZES = "sizes of keys"  # node.meta key: [B, Nk]
-MEAN_SIZES = "sizes in a mean"  # node.meta key: ([B, N], dimension of samples, dimension of tokens)
-HOW = "size bias"  # gm.meta key: "mask", "channel" or "mask and channel"
+KEY_SIZES: Fact[Node] = Fact("sizes of keys")  # of nodes: [B, Nk]
+# of nodes: [B, N], dimension of samples (None for one sample), dimension of tokens
+# of nodes: [B, N], dimension of samples (None for one sample), dimension of tokens
+MEAN_SIZES: Fact[tuple[Node, int | None, int]] = Fact("sizes in a mean")
+HOW: Fact[str] = Fact("size bias")  # of graphs: "mask", "channel" or "mask and channel"
 
 
 def stretch_sizes(sizes: Tensor, site: Tokens, pieces: Sequence[Piece]) -> Tensor:
@@ -102,7 +105,7 @@ def weighed(x: Tensor, sizes: Tensor, samples: int | None, tokens: int) -> Tenso
 
 def no_noted_size(gm: GraphModule) -> None:
     """No mean waits for its sizes, and nothing that is not read is kept alive."""
-    if any(MEAN_SIZES in node.meta or ALIVE in node.meta for node in gm.graph.nodes):
+    if any(MEAN_SIZES.known(node) or ALIVE.known(node) for node in gm.graph.nodes):
         raise CompileError("sizes of merged tokens are noted and not written", code=Code.FAULT)
 
 
@@ -119,23 +122,23 @@ class ApplySizes(Pass):
     def call(self, gm: GraphModule) -> PassResult:
         how: set[str] = set()
         for node in list(gm.graph.nodes):
-            if KEY_SIZES in node.meta and node.target is SDPA:
+            if KEY_SIZES.known(node) and node.target is SDPA:
                 how.add(_bias(gm, node))
-            elif MEAN_SIZES in node.meta:
-                sizes, samples, tokens = node.meta.pop(MEAN_SIZES)
+            elif MEAN_SIZES.known(node):
+                sizes, samples, tokens = MEAN_SIZES.take(node)
                 with gm.graph.inserting_before(node):
                     by_size = partial(weighed, samples=samples, tokens=tokens)
                     x = splice(gm.graph, "sizes", by_size, node.args[0], sizes)
                 node.args = (x, *node.args[1:])
         for node in gm.graph.nodes:
-            node.meta.pop(ALIVE, None)
-        gm.meta[HOW] = " and ".join(sorted(how))
+            ALIVE.forget(node)
+        HOW.put(gm, " and ".join(sorted(how)))
         return PassResult(gm, rewrites=len(how))
 
 
 def _bias(gm: GraphModule, node: Node) -> str:
     given: dict[str, Any] = arguments(node)
-    sizes: Node = node.meta[KEY_SIZES]
+    sizes = KEY_SIZES.of(node)
     query, key, value, mask = (given[k] for k in ("query", "key", "value", "attn_mask"))
     scale, gqa = given["scale"], given["enable_gqa"]
     val = query.meta["val"]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from passes.graph.base import CompileError
+from passes.graph.codes import Code
 from rs_compile.compiling import Backend
 from rs_compile.embed.errors import EmbedError
 from rs_compile.embed.run import Embedder, ready
@@ -39,7 +40,7 @@ def ray_data() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise EmbedError(f"--engine ray needs Ray ({error}); pip install 'ray[data]'") from error
+        raise EmbedError(f"--engine ray needs Ray ({error}); pip install 'ray[data]'", code=Code.MISSING) from error
     return ray
 
 

@@ -75,7 +75,7 @@ def block_sites(
     with _places() as places:
         fast(images)
     gm = fast.graph_module()
-    chains: Mapping[int, tuple[Node, ...]] = gm.meta[SELECTIONS]
+    chains: Mapping[int, tuple[Node, ...]] = SELECTIONS.of(gm)
     wanted = list(dict.fromkeys(n for chain in chains.values() for at in chain for n in (at, places[at]) if n))
     values = {n: v.cpu() for n, v in zip(wanted, ValueOutputs(tuple(wanted))(gm).gm(images), strict=True)}
     sites = []
@@ -107,11 +107,11 @@ def _places() -> Iterator[dict[Node, Node | None]]:
     found: dict[Node, Node | None] = {}
 
     def observe(_: Pass, result: PassResult) -> None:
-        site: Site | None = result.gm.meta.get(SITE)
+        site: Site | None = SITE.get(result.gm)
         if site is not None:
             found[site.index] = site.place
             if site.place is not None:
-                site.place.meta[SHOWN] = True  # a model that reads one token has no other use for it
+                SHOWN.put(site.place, True)  # a model that reads one token has no other use for it
 
     token = OBSERVER.set(observe)
     try:

@@ -46,7 +46,7 @@ def stage_sites(
     fast = optimize(model, schedule, backend="eager", progress=say)
     fast(images)
     gm = fast.graph_module()
-    cuts = gm.meta[CUTS]
+    cuts = CUTS.of(gm)
     flat = [kept.cpu() for kept in ValueOutputs(tuple(node for pair in cuts.values() for node in pair))(gm).gm(images)]
     grid = grids[min(cuts)]
     now = grid.shape

@@ -134,7 +134,7 @@ def leave_at_input(gm: GraphModule, keep: int, prefix: int = 0, suffix: int = 0)
     for user in users:
         user.replace_input_with(x, full)
     site = Site(x, full, short, index, layout, batch, keep - prefix - suffix)
-    gm.meta[SITE] = site
+    SITE.put(gm, site)
     return site
 
 

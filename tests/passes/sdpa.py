@@ -26,5 +26,5 @@ class Attend(nn.Module):
 def graph(*tensors: Tensor, **options: Any) -> GraphModule:
     """Captured, to run without autocast."""
     gm = capture(Attend(**options), tensors, {})
-    gm.meta[AUTOCAST] = {}
+    AUTOCAST.put(gm, {})
     return gm

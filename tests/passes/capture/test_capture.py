@@ -12,7 +12,7 @@ from graphs import Applies, graph_of, leaves, sample
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.capture.capture import FIXED_BATCH, CaptureError, batched, capture
+from passes.capture.capture import FIXED_BATCH, OUT_SPEC, CaptureError, batched, capture
 from passes.graph.base import CompileError
 
 
@@ -47,7 +47,7 @@ def test_output_is_flat_and_the_nesting_is_kept() -> None:
     gm = capture(model, (x,), {})
     found = gm(x)
     assert isinstance(found, tuple) and len(found) == 3 and found[2] == 7
-    nested = pytree.tree_unflatten(found, gm.meta["out_spec"])
+    nested = pytree.tree_unflatten(found, OUT_SPEC.of(gm))
     torch.testing.assert_close(nested, model(x))
 
 
@@ -151,9 +151,9 @@ class FixesBatch(nn.Module):
 def test_a_batch_that_the_model_fixes(batch: int) -> None:
     x = sample(batch=batch)
     gm = capture(FixesBatch(batch), (x,), {})
-    assert gm.meta[FIXED_BATCH] == (batch if batch > 1 else 0)
+    assert FIXED_BATCH.of(gm) == (batch if batch > 1 else 0)
     torch.testing.assert_close(gm(x)[0], 2 * x.flatten(1))
-    assert not capture(Net().eval(), (x,), {}).meta[FIXED_BATCH]
+    assert not FIXED_BATCH.of(capture(Net().eval(), (x,), {}))
 
 
 class Decides(nn.Module):

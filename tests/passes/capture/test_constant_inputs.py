@@ -57,7 +57,7 @@ def test_the_graph_has_the_value(f: Any) -> None:
     gm = capture(model, (x, LENGTHS), {}, constant=(1,))
     assert torch.equal(gm(x, LENGTHS)[0], model(x, LENGTHS))
     assert torch.equal(gm(x, LENGTHS + 1)[0], model(x, LENGTHS))
-    assert gm.meta[FIXED_BATCH] == 3
+    assert FIXED_BATCH.of(gm) == 3
     assert gm.get_parameter("weight") is model.weight
 
 

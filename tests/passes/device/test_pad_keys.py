@@ -104,7 +104,7 @@ def test_left_on_a_gpu_and_without_matrix_units() -> None:
 
 def test_autocast_decides_the_dtype() -> None:
     gm = graph(*qkv(77, torch.float32))
-    gm.meta[AUTOCAST] = {"cpu": torch.bfloat16}
+    AUTOCAST.put(gm, {"cpu": torch.bfloat16})
     assert PadKeys(BF16)(gm).rewrites == 1
 
 

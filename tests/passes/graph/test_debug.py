@@ -55,14 +55,14 @@ def test_each_pass_leaves_its_graph_and_is_checked(tmp_path: pathlib.Path) -> No
     before = len(list(home.iterdir()))
     ReluForMul()(graph_of(lambda x: x * 2))
     assert len(list(home.iterdir())) == before  # closed
-    assert gm.meta[HISTORY] == ("ReluForMul",)
+    assert HISTORY.of(gm) == ("ReluForMul",)
 
 
 def test_who_observed_before_still_does_and_what_is_shown_survives(tmp_path: pathlib.Path) -> None:
     seen: list[str] = []
     token = OBSERVER.set(lambda pass_, _: seen.append(pass_.name))
     gm = graph_of(lambda x: (x + 3, x * 2)[1])
-    only(gm, aten.mul.Tensor).prev.meta[SHOWN] = True
+    SHOWN.put(only(gm, aten.mul.Tensor).prev, True)
     try:
         with watched(tmp_path):
             ReluForMul()(gm)

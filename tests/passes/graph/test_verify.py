@@ -134,7 +134,7 @@ def test_spliced_arithmetic_knows_where_it_comes_from() -> None:
     node = only(gm, aten.mul.Tensor)
     with gm.graph.inserting_after(node):
         total, first = splice(gm.graph, "score", lambda a, n: (a.sum(-1) + n, a[:, 0]), node, 5)
-    assert total.meta[ORIGIN] == first.meta[ORIGIN] == "score"
+    assert ORIGIN.of(total) == ORIGIN.of(first) == "score"
     assert tuple(total.meta["val"].shape[1:]) == (6,) and isinstance(total.meta["val"].shape[0], torch.SymInt)
     with gm.graph.inserting_after(node), pytest.raises(ValueError, match="write constants as factory calls"):
         splice(gm.graph, "score", lambda a: a + torch.tensor([1.0, 2.0] * 4), node)

@@ -130,7 +130,7 @@ def test_a_constant_mask_is_not_taken_for_padding_behind_the_first_site():
     def padding(attend: Attend) -> int:
         gm = prepare(Encoder(attend, 3).eval(), (sample(), WORDS), {}, lower=True).gm
         compiled = prune(gm, [Prune(0, lambda n: 5), Prune(1, lambda n: 4)])
-        return sum(node.meta.get(ORIGIN) == "padding" for node in compiled.gm.graph.nodes)
+        return sum(ORIGIN.get(node) == "padding" for node in compiled.gm.graph.nodes)
 
     assert padding(biased) == 0 < padding(additive)
 

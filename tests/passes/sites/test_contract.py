@@ -35,7 +35,7 @@ def test_passes_in_order() -> None:
     with pytest.raises(CompileError, match="an earlier selection was not retargeted and restored"):
         no_open_site(gm)
     gm = RestoreTokens().apply(RetargetTokens().apply(gm).gm).gm
-    assert gm.meta.pop(SITE) is site
+    assert SITE.take(gm) is site
     no_open_site(gm)
     assert all(
         no_open_site in p.requires and open_site in p.ensures for p in (InsertSelection, InsertMerge, InsertWard)
@@ -92,7 +92,8 @@ def test_checks_of_other_passes() -> None:
         no_attention_op(gm)
     no_composite(gm)
     gm = graph_of(lambda x: x.mean(1))
-    only(gm, aten.mean.dim).meta[MEAN_SIZES] = None
+    mean = only(gm, aten.mean.dim)
+    MEAN_SIZES.put(mean, (mean, 0, 1))
     with pytest.raises(CompileError, match="sizes of merged tokens are noted and not written"):
         no_noted_size(gm)
     with gm.graph.inserting_before(gm.graph.output_node()):

@@ -47,7 +47,7 @@ def inserted(
 ) -> tuple[GraphModule, Site]:
     gm = graph(model)
     gm = InsertSelection(find_blocks(gm)[at], keep, guard, **options)(gm).gm
-    return gm, gm.meta[SITE]
+    return gm, SITE.of(gm)
 
 
 def values(gm: GraphModule, *nodes: Node) -> list[Tensor]:
@@ -65,7 +65,7 @@ def test_alone_it_leaves_the_output_bit_equal(model: nn.Module, keep: int) -> No
 
 def test_the_selection_is_live_and_the_rest_reads_what_was_put_back(model: nn.Module) -> None:
     gm, site = inserted(model)
-    origins = {n.meta[ORIGIN] for n in gm.graph.nodes if ORIGIN in n.meta}
+    origins = {ORIGIN.of(n) for n in gm.graph.nodes if ORIGIN.known(n)}
     assert origins == {"score", "select", "gather", "restore"}
     outputs = gm.graph.output_node().all_input_nodes
     above: set[Node] = set()
@@ -77,7 +77,7 @@ def test_the_selection_is_live_and_the_rest_reads_what_was_put_back(model: nn.Mo
             todo += node.all_input_nodes
     assert {site.full, site.short, site.index, site.stream} <= above
     # nothing but the selection reads the stream any more
-    assert all(ORIGIN in user.meta for user in site.stream.users)
+    assert all(ORIGIN.known(user) for user in site.stream.users)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_a_token_in_the_middle_stays_by_its_original_position(model: nn.Module) 
     blocks = find_blocks(gm)
     guard = Protected(0, 0, (3,))
     gm = InsertSelection(blocks[0], 4, guard)(gm).gm
-    first = gm.meta.pop(SITE)
+    first = SITE.take(gm)
     (kept,) = values(gm, first.index)
     assert (kept == 3).any(1).all() and first.tokens.pieces == (Prunable(N),)
     places = (kept == 3).int().argmax(1)

@@ -39,7 +39,7 @@ def graph() -> GraphModule:
 def inserted(graph: GraphModule, r: int, **options: Any) -> tuple[GraphModule, Site]:
     gm = copy.deepcopy(graph)
     gm = InsertMerge(find_blocks(gm)[0], r, options.pop("guard", Protected(1, 0)), **options)(gm).gm
-    return gm, gm.meta[SITE]
+    return gm, SITE.of(gm)
 
 
 @pytest.mark.parametrize("merger", MERGERS)

@@ -30,7 +30,7 @@ def inserted(graph: GraphModule, r: int, block: int = 0, before: int | None = No
     gm = copy.deepcopy(graph)
     blocks = find_blocks(gm)
     gm = InsertWard(blocks[block], r, Protected(1, 0), None if before is None else blocks[before])(gm).gm
-    return gm, gm.meta[SITE]
+    return gm, SITE.of(gm)
 
 
 @pytest.fixture(scope="module")

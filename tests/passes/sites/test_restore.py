@@ -94,7 +94,7 @@ def captured() -> tuple[Net, GraphModule]:
 
 
 def origins(gm: GraphModule, origin: str) -> int:
-    return sum(n.meta.get(ORIGIN) == origin for n in gm.graph.nodes)
+    return sum(ORIGIN.get(n) == origin for n in gm.graph.nodes)
 
 
 @pytest.mark.parametrize("keep", [{0: 4}, KEEP, {2: 2}, {0: 5, 1: 4, 2: 1}], ids=str)

@@ -179,7 +179,7 @@ def test_what_merged_counts_one_token_again() -> None:
     gm = made(model, [Merge(0, lambda n: 2, Stream(restore="copy"))]).gm
     attentions = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     biased = [n for n in attentions if n.args[3:4] not in ((), (None,)) or n.kwargs.get("attn_mask") is not None]
-    assert biased == attentions[1:2] and not any(KEY_SIZES in n.meta for n in attentions[2:])
+    assert biased == attentions[1:2] and not any(KEY_SIZES.known(n) for n in attentions[2:])
     before, found = gm(x)
     assert all(len(before[b].unique(dim=0)) == N - 2 for b in range(B))
     stream = before
