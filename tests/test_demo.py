@@ -89,7 +89,7 @@ def test_the_files_are_small() -> None:
 @torch.no_grad()
 def test_accuracy_of_the_weights(model: nn.Module, pictures: Labelled) -> None:
     named = torch.cat([model(part).argmax(1) for part in pictures.inputs.split(100)])
-    assert (named == pictures.labels).double().mean() >= 0.88  # 90.3% measured
+    assert (named == pictures.labels).double().mean() >= 0.93  # 94.1% measured
 
 
 def test_every_method_leaves_as_many_tokens() -> None:
