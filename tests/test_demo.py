@@ -180,7 +180,7 @@ def test_the_page_has_the_table_and_nothing_from_elsewhere() -> None:
         assert f"<h2>{title}</h2>" in text and all(f">{cell}</t" in text for cell in cells)
     assert "9 &gt; 5" in text and "shift at keep 0.5 1.70x [1.60, 1.80] over torch.compile(model), 200 ms" in text
     assert json.loads(demo.to_json())["compiled"]["speed_up"]["median"] == 1.7
-    assert "http" not in text and 'src="data:image/png;base64,iVBOR' in text
+    assert "http:" not in text and "https:" not in text and 'src="data:image/png;base64,iVBOR' in text
 
 
 def test_files_that_cannot_be_written_are_said_before_the_work(
