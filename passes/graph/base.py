@@ -197,27 +197,44 @@ def _hold(checks: Iterable[Check], gm: GraphModule, kind: type[PassError], when:
 
 
 def known_values(gm: GraphModule) -> None:
-    """Each op that is read has a value on fake tensors.
+    """Each op of ATen or of a library that is read has a value on fake tensors.
 
     Raises:
         CompileError: one has none.
     """
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.users and "val" not in node.meta:
+        if isinstance(node.target, torch._ops.OpOverload) and node.users and "val" not in node.meta:
             raise CompileError(f"{node.name} ({op_name(node)}) has no fake value in its meta", code=Code.FAULT)
 
 
-def _outputs(gm: GraphModule) -> list[str]:
-    """Dtype and shape of each output, as they are written."""
+Output: TypeAlias = tuple[torch.dtype, tuple[int | None, ...]] | None
+
+
+def _outputs(gm: GraphModule) -> list[Output]:
+    """Dtype and literal sizes of each output; None for a size that counts samples, and for what is no known tensor."""
     leaves = pytree.tree_leaves(gm.graph.output_node().args)
-    values = (leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves)
-    return [f"{v.dtype}{tuple(v.shape)}" if isinstance(v, torch.Tensor) else type(v).__name__ for v in values]
+    values = [leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves]
+    return [
+        (v.dtype, tuple(s if isinstance(s, int) else None for s in v.shape)) if isinstance(v, torch.Tensor) else None
+        for v in values
+    ]
 
 
-def _same(outputs: list[str]) -> Check:
+def _differ(now: Output, before: Output) -> bool:
+    if now is None or before is None:
+        return False
+    sizes = zip(now[1], before[1], strict=False)
+    return (
+        now[0] != before[0]
+        or len(now[1]) != len(before[1])
+        or any(None not in pair and pair[0] != pair[1] for pair in sizes)
+    )
+
+
+def _same(outputs: list[Output]) -> Check:
     def same_outputs(gm: GraphModule) -> None:
         now = _outputs(gm)
-        if now != outputs:
+        if len(now) != len(outputs) or any(map(_differ, now, outputs)):
             raise CompileError(f"the outputs are {now}, and were {outputs}", code=Code.FAULT)
 
     return same_outputs
