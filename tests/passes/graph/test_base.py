@@ -149,7 +149,7 @@ def test_every_pass_ensures_values_and_outputs() -> None:
     with pytest.raises(Postcondition, match=r"^after pass Forgets: mul \(aten.mul.Tensor\) has no fake value"):
         Forgets()(graph_of(lambda x: x * 2))
     gm = graph_of(lambda x: x * 2)
-    with pytest.raises(Postcondition, match="^after pass Shortens: the outputs are .+, 2, 8.+, and were .+, 6, 8"):
+    with pytest.raises(Postcondition, match=r"^after pass Shortens: the outputs are .+, 2, 8.+, and were .+, 6, 8"):
         Shortens()(gm)
     assert Shortens(said=True)(graph_of(lambda x: x * 2)).gm(torch.ones(1, 6, 8))[0].shape == (1, 2, 8)
 
