@@ -113,7 +113,7 @@ def test_bench_in_bfloat16_with_a_schedule_as_json(capsys: pytest.CaptureFixture
     assert main([*BENCH, "--schedule", schedule, "--dtype", "bfloat16", "--json", "-"]) == 0
     content = json.loads(capsys.readouterr().out)  # JSON and nothing else
     assert content["batches"][0]["settings"]["dtype"] == "bfloat16"
-    assert content["schedule"]["score"] == {"kind": "class-attention"}
+    assert content["schedule"]["score"] == {"kind": "class-attention", "size_bias": False}
 
 
 def test_bench_sets_threads(capsys: pytest.CaptureFixture[str]) -> None:

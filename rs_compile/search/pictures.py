@@ -152,7 +152,10 @@ def _loaded(batches: Iterable[Any], limit: int) -> Pictures:
 
 
 def _files(folder: Path, model: nn.Module, limit: int, seed: int, size: int | None) -> Pictures:
-    paths = models.pictures_in(folder)
+    try:
+        paths = models.pictures_in(folder)
+    except models.ImageError as error:
+        raise SearchError(error.text) from error
     if len(paths) < LEAST:
         raise SearchError(f"{folder} has {len(paths)} pictures; give {LEAST} at least, better 64")
     if not hasattr(model, "pretrained_cfg"):
