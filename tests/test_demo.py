@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from bench.demo_data import PHOTOGRAPHS, source
 from rs_compile.cli import main
@@ -139,11 +139,11 @@ def test_the_table_against_pruning_by_hand(
         share = (wanted.outputs["output"].argmax(1) == labels).double().mean().item()
         assert row["accuracy"][name] == [pytest.approx(share)]
     assert content["accuracy"] == pytest.approx((model(inputs).argmax(1) == labels).double().mean().item())
-    assert len(row["accuracy"]["random"]) == 5 and len(set(row["accuracy"]["random"])) > 1  # seeds differ
+    assert len(row["accuracy"]["random"]) == 5
     assert all(cost < content["gflops"] for cost in row["gflops"].values())
     # the same tokens leave, but for what chooses them
     assert max(row["gflops"].values()) < 1.1 * min(row["gflops"].values())
-    assert "<td>197 &gt; 138 &gt; 97 &gt; 68</td>" in html.read_text()
+    assert ">197 &gt; 138 &gt; 97 &gt; 68</td>" in html.read_text()
     with Image.open(png) as drawn:
         assert drawn.width > 700 and drawn.height > 400
 
@@ -162,6 +162,15 @@ def row_of(shift: float, attention: float, random: float) -> Row:
 
 def demo_of(*rows: Row) -> Demo:
     return Demo(400, (0,), 0.96, 9, 1.0, 0.25, 64, 2, 9, rows, CompiledSpeed(0.5, 0.2, Spread(1.7, 1.6, 1.8)))
+
+
+def test_random_is_drawn_anew_for_each_seed() -> None:
+    class Guesses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.rand(len(x), 10)
+
+    first, again = (demo_run._accuracies(Guesses(), torch.zeros(200, 1), torch.zeros(200), 5) for _ in range(2))
+    assert len(set(first)) > 1 and first == again
 
 
 def test_the_verdict_counts_wins_and_no_ties() -> None:
