@@ -32,9 +32,9 @@ def test_attention_is_flash_on_a_cpu_unless_it_is_switched_off() -> None:
         assert "another kernel" in by_name(doctor._attention())["attention, cpu, float32"].advice
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    (only,) = doctor._compiler()
+def test_without_a_compiler() -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        (only,) = doctor._compiler()
     assert only.found.startswith("none") and "apt-get install g++" in only.advice and "--backend eager" in only.advice
 
 
