@@ -44,7 +44,6 @@ from passes.sites.sizes import HOW, ApplySizes
 from passes.sites.steps import Behind, Merge, Prune, hidden_padding, pass_for, place_of
 
 # of graphs: by block the kept positions of the selections that its sequence went through
-# of graphs: by block the kept positions of the selections that its sequence went through
 SELECTIONS: Fact[Mapping[int, tuple[Node, ...]]] = Fact("selections")
 
 

@@ -18,18 +18,9 @@ if TYPE_CHECKING:
     from passes.capture.capture import CaptureError
     from passes.graph.base import CompileError, Refusal, ScheduleError
     from passes.graph.cost import register_cost
+    from passes.sites.attention_scores import AttentionEntropy, ClassAttention, MeanAttention, ZeroTPrune
     from passes.sites.grid_prune import GridPrune
-    from passes.sites.importance import (
-        AttentionEntropy,
-        ClassAttention,
-        Lowest,
-        MeanAttention,
-        Random,
-        Score,
-        Shift,
-        TopViM,
-        ZeroTPrune,
-    )
+    from passes.sites.importance import Lowest, Random, Score, Shift, TopViM
     from passes.sites.mergers import DiffRate, Merger, PiToMe, Stream, ToMe, VidTLDR, Ward
     from passes.sites.restore import TokenOutput
     from rs_compile.embed import Embedding, EmbedError, embed
@@ -101,17 +92,8 @@ _HOMES = {
     "passes.capture.capture_errors": ("CaptureError",),
     "passes.graph.cost": ("register_cost",),
     "passes.sites.grid_prune": ("GridPrune",),
-    "passes.sites.importance": (
-        "AttentionEntropy",
-        "ClassAttention",
-        "Lowest",
-        "MeanAttention",
-        "Random",
-        "Score",
-        "Shift",
-        "TopViM",
-        "ZeroTPrune",
-    ),
+    "passes.sites.attention_scores": ("AttentionEntropy", "ClassAttention", "MeanAttention", "ZeroTPrune"),
+    "passes.sites.importance": ("Lowest", "Random", "Score", "Shift", "TopViM"),
     "passes.sites.mergers": ("DiffRate", "Merger", "PiToMe", "Stream", "ToMe", "VidTLDR", "Ward"),
     "passes.sites.restore": ("TokenOutput",),
     "passes.axes.rules": ("register_token_rule",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import shtab
 
@@ -20,9 +21,10 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    for action in parser._actions:
+    actions: list[Any] = parser._actions  # argparse has no public list of them, nor shtab's attribute
+    for action in actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 _complete_files(sub)
         elif action.type is Path or action.dest == "json":
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
+            action.complete = shtab.FILE

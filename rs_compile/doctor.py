@@ -30,6 +30,7 @@ EXTRAS = {  # a package that tells whether the extra is there
     "export": "openvino",
     "executorch": "executorch",
     "embed": "pyarrow",
+    "ray": "ray",
     "bench": "open_clip_torch",
 }
 LEAST_FREE = 2 * 2**30  # bytes for compiled kernels

@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "deit_small_patch16_224",
         "vit_base_patch16_clip_224 --json explain.json",
     )
-    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+    _add_model(sub)
     add_model_options(sub)
     sub.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="JSON instead of the table; with FILE, beside it"
@@ -107,8 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=positive, nargs="+", metavar="N", default=BATCHES, help="one or more (default 1 4 16 64)"
     )
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
-    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    _add_machine(sub)
     sub.add_argument("--rounds", type=positive, default=15, help="of all variants, interleaved")
     add_html(sub)
     add_backend(sub, "inductor")
@@ -120,14 +119,13 @@ def parser() -> argparse.ArgumentParser:
         "deit_small_patch16_224 --images DIR --pretrained",
         "vit_small_patch14_dinov2 --images DIR --checkpoint FILE --schedule schedule.json --json -",
     )
-    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+    _add_model(sub)
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures, more say more")
     _add_weights(sub, required=True)
     add_model_options(sub)
     add_schedule(sub)
     sub.add_argument("--limit", type=positive, default=16, help="pictures, all in one call (default 16)")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
-    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    _add_machine(sub)
     sub.add_argument("--rounds", type=positive, default=7, help="of timing, both sides in each (default 7)")
     add_html(sub)
     add_backend(sub, "inductor")
@@ -151,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
         "deit_small_patch16_224 --pretrained -o deit.onnx",
         "deit_small_patch16_224 --checkpoint FILE --schedule schedule.json -o deit.xml --half-weights",
     )
-    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+    _add_model(sub)
     _add_weights(sub, required=False)
     add_model_options(sub)
     add_schedule(sub)
@@ -182,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
         "deit_small_patch16_224 --images DIR --pretrained --speedup 1.5 -o schedule.json",
         "vit_small_patch14_dinov2 --images DIR --checkpoint FILE --drift 0.01 --resume found.json",
     )
-    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+    _add_model(sub)
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures, at least 8, better 64")
     _add_weights(sub, required=True)
     add_model_options(sub)
@@ -194,8 +192,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--methods", nargs="+", metavar="NAME", help="to choose among; all if not given")
     sub.add_argument("--limit", type=positive, default=64, help="pictures at most (default 64)")
     sub.add_argument("--batch-size", type=positive, default=16, help="of runs and timing (default 16)")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
-    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
+    _add_machine(sub)
     sub.add_argument("--seed", type=count, default=0)
     sub.add_argument("--resume", type=Path, metavar="FILE", help="keeps what is found; an interrupted search goes on")
     sub.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="the schedule, for --schedule and optimize")
@@ -299,6 +296,15 @@ def _add_embed(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--actors", type=positive, metavar="N", help="of Ray; one a GPU, or one on CPUs, if not given")
     sub.add_argument("--address", help="of a Ray cluster to join; one is started on this machine if not given")
     add_backend(sub, "inductor")
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="timm's name for it")
+
+
+def _add_machine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0")
+    sub.add_argument("--threads", type=positive, help="CPU threads, torch's own choice if not given")
 
 
 def _add_images(sub: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from passes.graph.codes import Code
 from passes.sites.choice import check_choice
 from passes.sites.grid_prune import GridPrune
 from passes.sites.importance import Lowest, Random, Score, Shift
-from passes.sites.mergers import DiffRate, Merger, Stream
+from passes.sites.mergers import Merger, Stream
 from passes.sites.per_block import PerBlock
 from passes.sites.retarget import Gap
 from rs_compile.schedule_json import by_index, item, read, written
@@ -121,9 +121,9 @@ class Schedule:
                 f"gap is 'decay', and {self.score!r} moves the class token, so that its gaps are no gaps; "
                 "write gap='compact' or TopViM()"
             )
-        if isinstance(self.by, DiffRate) and (alone := sorted(self.by.pruned.keys() - self.merge.keys())):
+        if alone := sorted(self.by.drops.keys() - self.merge.keys()):
             raise ScheduleError(
-                f"DiffRate drops tokens in block {alone[0]}, and merge says nothing leaves there; "
+                f"{type(self.by).__name__} drops tokens in block {alone[0]}, and merge says nothing leaves there; "
                 "merge counts what is dropped and what merges together, so name the block in it"
             )
         if both := sorted(i for i, r in self.merge.items() if r and self.keep.get(i, 1) < 1):

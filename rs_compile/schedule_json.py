@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from passes.graph.base import ScheduleError
+from passes.sites.attention_scores import SCORES
 from passes.sites.grid_prune import GridPrune
-from passes.sites.importance import SCORES
 from passes.sites.mergers import MERGERS
 
 VERSION = 1  # of the form

@@ -8,7 +8,7 @@ from merge_oracle import Merging
 from oracle import Pruning
 from torch import nn
 
-from passes.sites.importance import SCORES
+from passes.sites.attention_scores import SCORES
 from passes.sites.mergers import MERGERS
 from rs_compile import Lowest, Merger, OptimizedModel, Schedule, Score, Shift, VidTLDR
 from rs_compile.compiling import Options

@@ -12,6 +12,7 @@ import torch
 from browser import chromium, press, text
 from pages_made import BESIDE, GRID, HOSTILE, MAPS, SCHEDULE, photos
 
+from passes.sites.mergers import MERGERS
 from rs_compile import ClassAttention, GridPrune, Lowest, Random, Schedule, Shift
 from rs_compile.visualize import SiteMap, save_page
 from rs_compile.visualize.page import leaving, meaning
@@ -194,6 +195,10 @@ def test_what_the_score_is_and_what_leaves_by_it() -> None:
     assert said[0] == "In block 3 tokens merge, chosen by what adds least to the variance of keys and values (Ward)."
     assert "Of 6 patches 4 tokens are left at the end." in said and any(
         "One more token, the class token" in s for s in said
+    )
+    words = [leaving(replace(SCHEDULE, by=merger()), MAPS)[0] for merger in MERGERS.values()]
+    assert (
+        len(set(words)) == len(MERGERS) and "ranked by importance (DiffRate)." in words[list(MERGERS).index("diffrate")]
     )
     pruned = leaving(Schedule({0: 0.8, 3: 0.8, 6: 0.5}, score=Lowest(ClassAttention())), MAPS)
     stages = replace(MAPS, unit="stage", sites=(SiteMap(0, GRID, MAPS.sites[0].stands, 20, 24), MAPS.sites[0]))

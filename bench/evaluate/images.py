@@ -182,12 +182,8 @@ def evaluate_images(
         journal=Journal(resume, evaluation, ranks),
         ranks=ranks,
         title=f"{len(pictures.files)} pictures",
+        found_in=("pictures", folder),
     )
-    if not measured:
-        raise EvaluationError(
-            f"none of the {len(pictures.files)} pictures in {folder} could be read; the first, {skipped[0].file}: "
-            f"{skipped[0].reason}"
-        )
     return {name: _scores([batch[name] for batch in measured], skipped) for name in models}
 
 

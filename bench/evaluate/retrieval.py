@@ -155,12 +155,8 @@ def evaluate_retrieval(
         journal=Journal(resume, evaluation, ranks),
         ranks=ranks,
         title=f"{len(files)} videos",
+        found_in=("videos", videos),
     )
-    if not measured:
-        raise EvaluationError(
-            f"none of the {len(files)} videos in {videos} could be read; the first, {skipped[0].file}: "
-            f"{skipped[0].reason}"
-        )
     column = {video: i for i, video in enumerate(i for batch in measured for i in batch["indices"])}
     rows = [row for row, (video, _) in enumerate(lines) if video in column]
     own = related([(i, column[lines[row][0]]) for i, row in enumerate(rows)], len(rows), len(column))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.evaluate.journal import Notes
+from bench.evaluate.journal import EvaluationError, Notes
 from bench.evaluate.ranks import Ranks
 from passes.graph.base import CompileError
 
@@ -56,6 +57,7 @@ def sweep(
     journal: Notes,
     ranks: Ranks,
     title: str,
+    found_in: tuple[str, Path] | None = None,
 ) -> tuple[list[dict[str, Any]], tuple[Skipped, ...]]:
     """Measures every item, in batches of consecutive ones.
 
@@ -70,9 +72,13 @@ def sweep(
         journal: knows the batches that are done, and is told of each that gets done.
         ranks: this process reads and measures its share of the batches.
         title: what stands before the progress bar.
+        found_in: what the items are, in words, and their folder, for the message where none can be read.
 
     Returns:
         What `measure` gave for each batch that had something readable, and what was skipped.
+
+    Raises:
+        EvaluationError: no item can be read.
     """
     batches = [list(range(i, min(i + batch_size, len(names)))) for i in range(0, len(names), batch_size)]
     mine = ranks.share([number for number in range(len(batches)) if number not in journal.done])
@@ -100,7 +106,14 @@ def sweep(
         values |= part
     ordered = [values[number] for number in range(len(batches))]
     skipped = tuple(Skipped(*pair) for value in ordered for pair in value["skipped"])
-    return [value["measured"] for value in ordered if "measured" in value], skipped
+    measured = [value["measured"] for value in ordered if "measured" in value]
+    if found_in is not None and not measured:
+        what, folder = found_in
+        raise EvaluationError(
+            f"none of the {len(names)} {what} in {folder} could be read; the first, {skipped[0].file}: "
+            f"{skipped[0].reason}"
+        )
+    return measured, skipped
 
 
 class _Items(Dataset[Any]):

@@ -13,8 +13,9 @@ from torch.fx import Node
 from passes.axes.rules import Context, Transfer, Untransferable, rule_for
 from passes.axes.rules.pointwise import tensors
 from passes.graph.aliasing import writes
-from passes.graph.layout import Batch, Layout, Part, dim_size, expr, plain, regroup, runs_over_tokens, tokens_in
+from passes.graph.layout import Batch, Layout, Part, dim_size, expr, plain, runs_over_tokens, tokens_in
 from passes.graph.ops import argument, shape_of, sizes_of
+from passes.graph.regroup import regroup
 
 aten = torch.ops.aten
 

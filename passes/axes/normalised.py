@@ -15,8 +15,9 @@ from torch.fx import Node
 from passes.axes.rules.pointwise import tensors
 from passes.axes.rules.registry import rule_for
 from passes.axes.rules.views import reshape
-from passes.graph.layout import Layout, regroup, tokens_in
+from passes.graph.layout import Layout, tokens_in
 from passes.graph.ops import EXPANSIONS, SOFTMAX, argument, elementwise, permuted, shape_of, sizes_of, wrap
+from passes.graph.regroup import regroup
 
 aten = torch.ops.aten
 

@@ -132,7 +132,7 @@ class PassResult:
 class Pass(abc.ABC):
     """One rewrite. `pass_(gm)` runs `requires` on the input, `call`, clean-up, `ensures` on the result.
 
-    Every pass ensures that each op that is read has a fake value, and that outputs keep their shapes and dtypes.
+    Every pass ensures that each op that is read has a fake value, and that outputs keep their dtypes and literal sizes.
     The checks here are cheap; `passes.graph.debug` runs the whole graph on fake tensors behind every pass.
     `apply` does the same and leaves the graph's code stale, for who calls `finish` after the last of many passes.
     A pass may change the graph module in place: it is the compiler's private copy.

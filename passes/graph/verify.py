@@ -98,20 +98,3 @@ def _shown(value: torch.Tensor, batch: LiteralBatch | None) -> tuple[Any, ...]:
         return tuple(value.shape) if batch is None else batch.described(value).shape
     except ValueError:
         return tuple(value.shape)
-
-
-def not_put_back(gm: GraphModule, full: Node) -> None:
-    """A selection must not be half-done: nothing may still read what `InsertSelection` put back.
-
-    Args:
-        gm: the graph after `RestoreTokens`.
-        full: the value that it put back, `Site.full`.
-
-    Raises:
-        CompileError: part of the network still runs on every token.
-    """
-    if any(node is full for node in gm.graph.nodes):
-        consumers = ", ".join(user.name for user in full.users)
-        raise CompileError(
-            f"{full.name} puts pruned tokens back at once, and is still read by {consumers}", code=Code.FAULT
-        )

@@ -8,7 +8,6 @@ from torch.fx import GraphModule
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
 from passes.graph.layout import tokens_in
-from passes.graph.verify import not_put_back
 from passes.sites.site import SITE, Site
 
 
@@ -42,12 +41,16 @@ def retargeted(gm: GraphModule) -> None:
 
 
 def put_back_nowhere(gm: GraphModule) -> None:
-    """See `passes.graph.verify.not_put_back`."""
-    not_put_back(gm, _site(gm).full)
+    """Nothing reads what was put back at once: else part of the network still runs on every token."""
+    full = _site(gm).full
+    if any(node is full for node in gm.graph.nodes):
+        consumers = ", ".join(user.name for user in full.users)
+        raise CompileError(
+            f"{full.name} puts pruned tokens back at once, and is still read by {consumers}", code=Code.FAULT
+        )
 
 
 def _site(gm: GraphModule) -> Site:
     if not SITE.known(gm):
         raise CompileError("no selection or merge stands open", code=Code.FAULT)
-    site = SITE.of(gm)
-    return site
+    return SITE.of(gm)

@@ -16,13 +16,13 @@ from passes.axes.gather import original_positions, take
 from passes.axes.token_axis import sequences_per_sample, stream_layout
 from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
 from passes.graph.codes import Code
-from passes.graph.layout import Layout, Tokens, sequence_in, tokens_in
+from passes.graph.layout import Tokens, sequence_in, tokens_in
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.padding import insert_padding
 from passes.network.protected import Protected
 from passes.sites.contract import no_open_site, open_site
-from passes.sites.importance import Score, Shift, ZeroTPrune
+from passes.sites.importance import Score, Selecting, Shift
 from passes.sites.select import MANY, centred, keep_highest, protected_mask, way
 from passes.sites.site import SITE, Site, put_back
 
@@ -67,8 +67,8 @@ class InsertSelection(Pass):
             padding, guard = self._padding(gm), self._guard(graph, stream, tokens)
             many = bool(MANY.get(gm)) or sequences_per_sample(stream) > 1
             in_score = self._marks_in_score(stream, tokens, padding, many)
-            marked = guard if in_score else None
-            scores = self._scores(gm, stream, layout, marked, guard, tokens.dense - self.keep)
+            selecting = Selecting(guard, tokens.dense - self.keep, in_score)
+            scores = self.score.insert(gm, self.block, stream, layout, self.protected.prefix, selecting)
             select = partial(keep_highest, keep=self.keep, lowest=self.score.lowest, many=many)
             index = splice(
                 graph, "select", lambda s, g, p: select(s, g, padding=p), scores, None if in_score else guard, padding
@@ -91,13 +91,6 @@ class InsertSelection(Pass):
             sizes=sizes, size_bias=self.size_bias, weighted_mean=self.weighted_mean,
         ))  # fmt: skip
         return PassResult(gm, rewrites=1)
-
-    def _scores(
-        self, gm: GraphModule, stream: Node, layout: Layout, marked: Node | None, guard: Node, leave: int
-    ) -> Node:
-        if isinstance(self.score, ZeroTPrune):
-            return self.score.insert_among(gm, self.block, layout, self.protected.prefix, guard, leave)
-        return self.score.insert(gm, self.block, stream, layout, self.protected.prefix, marked)
 
     def _centred(self, graph: Graph, stream: Node, index: Node, guard: Node) -> Node:
         """The kept positions with the protected token, the class token, in the middle of the others."""
@@ -125,5 +118,4 @@ class InsertSelection(Pass):
 
     def _marks_in_score(self, stream: Node, tokens: Tokens, padding: Node | None, many: bool) -> bool:
         """Whether the kernel of the score takes the mask; elsewhere it costs more there, or other scores come first."""
-        plain = isinstance(self.score, Shift) and padding is None
-        return plain and way(stream.meta["val"].device, tokens.dense, many) != "topk"
+        return self.score.can_mark and padding is None and way(stream.meta["val"].device, tokens.dense, many) != "topk"

@@ -18,11 +18,9 @@ from passes.graph.ops import arguments
 from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
-from passes.sites import matching
+from passes.sites.attention_scores import by_sample
 from passes.sites.contract import no_open_site, open_site
-from passes.sites.importance import by_sample
-from passes.sites.mergers import DiffRate, Merger, PiToMe, Stream, ToMe, VidTLDR
-from passes.sites.ranked import by_energy, by_rank
+from passes.sites.mergers import Merger, Merging, Stream
 from passes.sites.select import protected_mask
 from passes.sites.site import SITE, Site, put_merged_back
 
@@ -59,38 +57,22 @@ class InsertMerge(Pass):
         tokens = sequence_in(layout)
         assert tokens is not None
         users = list(stream.users)
-        order: matching.Order = "sequence"
-        if not isinstance(self.by, Stream):
-            order = "strength" if isinstance(self.by, ToMe) and p.prefix == 0 else "even-odd"
+        at = Merging(self.block, self.r, dropped, p.prefix, p.suffix, tokens.dense - p.count)
 
         def merged(
             x: Tensor, keys: Tensor | None, scores: Tensor | None, sizes: Tensor | None, *earlier: Tensor
         ) -> tuple[Tensor, ...]:
             x = tokens_first(x, layout)
-            at = original_positions(*earlier) if earlier else None
-            guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, at, x.device)
-            ones = torch.ones(x.shape[:2], device=x.device)
-            sizes = ones if sizes is None else sizes
-            free = tokens.dense - p.count
-            if isinstance(self.by, DiffRate) and scores is not None:
-                matched, near = by_rank(x, scores, guard, self.r - dropped, dropped, p.prefix, free)
-                share = sizes.gather(1, matched.sources) * near.clamp_min(0)
-                (short,), _ = matching.merge([x], ones, matched)
-                _, sizes = matching.grown(sizes, share, None, matched)
-            elif isinstance(self.by, PiToMe) and keys is not None:
-                margin, spare = self.by.margin_in(self.block), self.by.spares(self.block)
-                matched = by_energy(keys.mean(1), guard, self.r, p.prefix, free, margin, self.by.energy, spare)
-                (short,), sizes = matching.merge([x], sizes, matched)
-            else:
-                features = x if keys is None else keys.mean(1)
-                matched = matching.match(matching.cosine(features), guard, self.r, p.prefix, p.suffix, order)
-                weights = None if scores is None else matching.saliency(scores, guard)
-                (short,), sizes = matching.merge([x], sizes, matched, weights)
+            where = original_positions(*earlier) if earlier else None
+            guard = protected_mask(tokens.dense, p.prefix, p.suffix, p.extra, where, x.device)
+            sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
+            short, sizes, matched = self.by.merged(x, keys, scores, sizes, guard, at)
             return tokens_back(short, layout), sizes, matched.left, matched.place
 
         with graph.inserting_before(stream.next):
-            keys = self._keys(stream, layout) if isinstance(self.by, ToMe | PiToMe) else None
-            scores = self._importance(gm, stream, layout)
+            keys = self._keys(stream, layout) if self.by.reads_keys else None
+            by = self.by.scored_by
+            scores = by.insert(gm, self.block, stream, layout, p.prefix) if by is not None else None
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
             full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore, dropped > 0)
@@ -114,26 +96,21 @@ class InsertMerge(Pass):
                 sizes=sizes,
                 size_bias=self.by.size_bias,
                 weighted_mean=self.by.weighted_mean,
-                in_order=order == "sequence",
+                in_order=self.by.order(p.prefix) == "sequence",
             ),
         )
         return PassResult(gm, rewrites=1)
 
     def _dropped(self) -> int:
         """How many tokens leave without merging."""
-        dropped = self.by.pruned.get(self.block.index, 0) if isinstance(self.by, DiffRate) else 0
+        dropped = self.by.drops.get(self.block.index, 0)
         if dropped > self.r:
             raise CompileError(
-                f"DiffRate is to drop {dropped} tokens in block {self.block.index}, of {self.r} that leave there; "
-                "merge of that block counts both, so write a larger one",
+                f"{type(self.by).__name__} is to drop {dropped} tokens in block {self.block.index}, of {self.r} that "
+                "leave there; merge of that block counts both, so write a larger one",
                 code=Code.SCHEDULE,
             )
         return dropped
-
-    def _importance(self, gm: GraphModule, stream: Node, layout: Layout) -> Node | None:
-        if not isinstance(self.by, VidTLDR | DiffRate):
-            return None
-        return self.by.importance.insert(gm, self.block, stream, layout, self.protected.prefix)
 
     def _keys(self, stream: Node, layout: Layout) -> Node:
         """The keys [B, H, N, d] of the block's attention."""

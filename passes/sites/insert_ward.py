@@ -21,8 +21,9 @@ from passes.graph.splice import splice
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites import matching
+from passes.sites.attention_scores import by_sample
 from passes.sites.contract import no_open_site, open_site
-from passes.sites.importance import Shift, by_sample
+from passes.sites.importance import Shift
 from passes.sites.mergers import Ward
 from passes.sites.select import protected_mask
 from passes.sites.site import SITE, Site, put_merged_back

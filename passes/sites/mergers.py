@@ -8,20 +8,45 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar, Literal, get_args
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from passes.graph.base import Refusal, ScheduleError
 from passes.graph.codes import Code
 from passes.network.branches import Block, Branch
 from passes.network.protected import Protected
+from passes.sites.attention_scores import AttentionEntropy, ClassAttention
 from passes.sites.choice import check_choice, check_flag
-from passes.sites.importance import AttentionEntropy, ClassAttention, Score
-from passes.sites.matching import most
+from passes.sites.importance import Score
+from passes.sites.matching import Matched, Order, cosine, grown, match, merge, most, saliency
 from passes.sites.per_block import PerBlock
-from passes.sites.ranked import Energy
+from passes.sites.ranked import Energy, by_energy, by_rank
 from passes.sites.site import Restore
 
 SpareIn = Literal["every block", "second half", "first half", "no block"]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Where tokens merge, and how many.
+
+    Args:
+        block: in which.
+        r: how many tokens leave, `dropped` of them without merging.
+        prefix, suffix: protected tokens at either end.
+        free: how many tokens are not protected.
+    """
+
+    block: Block
+    r: int
+    dropped: int
+    prefix: int
+    suffix: int
+    free: int
+
+
+Merged = tuple[Tensor, Tensor, Matched]  # the stream [B, N - r, C], sizes [B, N - r] and who went where
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,8 @@ class Merger(ABC):
     """
 
     kind: ClassVar[str]  # its name in JSON and in tables
+    compares: ClassVar[str]  # what tells which tokens are alike, in words
+    reads_keys: ClassVar[bool] = False  # of the block's attention
     limit: ClassVar[str] = "one of two, protected ones never"  # of what can leave in one block
     size_bias: bool = field(default=True, kw_only=True)
     weighted_mean: bool = field(default=False, kw_only=True)
@@ -62,6 +89,37 @@ class Merger(ABC):
         """How many of `count` tokens can leave in one block."""
         return most(count, guard.prefix, guard.suffix, len(guard.extra))
 
+    @property
+    def scored_by(self) -> Score | None:
+        """What weighs or ranks the tokens, if anything does."""
+        return None
+
+    @property
+    def drops(self) -> Mapping[int, int]:
+        """By block how many of the tokens that leave there do so without merging."""
+        return {}
+
+    def order(self, prefix: int) -> Order:
+        """The order of the tokens left, see `match`."""
+        return "even-odd"
+
+    def merged(
+        self, x: Tensor, keys: Tensor | None, scores: Tensor | None, sizes: Tensor, guard: Tensor, at: Merging
+    ) -> Merged:
+        """Merges tokens, traced into the graph.
+
+        Args:
+            x: the stream, [B, N, C].
+            keys: [B, H, N, d], where `reads_keys`.
+            scores: [B, N], by `scored_by`.
+            sizes: [B, N] float32.
+            guard: which tokens are protected, [N] or [B, N] bool.
+        """
+        features = x if keys is None else keys.mean(1)
+        matched = match(cosine(features), guard, at.r, at.prefix, at.suffix, self.order(at.prefix))
+        (short,), sizes = merge([x], sizes, matched, None if scores is None else saliency(scores, guard))
+        return short, sizes, matched
+
 
 def _attention(kind: str, where: str, block: Block) -> Branch:
     """The attention of a block whose MLP follows it."""
@@ -80,6 +138,10 @@ class Stream(Merger):
     """Merges after the complete block, by the residual stream."""
 
     kind: ClassVar[str] = "stream"
+    compares: ClassVar[str] = "the residual stream behind the block"
+
+    def order(self, prefix: int) -> Order:
+        return "sequence"
 
 
 @dataclass(frozen=True)
@@ -87,9 +149,14 @@ class ToMe(Merger):
     """Merges between attention and MLP, by the keys of the block's attention (Bolya et al., 2023)."""
 
     kind: ClassVar[str] = "tome"
+    compares: ClassVar[str] = "the keys of the block's attention (ToMe)"
+    reads_keys: ClassVar[bool] = True
 
     def point(self, block: Block) -> Node:
         return _attention(self.kind, "between attention and MLP", block).add
+
+    def order(self, prefix: int) -> Order:
+        return "strength" if prefix == 0 else "even-odd"
 
 
 @dataclass(frozen=True)
@@ -98,8 +165,8 @@ class PiToMe(Merger):
 
     A token's energy is the mean over all tokens of f(cosine of their keys), with f(x) = exp(x - m) - 1 below the
     margin m. Of the 2 r tokens of the highest energy every second one merges into the most similar of the others.
-    The defaults are the paper's. Its published code runs DeiT as
-    PiToMe(energy="code", margin=0.75, spare_in="second half", size_bias=False), MAE with "first half".
+    The defaults are the paper's. Its published code has energy="code", margin=0.75, size_bias=False, and spares in the
+    second half of the blocks or in the first, by model.
 
     Args:
         margin: m in the first block; it falls linearly and would be 0 behind the last.
@@ -109,6 +176,8 @@ class PiToMe(Merger):
     """
 
     kind: ClassVar[str] = "pitome"
+    compares: ClassVar[str] = "keys, where much of the image is alike (PiToMe)"
+    reads_keys: ClassVar[bool] = True
     margin: float = 0.9
     energy: Energy = "paper"
     spare_in: SpareIn = "every block"
@@ -132,6 +201,15 @@ class PiToMe(Merger):
         early = block.index < (block.depth + 1) // 2
         return {"every block": True, "first half": early, "second half": not early, "no block": False}[self.spare_in]
 
+    def merged(
+        self, x: Tensor, keys: Tensor | None, scores: Tensor | None, sizes: Tensor, guard: Tensor, at: Merging
+    ) -> Merged:
+        assert keys is not None
+        margin, spare = self.margin_in(at.block), self.spares(at.block)
+        matched = by_energy(keys.mean(1), guard, at.r, at.prefix, at.free, margin, self.energy, spare)
+        (short,), sizes = merge([x], sizes, matched)
+        return short, sizes, matched
+
 
 @dataclass(frozen=True)
 class _ByImportance(Merger):
@@ -143,6 +221,10 @@ class _ByImportance(Merger):
         super().__post_init__()
         if not isinstance(self.importance, Score) or self.importance.lowest:
             raise ScheduleError(f"importance is {self.importance!r}; write a score that is not Lowest, like Shift()")
+
+    @property
+    def scored_by(self) -> Score:
+        return self.importance
 
     def point(self, block: Block) -> Node:
         if self.importance.known_after == "mlp":
@@ -160,6 +242,7 @@ class VidTLDR(_ByImportance):
     """
 
     kind: ClassVar[str] = "vid-tldr"
+    compares: ClassVar[str] = "the stream, weighed by importance (vid-TLDR)"
 
 
 @dataclass(frozen=True)
@@ -175,6 +258,7 @@ class DiffRate(_ByImportance):
     """
 
     kind: ClassVar[str] = "diffrate"
+    compares: ClassVar[str] = "the stream, ranked by importance (DiffRate)"
     limit: ClassVar[str] = "all but one, protected ones never"
     importance: Score = ClassAttention(size_bias=True)
     pruned: Mapping[int, int] = PerBlock()
@@ -191,6 +275,20 @@ class DiffRate(_ByImportance):
     def most(self, count: int, guard: Protected) -> int:
         return max(0, count - guard.count - 1)
 
+    @property
+    def drops(self) -> Mapping[int, int]:
+        return self.pruned
+
+    def merged(
+        self, x: Tensor, keys: Tensor | None, scores: Tensor | None, sizes: Tensor, guard: Tensor, at: Merging
+    ) -> Merged:
+        assert scores is not None
+        matched, near = by_rank(x, scores, guard, at.r - at.dropped, at.dropped, at.prefix, at.free)
+        share = sizes.gather(1, matched.sources) * near.clamp_min(0)
+        (short,), _ = merge([x], torch.ones_like(sizes), matched)
+        _, sizes = grown(sizes, share, None, matched)
+        return short, sizes, matched
+
 
 @dataclass(frozen=True)
 class Ward(Merger):
@@ -201,6 +299,7 @@ class Ward(Merger):
     """
 
     kind: ClassVar[str] = "ward"
+    compares: ClassVar[str] = "what adds least to the variance of keys and values (Ward)"
 
     def point(self, block: Block) -> Node:
         return _attention(self.kind, "at the inputs of attention, in front of the MLP", block).stream

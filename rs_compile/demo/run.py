@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from passes.sites.importance import ClassAttention, Lowest, Random, Score, Shift
+from passes.sites.attention_scores import ClassAttention
+from passes.sites.importance import Lowest, Random, Score, Shift
 from passes.sites.mergers import Ward
 from rs_compile.demo.model import load_pretrained_demo_vit
 from rs_compile.demo.pictures import demo_pictures

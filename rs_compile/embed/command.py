@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from rs_compile.embed.errors import EmbedError
-from rs_compile.embed.ray_engine import embedder_of, ray_data, write_by_actors
-from rs_compile.embed.run import Embedder
+from rs_compile.embed.ray_engine import ray_data, write_by_actors
+from rs_compile.embed.run import Embedder, ready
 from rs_compile.embed.shards import Folder
 from rs_compile.embed.sources import arrow, chunks_of, entries_of
 from rs_compile.embed.speed import Speed
@@ -91,7 +91,9 @@ def run(model: nn.Module, args: argparse.Namespace) -> Embedded:
         _check_ray(rank)
     elif args.actors or args.address:
         raise EmbedError("--actors and --address are Ray's; write --engine ray beside them")
-    embedder = embedder_of(model, args, "eager" if by_ray else None)  # Ray's actors compile, here it is tried
+    schedule, options = Schedule.of(args.schedule), _options(args)
+    # Ray's actors compile; here it is tried
+    embedder = ready(model, schedule, **(options | {"backend": "eager"} if by_ray else options))
     settings = _settings(model, args)
     speed, others = Speed(embedder.workers), None
     with bar(True, "embed") as shown:
@@ -104,13 +106,19 @@ def run(model: nn.Module, args: argparse.Namespace) -> Embedded:
             own = range(rank.index, len(plan), rank.world)
             left = folder.left(own, args.again)
             if left and by_ray:
-                write_by_actors(left, model, folder, args, settings, speed, shown)
+                write_by_actors(left, model, schedule, options, folder, settings, args, speed, shown)
             elif left:
                 write({i: plan[i] for i in left}, embedder, folder, settings, speed, shown)
         except KeyboardInterrupt:
             print(f"rs-compile: files that are whole stay in {folder.path}; the same command goes on", file=sys.stderr)
             raise
     return Embedded(folder.path, rank, (len(left), len(own) - len(left)), speed, others)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of `ready`."""
+    same = ("features", "batch_size", "workers", "img_size", "every", "backend")
+    return {name: getattr(args, name) for name in same} | {"transform": None, "progress": None}
 
 
 def _check_ray(rank: Rank) -> None:

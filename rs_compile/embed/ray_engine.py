@@ -16,16 +16,14 @@ from torch import nn
 
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
-from rs_compile.compiling import Backend
 from rs_compile.embed.errors import EmbedError
-from rs_compile.embed.run import Embedder, ready
+from rs_compile.embed.run import ready
 from rs_compile.embed.shards import Folder
 from rs_compile.embed.speed import Speed
 from rs_compile.embed.write import Shown, Silent, write
 from rs_compile.schedule import Schedule
 
 _ATTEMPTS = 3  # at a file; Ray would start actors anew without end
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def ray_data() -> Any:
@@ -34,8 +32,7 @@ def ray_data() -> Any:
     Raises:
         EmbedError: it is not installed.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent unless asked
     try:
         import ray
         import ray.data
@@ -44,32 +41,14 @@ def ray_data() -> Any:
     return ray
 
 
-def embedder_of(model: nn.Module, args: argparse.Namespace, backend: Backend | None = None) -> Embedder:
-    """The model of the command line, ready for pictures.
-
-    Args:
-        backend: in place of the command line's.
-    """
-    return ready(
-        model,
-        Schedule.of(args.schedule),
-        features=args.features,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        transform=None,
-        img_size=args.img_size,
-        every=args.every,
-        backend=backend or args.backend,
-        progress=None,
-    )
-
-
 def write_by_actors(
     chunks: Sequence[int],
     model: nn.Module,
+    schedule: Schedule,
+    options: dict[str, Any],
     folder: Folder,
-    args: argparse.Namespace,
     settings: dict[str, Any],
+    args: argparse.Namespace,
     speed: Speed,
     shown: Shown,
 ) -> None:
@@ -78,6 +57,9 @@ def write_by_actors(
     Args:
         chunks: their numbers in the folder's plan.
         model: copied into each actor, on the device that Ray gives it.
+        schedule, options: see `rs_compile.embed.run.ready`.
+        folder, settings: see `write`.
+        args: of the command line: address, actors, device, threads.
         speed: gets the pictures counted; the rates are those of the actors together.
 
     Raises:
@@ -91,7 +73,7 @@ def write_by_actors(
         rows = ray.data.from_items([{"chunk": i} for i in chunks], override_num_blocks=len(chunks))
         done = rows.map_batches(
             Actor,
-            fn_constructor_args=(ray.put(model.cpu()), args, str(folder.path.absolute()), settings),
+            fn_constructor_args=(model.cpu(), schedule, options, folder.path.absolute(), settings, args.threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=speed.processes),
             **each,
@@ -113,14 +95,21 @@ def write_by_actors(
 class Actor:
     """Holds the model; writes the files of the chunks that it is given."""
 
-    def __init__(self, model: Any, args: argparse.Namespace, path: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        options: dict[str, Any],
+        path: Path,
+        settings: dict[str, Any],
+        threads: int | None,
+    ) -> None:
         import ray
 
-        torch.set_num_threads(args.threads or max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
-        held: nn.Module = ray.get(model) if isinstance(model, ray.ObjectRef) else model
+        torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 1)))  # Ray sets it to its cores
         on = "cuda" if ray.get_gpu_ids() else "cpu"
-        self._embedder = embedder_of(held.to(on), args)
-        self._folder, self._settings = Folder(Path(path)), settings
+        self._embedder = ready(model.to(on), schedule, **options)
+        self._folder, self._settings = Folder(path), settings
         self._plan = self._folder.plan()
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from passes.sites.attention_scores import ClassAttention, ZeroTPrune
 from passes.sites.grid_prune import GridPrune, Mode
-from passes.sites.importance import ClassAttention, Random, Score, Shift, TopViM, ZeroTPrune
+from passes.sites.importance import Random, Score, Shift, TopViM
 from passes.sites.mergers import DiffRate, PiToMe, Stream, ToMe, Ward
 from rs_compile.schedule import Schedule
 from rs_compile.search.shapes import DIFFRATE, Counts, GridRamp, Profile, Ramp, Ratio, Shape

@@ -17,7 +17,8 @@ from passes.network.patch_grid import PatchGrid, find_grid
 from passes.network.protected import Protected
 from passes.network.prunable import protected_tokens
 from passes.pipeline import SELECTIONS
-from passes.sites.importance import ClassAttention, MeanAttention, Score, Shift
+from passes.sites.attention_scores import ClassAttention, MeanAttention
+from passes.sites.importance import Score, Shift
 from passes.sites.score_outputs import ScoreOutputs, ValueOutputs
 from passes.sites.site import SITE, Site
 from rs_compile.optimize import optimize
@@ -87,6 +88,7 @@ def block_sites(
         for index in chain:
             merged = places[index]
             step = _inverse(values[index], at.shape[1]) if merged is None else values[merged]
+            step = torch.where(step < values[index].shape[1], step, -1)  # a merger may drop tokens as well
             place = torch.where(place >= 0, step.gather(1, place.clamp(min=0)), -1)
             at = at.gather(1, values[index])
         cells = torch.tensor([-1 if cell is None else cell for cell in grid.cells])

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from passes.network.patch_grid import PatchGrid
 from passes.sites.importance import Lowest, Random, Shift
-from passes.sites.mergers import Stream, ToMe, VidTLDR, Ward
 from rs_compile.pages import VIRIDIS, write_page
 from rs_compile.schedule import Schedule
 from rs_compile.side_by_side import SideBySide
@@ -23,12 +22,6 @@ from rs_compile.visualize.picture import COVER, Picture, colour_range, edges
 _QUALITY = 92  # of the JPEG: no visible loss, a tenth of a PNG's bytes
 _DIGITS = 4  # of each score
 _DISTANCE = {"l2": "L2 distance", "l1": "L1 distance", "cosine": "cosine distance"}
-_MERGERS = {
-    Stream: "the residual stream behind the block",
-    ToMe: "the keys of the block's attention (ToMe)",
-    VidTLDR: "the stream, weighed by importance (vid-TLDR)",
-    Ward: "what adds least to the variance of keys and values (Ward)",
-}
 
 
 def save_page(
@@ -93,7 +86,7 @@ def leaving(schedule: Schedule, maps: ScoreMaps) -> list[str]:
     last = maps.sites[-1]
     said = []
     if schedule.merge:
-        said.append(f"In {_listed(schedule.merge, 'block')} tokens merge, chosen by {_MERGERS[type(schedule.by)]}.")
+        said.append(f"In {_listed(schedule.merge, 'block')} tokens merge, chosen by {schedule.by.compares}.")
     if schedule.keep or schedule.grid:
         what = "tokens" if maps.unit == "block" else "rows and columns"
         score, of = schedule.score, "lowest"

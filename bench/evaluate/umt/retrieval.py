@@ -130,13 +130,9 @@ def evaluate_umt_retrieval(
             journal=files,
             ranks=ranks,
             title=f"{len(clips.files)} videos",
+            found_in=("videos", videos),
         )
         readable = [index for batch in measured for index in batch["indices"]]
-        if not readable:
-            raise EvaluationError(
-                f"none of the {len(clips.files)} videos in {videos} could be read; the first, {skipped[0].file}: "
-                f"{skipped[0].reason}"
-            )
         batches = {batch["indices"][0] // batch_size: batch["indices"] for batch in measured}
         left = captions.of_videos(readable)
         texts = Texts.of(model, Tokens.of(tokenizer, left.texts, dataset.tokens), device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.evaluate.annotations import check_present
-from bench.evaluate.journal import EvaluationError, Journal, fingerprint, listing
+from bench.evaluate.journal import Journal, fingerprint, listing
 from bench.evaluate.ranks import Ranks
 from bench.evaluate.sweep import Skipped, sweep
 from bench.evaluate.umt.answers import CANDIDATES, QUESTION_TOKENS, answer, answer_tokens
@@ -125,12 +125,8 @@ def evaluate_vqa(
         journal=Journal(resume, evaluation, ranks),
         ranks=ranks,
         title=f"{len(files)} videos, {len(questions)} questions",
+        found_in=("videos", videos),
     )
-    if not measured:
-        raise EvaluationError(
-            f"none of the {len(files)} videos in {videos} could be read; the first, {skipped[0].file}: "
-            f"{skipped[0].reason}"
-        )
     known = set(listed)
     read = [index for batch in measured for index in batch["indices"]]
     counts: dict[str, Any] = {

@@ -14,8 +14,9 @@ from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable
 from passes.axes.rules.tokens import select as select_of_tokens
 from passes.axes.rules.tokens import slice_ as slice_of_tokens
 from passes.graph.codes import Code
-from passes.graph.layout import Batch, Layout, Line, lines_in, regroup, whole_lines
+from passes.graph.layout import Batch, Layout, Line, lines_in, whole_lines
 from passes.graph.ops import RESHAPES, SOFTMAX, argument, arguments, shape_of, view_sizes, wrap
+from passes.graph.regroup import regroup
 
 aten = torch.ops.aten
 

@@ -9,8 +9,9 @@ from torch.fx import Node
 
 from passes.axes.rules.registry import Context, Extent, Transfer, Untransferable, need_free, rules_for
 from passes.graph.codes import Code
-from passes.graph.layout import Batch, Layout, followed, merged, regroup, show, tokens_in
+from passes.graph.layout import Batch, Layout, followed, merged, show, tokens_in
 from passes.graph.ops import PERMUTING, argument, permuted, shape_of, wrap
+from passes.graph.regroup import regroup
 
 aten = torch.ops.aten
 

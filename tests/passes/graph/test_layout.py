@@ -29,7 +29,6 @@ from passes.graph.layout import (
     meet,
     merged,
     plain,
-    regroup,
     resized,
     runs_over_tokens,
     sequences,
@@ -37,6 +36,7 @@ from passes.graph.layout import (
     tokens_in,
     whole_lines,
 )
+from passes.graph.regroup import regroup
 
 SYMBOL = sympy.Symbol("s", positive=True, integer=True)
 BATCH = Batch(SYMBOL)

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from graphs import aten, graph_of, leave_at_input, leaves, only, prepared, sample
+from graphs import aten, graph_of, leaves, only, prepared, sample
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from passes.graph.base import Check, CompileError, Pass, PassResult
 from passes.graph.fake import describe, remember
 from passes.graph.splice import ORIGIN, fake, fake_mode, splice
-from passes.graph.verify import no_stale_shapes, not_put_back
+from passes.graph.verify import no_stale_shapes
 
 
 def network(x: torch.Tensor) -> torch.Tensor:
@@ -117,16 +117,6 @@ def test_shapes_of_a_prepared_model() -> None:
     last.meta["val"] = last.meta["val"][:, 1:]
     with pytest.raises(CompileError):
         no_stale_shapes(gm)
-
-
-def test_a_selection_that_is_put_back_at_once() -> None:
-    gm = graph_of(lambda x: x * 2)
-    site = leave_at_input(gm, keep=4)
-    with pytest.raises(CompileError, match=r"puts pruned tokens back at once, and is still read by mul\w* \[RSC-999"):
-        not_put_back(gm, site.full)
-    site.full.replace_all_uses_with(site.stream)
-    gm.graph.eliminate_dead_code()
-    not_put_back(gm, site.full)
 
 
 def test_spliced_arithmetic_knows_where_it_comes_from() -> None:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from passes.axes.rules.full_length import FullLength
 from passes.cleanup.composites import WriteComposites, no_composite
 from passes.graph.base import CompileError, Precondition
-from passes.sites.contract import no_open_site, open_site, retargeted
+from passes.sites.contract import no_open_site, open_site, put_back_nowhere, retargeted
 from passes.sites.explicit_attention import ExplicitAttention, no_attention_op
 from passes.sites.full_length import WriteFullLength, no_full_length_op
 from passes.sites.insert import InsertSelection
@@ -102,3 +102,13 @@ def test_checks_of_other_passes() -> None:
         no_full_length_op(gm)
     checks = {check for p in (ApplySizes, WriteFullLength, ExplicitAttention, WriteComposites) for check in p.ensures}
     assert checks == {no_noted_size, no_full_length_op, no_attention_op, no_composite}
+
+
+def test_a_selection_that_is_put_back_at_once() -> None:
+    gm = graph_of(lambda x: x * 2)
+    site = leave_at_input(gm, keep=4)
+    with pytest.raises(CompileError, match=r"puts pruned tokens back at once, and is still read by mul\w* \[RSC-999"):
+        put_back_nowhere(gm)
+    site.full.replace_all_uses_with(site.stream)
+    gm.graph.eliminate_dead_code()
+    put_back_nowhere(gm)

@@ -19,7 +19,8 @@ from passes.network.branches import Block as Found
 from passes.network.branches import find_blocks
 from passes.network.protected import Protected
 from passes.sites import score
-from passes.sites.importance import ClassAttention, Lowest, MeanAttention, Random, Score, Shift
+from passes.sites.attention_scores import ClassAttention, MeanAttention
+from passes.sites.importance import Lowest, Random, Score, Shift
 from passes.sites.insert import InsertSelection
 from passes.sites.site import SITE, Site
 

@@ -21,8 +21,9 @@ from passes.graph.base import CompileError, Refusal
 from passes.graph.ops import SDPA
 from passes.network.branches import find_blocks
 from passes.network.protected import Protected
+from passes.sites.attention_scores import ClassAttention
 from passes.sites.explicit_attention import write_out
-from passes.sites.importance import ClassAttention, Shift
+from passes.sites.importance import Shift
 from passes.sites.insert_merge import InsertMerge
 from passes.sites.mergers import Merger, Stream, ToMe, VidTLDR
 from passes.sites.site import SITE, Site
