@@ -17,9 +17,9 @@ from tabulate import tabulate
 from bench.tables.options import chosen
 from bench.tables.results import Results, Row, environment
 from bench.throughput.networks import NETWORKS, Network
+from passes.sites.mergers import Merger
 from rs_compile import Random, Schedule, Stream, Ward, optimize, plan
 from rs_compile.arguments import positive
-from rs_compile.schedule import Merger
 from rs_compile.state import StateReader
 from rs_compile.timing import Call, Spread, compiled, interleaved
 

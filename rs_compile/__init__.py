@@ -15,7 +15,7 @@ if getattr(_passes, "PROJECT", None) != "rs_compile":
 
 if TYPE_CHECKING:
     from passes.axes.rules import register_token_rule
-    from passes.capture.capture import CaptureError
+    from passes.capture.capture_errors import CaptureError
     from passes.graph.base import CompileError, Refusal, ScheduleError
     from passes.graph.cost import register_cost
     from passes.sites.attention_scores import AttentionEntropy, ClassAttention, MeanAttention, ZeroTPrune

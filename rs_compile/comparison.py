@@ -12,8 +12,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from rs_compile.compiling import Backend
 from rs_compile.guard import Side, faster
-from rs_compile.optimize import Backend, OptimizedModel, optimize
+from rs_compile.optimize import OptimizedModel, optimize
 from rs_compile.schedule import Schedule
 from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet
 

@@ -260,8 +260,9 @@ class OptimizedModel(nn.Module):
 
     def _find(self, call: Call) -> Program | None:
         key = (self._state(), *call.key)
-        plan = self._plans.get(key)
-        return self._plans.get((*key, batch_sizes(call.leaves))) if plan is _BY_SIZE else plan
+        plan: Any = self._plans.get(key)
+        found: Program | None = self._plans.get((*key, batch_sizes(call.leaves))) if plan is _BY_SIZE else plan
+        return found
 
     def _plan(self, call: Call, prepared: Callable[[], PassResult], verify: bool = False) -> Program:
         """Captures, rewrites and compiles; times both sides where a guard asks for it."""

@@ -56,7 +56,8 @@ def optimize_tower(
     if options.get("token_outputs", "restore") != "restore":
         raise ValueError("the language model reads every image token; leave token_outputs out")
     found = _named(model, tower) if tower is not None else _found(model)
-    return _leading_to(model, found, optimize(found, schedule, **options), {})
+    whole: Model = _leading_to(model, found, optimize(found, schedule, **options), {})
+    return whole
 
 
 def _found(model: nn.Module) -> nn.Module:
@@ -79,7 +80,7 @@ def _found(model: nn.Module) -> nn.Module:
 
 
 def _named(model: nn.Module, path: str) -> nn.Module:
-    found = dict(model.named_modules(remove_duplicate=False)).get(path)
+    found: nn.Module | None = dict(model.named_modules(remove_duplicate=False)).get(path)
     if found is None or found is model:
         what = "the model itself" if found is model else "no module of it"
         raise TowerError(

@@ -11,10 +11,11 @@ import torch
 from bench.gpu.document import Table
 from bench.gpu.plan import Setting, Step
 from bench.gpu.rows import fill_row, fitting, forget
+from bench.tables.measure import fill_gflops, identity
 from bench.tables.methods import BASE
 from bench.tables.options import Setting as TableSetting
 from bench.tables.results import Results, Row
-from bench.tables.table6 import METHODS, PAPER, fill_gflops, fill_throughput, identity, resnet
+from bench.tables.table6 import METHODS, PAPER, fill_throughput, resnet
 from rs_compile.commands import DTYPES
 
 TINY_BATCH = 4

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from rs_compile import Lowest, OptimizedModel, Random, Schedule, Score, Shift, ToMe, VidTLDR, Ward
-from rs_compile.compiling import Options
-from rs_compile.optimize import Backend
+from rs_compile.compiling import Backend, Options
 from rs_compile.timing import compiled
 
 BASE, SDPA, COMPILED, COMPILED_WRITTEN = "base", "base-sdpa", "base-compiled", "base-compiled-written"

@@ -105,7 +105,7 @@ def _draws(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     if node.target is aten.scaled_dot_product_attention.default:
-        return argument(node, "dropout_p") != 0
+        return bool(argument(node, "dropout_p") != 0)
     if node.target is aten.dropout.default:
         return bool(argument(node, "train")) and argument(node, "p") != 0
     return True

@@ -116,7 +116,8 @@ def in_place(short: Tensor, layout: Layout, index: Tensor) -> Tensor:
         return full
     (rows, part), (columns, _) = grid[0], grid[1]
     rows -= columns < rows
-    return full.squeeze(columns).unflatten(rows, part.sizes).movedim(rows + 1, columns)
+    parts: Tensor = full.squeeze(columns).unflatten(rows, part.sizes)
+    return parts.movedim(rows + 1, columns)
 
 
 def _is_one(size: Any) -> bool:
@@ -156,7 +157,9 @@ def put(full: Tensor, short: Tensor, index: Tensor, layout: Layout) -> Tensor:
             grid [B, H, W, C].
     """
     if len(layout) == 4:
-        return put(full.flatten(1, 2), short.flatten(1, 2), index, _in_row(layout)).unflatten(1, full.shape[1:3])
+        flat = put(full.flatten(1, 2), short.flatten(1, 2), index, _in_row(layout))
+        grid: Tensor = flat.unflatten(1, full.shape[1:3])
+        return grid
     samples, tokens = over_samples(layout), _over_tokens(layout)
     return full.scatter(tokens, along(index, full.dim(), samples, tokens).expand(short.shape), short)
 
@@ -172,7 +175,8 @@ def spread(short: Tensor, place: Tensor, layout: Layout) -> Tensor:
     """
     if len(layout) == 4:
         sizes = [int(dim_size(dim)) for dim in layout[1:3]]
-        return spread(short.flatten(1, 2), place, _in_row(layout)).unflatten(1, sizes)
+        grid: Tensor = spread(short.flatten(1, 2), place, _in_row(layout)).unflatten(1, sizes)
+        return grid
     samples, tokens = over_samples(layout), _over_tokens(layout)
     at = along(place, short.dim(), samples, tokens)
     shape = [place.shape[1] if d == tokens else size for d, size in enumerate(short.shape)]

@@ -147,6 +147,7 @@ def written_constant(gm: GraphModule, model: nn.Module) -> Node | None:
     tables = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     owned = {name for table in tables for name, _ in table}
     memory: Memory | None = None
+    node: Node
     for node in gm.graph.nodes:
         for value in writes(node):
             memory = memory or Memory(gm.graph)

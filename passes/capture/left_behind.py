@@ -205,7 +205,8 @@ class _Walk:
 def _class_of(value: Any) -> type:
     """Of a weak reference's proxy the class of what it stands for; once that is gone, or cannot be asked, its own."""
     try:
-        return value.__class__
+        found: type = value.__class__
+        return found
     except Exception:
         return type(value)
 

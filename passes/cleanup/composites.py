@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from passes.axes.rules.registry import rule_for
 from passes.graph.base import Check, CompileError, Pass, PassResult
 from passes.graph.codes import Code
-from passes.graph.splice import ORIGIN, splice
+from passes.graph.splice import ORIGIN, splice_all
 
 _TORCHS = ("aten", "prim", "prims", "higher_order")
 
@@ -63,7 +63,7 @@ def _write_out(gm: GraphModule, node: Node) -> None:
 
     before = set(gm.graph.nodes)
     with gm.graph.inserting_before(node):
-        out = splice(gm.graph, "", call, *node.args, *node.kwargs.values(), table={op: op.decompose})
+        out = splice_all(gm.graph, "", call, *node.args, *node.kwargs.values(), table={op: op.decompose})
     for new in set(gm.graph.nodes) - before:
         new.meta |= {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         ORIGIN.forget(new)

@@ -151,6 +151,7 @@ def _recorded(region: Region, differentiable: Callable[[Node], bool]) -> Node | 
     memory = Memory(graph)
     constant = [i for i, o in region.inputs.items() if not (isinstance(o, Node) and differentiable(o))]
     tracked = may_require_grad(graph, memory, constant)
+    node: Node
     for node in graph.nodes:
         if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
             continue  # batch_norm's statistics are written where autograd does not look
@@ -163,13 +164,13 @@ def _recorded(region: Region, differentiable: Callable[[Node], bool]) -> Node | 
     return next((node for node in inner if node is not None), None)
 
 
-def _origin(node: Any, region: Region) -> Node:
+def _origin(node: Node, region: Region) -> Node:
     """The node that made this very tensor object, through ops that return what they are given."""
     while True:
         if returns_input(node):
-            node = node.args[0]
-        elif node.target is operator.getitem and node.args[0].target in (AUTOCAST, SET_GRAD):
-            inner = Region(node.args[0])
+            node = node.all_input_nodes[0]
+        elif node.target is operator.getitem and node.all_input_nodes[0].target in (AUTOCAST, SET_GRAD):
+            inner = Region(node.all_input_nodes[0])
             made = _origin(inner.result(node), inner)
             if made.op != "placeholder":
                 return node

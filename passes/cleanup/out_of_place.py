@@ -37,7 +37,7 @@ def out_of_place(op: Any) -> OpOverload | None:
         return OUT_OF_PLACE[op]
     if not isinstance(op, OpOverload) or op.namespace != "aten" or not op._opname.endswith("_"):
         return None
-    twin = getattr(getattr(aten, op._opname[:-1], None), op._overloadname, None)
+    twin: OpOverload | None = getattr(getattr(aten, op._opname[:-1], None), op._overloadname, None)
     if twin is None or torch.Tag.nondeterministic_seeded in twin.tags or torch.Tag.pointwise not in twin.tags:
         return None
     return twin

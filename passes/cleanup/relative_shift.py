@@ -85,7 +85,8 @@ def _moved(table: Tensor, node: Node, lead: int) -> Tensor:
     if d < 0:  # the sizes in front are equal, so it takes all of them
         return table
     start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
-    return aten.slice.Tensor(table, d, start, end, step)
+    part: Tensor = aten.slice.Tensor(table, d, start, end, step)
+    return part
 
 
 def _affine(source: Node, table: Tensor, r: int) -> tuple[Node, int, int, int] | None:

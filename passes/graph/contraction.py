@@ -59,7 +59,7 @@ def is_alias(node: Node) -> bool:
 
 
 def rank(node: Node) -> int:
-    return node.meta["val"].dim()
+    return int(node.meta["val"].dim())
 
 
 def order(dims: str, wanted: Sequence[str]) -> list[int | None]:

@@ -75,8 +75,8 @@ def _attention(out: Any, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> in
 
     A causal attention counts in full, as fvcore counts it.
     """
-    out = out[0] if isinstance(out[0], tuple) else out  # the kernels also return their logsumexp
-    return prod(out[:-1]) * k[-2] * (q[-1] + v[-1])
+    out_shape: Shape = out[0] if isinstance(out[0], tuple) else out  # the kernels also return their logsumexp
+    return prod(out_shape[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def _einsum(out: Shape, equation: str, operands: tuple[Shape, ...], *, path: Shape | None = None) -> int:

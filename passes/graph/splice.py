@@ -39,7 +39,17 @@ def fake(arg: Any) -> Any:
 Table = Mapping[OpOverload, Callable[..., Any]]
 
 
-def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any, table: Table = MappingProxyType({})) -> Any:
+def splice(graph: Graph, origin: str, fn: Callable[..., Any], *args: Any) -> Node:
+    """`splice_all` of a function that returns one tensor or size: its node."""
+    new = splice_all(graph, origin, fn, *args)
+    if not isinstance(new, Node):
+        raise TypeError(f"{origin}: expected one node, the function returned {type(new).__name__}")
+    return new
+
+
+def splice_all(
+    graph: Graph, origin: str, fn: Callable[..., Any], *args: Any, table: Table = MappingProxyType({})
+) -> Any:
     """Traces `fn` on the fake values of `args` and copies its ops in at the graph's insertion point.
 
     Args:
@@ -99,7 +109,8 @@ class _Traced:
 
 def _trace(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any], table: Table) -> GraphModule:
     with mode, torch.enable_grad():
-        return make_fx(fn, decomposition_table=dict(table), pre_dispatch=True)(*values)
+        gm: GraphModule = make_fx(fn, decomposition_table=dict(table), pre_dispatch=True)(*values)
+        return gm
 
 
 def _on_literals(mode: FakeTensorMode, fn: Callable[..., Any], values: list[Any], table: Table) -> _Traced | None:
@@ -144,14 +155,14 @@ def _distinct(mode: FakeTensorMode, values: list[Any]) -> list[Any]:
 
 
 def replace_by(gm: GraphModule, node: Node, origin: str, fn: Callable[..., Any], *args: Any) -> Any:
-    """Puts `fn` of `args` in the place of an op, and notes what became of it; see `splice`.
+    """Puts `fn` of `args` in the place of an op, and notes what became of it; see `splice_all`.
 
     Returns:
         What fn returns: the first result takes the op's place.
     """
     graph, before = gm.graph, set(gm.graph.nodes)
     with graph.inserting_before(node):
-        results = splice(graph, origin, fn, *args)
+        results = splice_all(graph, origin, fn, *args)
     out = results[0] if isinstance(results, tuple) else results
     REPLACED.first(gm, {})[node] = [n for n in graph.nodes if n not in before]
     out.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})

@@ -20,7 +20,7 @@ from passes.graph.codes import Code
 from passes.graph.facts import Fact
 from passes.graph.fake import evaluate
 from passes.graph.layout import Dim, Line, factor_size, lines_in
-from passes.graph.splice import fake, fake_mode, splice
+from passes.graph.splice import fake, fake_mode, splice, splice_all
 from passes.network.stages import Stage
 from passes.sites.grid_prune import GridPrune
 from passes.sites.grid_select import kept_cells, kept_lines, score_map, spread, take
@@ -68,7 +68,7 @@ class CutGrid(Pass):
         with graph.inserting_before(output.next):
             score = self.insert_score(graph)
             select = partial(self._select, many=bool(MANY.get(gm)))
-            rows, columns = splice(graph, "select", select, score)
+            rows, columns = splice_all(graph, "select", select, score)
             CUTS.first(gm, {})[self.stage.index] = (rows, columns)
             short = splice(graph, "gather", take, output, rows, columns)
         MAPS.first(gm, {})[self.stage.index] = (output, short)

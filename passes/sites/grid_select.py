@@ -25,7 +25,8 @@ def score_map(pairs: Sequence[tuple[Tensor, Tensor]], metric: Metric = "l2") -> 
     flat = [
         shift(after.flatten(2).transpose(1, 2), before.flatten(2).transpose(1, 2), metric) for after, before in pairs
     ]
-    return sum(flat[1:], flat[0]).unflatten(1, pairs[0][0].shape[2:])
+    grid: Tensor = sum(flat[1:], flat[0]).unflatten(1, pairs[0][0].shape[2:])
+    return grid
 
 
 def _highest(score: Tensor, keep: int, lowest: bool, many: bool) -> Tensor:

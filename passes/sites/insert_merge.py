@@ -15,7 +15,7 @@ from passes.graph.base import ALIVE, Check, CompileError, Pass, PassResult, Refu
 from passes.graph.codes import Code
 from passes.graph.layout import Layout, expr, sequence_in
 from passes.graph.ops import arguments
-from passes.graph.splice import splice
+from passes.graph.splice import splice_all
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites.attention_scores import by_sample
@@ -74,7 +74,7 @@ class InsertMerge(Pass):
             by = self.by.scored_by
             scores = by.insert(gm, self.block, stream, layout, p.prefix) if by is not None else None
             earlier = self.earlier if p.extra else ()
-            short, sizes, index, place = splice(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
+            short, sizes, index, place = splice_all(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
             full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore, dropped > 0)
         ALIVE.put(sizes, True)
         for user in users:

@@ -17,7 +17,7 @@ from passes.graph.base import ALIVE, Check, Pass, PassResult, Refusal
 from passes.graph.codes import Code
 from passes.graph.layout import Batch, Layout, runs_over_tokens, sequence_in
 from passes.graph.ops import arguments
-from passes.graph.splice import splice
+from passes.graph.splice import splice, splice_all
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites import matching
@@ -86,7 +86,7 @@ class InsertWard(Pass):
         with graph.inserting_before(op):
             shift = self._shift(gm, stream, layout)
             earlier = self.earlier if p.extra else ()
-            short, *heads, sizes, index, place = splice(
+            short, *heads, sizes, index, place = splice_all(
                 graph, "merge", merged, stream, *inputs, shift, self.sizes, *earlier
             )
             whole = {n: splice(graph, "merge", torch.ops.aten.alias.default, n) for n in inputs}

@@ -32,7 +32,8 @@ def shift(after: Tensor, before: Tensor, metric: Metric = "l2", protected: Tenso
     apart = after - before
     if protected is not None:
         apart = _set_apart(apart, protected.unsqueeze(-1))
-    return torch.linalg.vector_norm(apart, ord=2 if metric == "l2" else 1, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(apart, ord=2 if metric == "l2" else 1, dim=-1)
+    return norms
 
 
 def _set_apart(x: Tensor, protected: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from passes.sites.attention_scores import ClassAttention
 from passes.sites.importance import Lowest, Random, Score, Shift
 from passes.sites.mergers import Ward
+from rs_compile.compiling import Backend
 from rs_compile.demo.model import load_pretrained_demo_vit
 from rs_compile.demo.pictures import demo_pictures
 from rs_compile.demo.result import OURS, RANDOM, CompiledSpeed, Demo, Row
-from rs_compile.optimize import Backend, OptimizedModel, optimize
+from rs_compile.optimize import OptimizedModel, optimize
 from rs_compile.planning import Planner
 from rs_compile.schedule import Schedule
 from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet

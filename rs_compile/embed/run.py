@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ class Embedding:
         """Ends the processes that decode, before the end."""
         self._found.close()
 
-    def _run(self, embedder: Embedder, pieces: Sequence[Chunk]) -> Any:
+    def _run(self, embedder: Embedder, pieces: Sequence[Chunk]) -> Generator[tuple[list[str], Tensor], None, None]:
         for batch, features in embedder.run(pieces, self.speed):
             self.failures += batch.failures
             if features is not None and batch.names:

@@ -162,7 +162,7 @@ def _column(path: str, schema: Any, column: str | None, pa: Any) -> str:
             f"{path}: which column has the pictures? Name it with --column (column=), one of "
             f"{', '.join(fits) or ', '.join(schema.names) + ', of which none has text or bytes'}"
         )
-    return chosen[0]
+    return str(chosen[0])
 
 
 def _is_text(kind: Any, pa: Any) -> bool:
@@ -171,7 +171,7 @@ def _is_text(kind: Any, pa: Any) -> bool:
 
 def _is_encoded(kind: Any, pa: Any) -> bool:
     if pa.types.is_struct(kind):  # as the library datasets stores images
-        return kind.get_field_index("bytes") >= 0
+        return bool(kind.get_field_index("bytes") >= 0)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

@@ -77,7 +77,8 @@ class CostModel:
     def _parts(self) -> np.ndarray:
         features = [f for f, _ in self._seen] + list(np.eye(4) * _PRIOR)
         shares = [s for _, s in self._seen] + list(_PRIOR * np.array(_ASSUMED))
-        return np.linalg.lstsq(np.array(features), np.array(shares), rcond=None)[0]
+        found: np.ndarray = np.linalg.lstsq(np.array(features), np.array(shares), rcond=None)[0]
+        return found
 
 
 def _on(place: str, x: float, y: float) -> tuple[float, float, float, float]:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph.base import Check, CompileError, Pass, PassResult
 from passes.graph.fake import describe, remember
-from passes.graph.splice import ORIGIN, fake, fake_mode, splice
+from passes.graph.splice import ORIGIN, fake, fake_mode, splice, splice_all
 from passes.graph.verify import no_stale_shapes
 
 
@@ -123,7 +123,7 @@ def test_spliced_arithmetic_knows_where_it_comes_from() -> None:
     gm = graph_of(lambda x: x * 2)
     node = only(gm, aten.mul.Tensor)
     with gm.graph.inserting_after(node):
-        total, first = splice(gm.graph, "score", lambda a, n: (a.sum(-1) + n, a[:, 0]), node, 5)
+        total, first = splice_all(gm.graph, "score", lambda a, n: (a.sum(-1) + n, a[:, 0]), node, 5)
     assert ORIGIN.of(total) == ORIGIN.of(first) == "score"
     assert tuple(total.meta["val"].shape[1:]) == (6,) and isinstance(total.meta["val"].shape[0], torch.SymInt)
     with gm.graph.inserting_after(node), pytest.raises(ValueError, match="write constants as factory calls"):
