@@ -17,6 +17,7 @@ import rs_compile
 from bench.coverage.grid_twin import cut_by_hand, maps, same_shape, strays
 from bench.coverage.oracle import Layer, find_layers, prune_by_hand
 from bench.coverage.subject import Subject
+from bench.coverage.sums import NoSum
 from passes.graph.base import CompileError
 from passes.graph.ops import SDPA, SOFTMAX
 from passes.grid_pipeline import cuttable
@@ -95,7 +96,7 @@ def _check(subject: Subject, model: nn.Module, given: Any, dense: Any, compiled:
     guard = protected_tokens(gm, blocks[sites[0]], None)
     row |= {"sites": sites, "protected": [guard.prefix, guard.suffix, *guard.extra]}
     exact, inputs = _float64(model, given)
-    schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP), score=rs_compile.Shift(of="block"))
+    schedule = rs_compile.Schedule(keep=dict.fromkeys(sites, KEEP))
     marks: list[float] = []
     handle = optimize(
         exact,
@@ -117,7 +118,13 @@ def _check(subject: Subject, model: nn.Module, given: Any, dense: Any, compiled:
     if sites == [len(blocks) - 1] and not differs(short, full, TOLERANCE)[1]:
         row |= {"result": UNHOOKED, "detail": "behind the last block every token is needed: nothing changes"}
     else:
-        row |= _by_hand(exact, inputs, short, full, schedule, blocks, guard, until, handle.report().blocks)
+        by_hand = partial(_by_hand, blocks=blocks, guard=guard, until=until, report=handle.report().blocks)
+        try:
+            row |= by_hand(exact, inputs, short, full, schedule)
+        except NoSum:  # the branch alone cannot be told by hand: the whole block can
+            schedule = rs_compile.Schedule(keep=schedule.keep, score=rs_compile.Shift(of="block"))
+            short = call(optimize(exact, schedule, backend="eager"), inputs)()
+            row |= by_hand(exact, inputs, short, full, schedule) | {"score": "block"}
     if compiled:
         fused = call(optimize(exact, schedule), inputs)()
         if wrong := differs(fused, short, TOLERANCE)[1]:
@@ -158,7 +165,9 @@ def _by_hand(
         return {"result": UNHOOKED}  # tokens come back inside a module
     back = {hooked.index(mine[i]) for i in ends}
     padding = _padding(given, stream.length, guard)
-    twin = prune_by_hand(model, call(model, given), hooked, keep, (guard.prefix, guard.suffix), padding, back)
+    assert isinstance(schedule.score, rs_compile.Shift) and schedule.score.of != "attention"
+    edges = (guard.prefix, guard.suffix)
+    twin = prune_by_hand(model, call(model, given), hooked, keep, edges, padding, back, schedule.score.of)
     error, wrong = differs(short, twin, TOLERANCE)
     if wrong:
         return {"result": WRONG, "error": error, "detail": f"against the hand-made twin: {wrong}"}

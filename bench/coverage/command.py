@@ -32,7 +32,8 @@ One model of every architecture family in {versions}, with random weights, few l
 
 - **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure,
   shapes and dtypes, and is what pruning by hand gives (`bench/coverage/oracle.py`: tokens stay in place, masked and
-  frozen); *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
+  frozen). The score is the default one, but for *by the block's shift*: there an eager run does not show the MLP's
+  alone. *difference* is the largest, relative to the largest value, in float64 where the model runs in it.
 - **{unhooked}**: the same, but for the comparison: a block is no module that could be hooked or an MLP
   alone, or what leaves the model does not depend on pruned tokens.
 - **{grid}**: a CNN; after a cut of a stage its output has its shape, and is what the model itself returns when that
@@ -47,6 +48,7 @@ graphs of few layers.
 """
 _PACKAGES = {"open_clip": "open_clip_torch"}
 _COMPILED_EVERY = 40
+_BY_BLOCK = ", by the block's shift"
 _QUICK = 12
 
 
@@ -116,7 +118,7 @@ def _line(row: Row) -> list[str]:
         row["name"],
         str(row.get("blocks", "")),
         str(row.get("prunable", "")),
-        row["result"] + (", compiled" if row.get("compiled") else ""),
+        row["result"] + _BY_BLOCK * ("score" in row) + ", compiled" * bool(row.get("compiled")),
         f"{row['error']:.0e}" if "error" in row else "",
         ratio,
         " ".join(why.split()).replace("|", "\\|"),

@@ -13,12 +13,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.coverage.sums import Sums
 
 aten = torch.ops.aten
 
@@ -108,8 +110,9 @@ def prune_by_hand(
     protected: tuple[int, int],
     padding: Tensor | None = None,
     back: Collection[int] = (),
+    of: Literal["mlp", "block"] = "mlp",
 ) -> Any:
-    """What the model returns when tokens leave it after some layers, by the shift of the whole layer (L2).
+    """What the model returns when tokens are pruned after some layers, by representation shift (L2).
 
     Args:
         model: it is hooked while this runs.
@@ -119,6 +122,10 @@ def prune_by_hand(
         protected: how many tokens stay at either end.
         padding: [B, N], true where a token is none and goes first.
         back: layers behind which every token takes part again.
+        of: whose shift: of the layer's last residual branch, ||f(x) - x||, or of the whole layer.
+
+    Raises:
+        NoSum: a scheduled layer does not end with a sum x + f(x).
     """
     state = _State(layers[0].tokens, layers[0].length, protected)
     entries: dict[int, Tensor] = {}
@@ -129,15 +136,18 @@ def prune_by_hand(
                 given = first_tensor(args or tuple(kwargs.values()))
                 assert given is not None
                 entries[i] = given
+                state.sums.begin(given)
                 state.weighing = False
 
             def leave(stream: Tensor, i: int = i) -> Tensor:
                 state.weighing = False
+                if i in keep:
+                    before, after = (entries[i], stream) if of == "block" else state.sums.of(stream)
                 stream = state.frozen(stream)
                 if i in back:
                     state.alive = state.values = None
                 if i in keep:
-                    shift = (stream - entries[i]).double().norm(dim=-1)
+                    shift = (after - before).double().norm(dim=-1)
                     state.prune(stream, shift if layers[0].tokens == 1 else shift.mT, keep[i], padding)
                 return stream
 
@@ -169,6 +179,7 @@ class _State:
         self.alive: Tensor | None = None  # [B, N]
         self.values: Tensor | None = None  # the stream's shape
         self.weighing = False  # inside a layer, behind its softmax
+        self.sums = Sums()
 
     def _mask(self) -> Tensor:
         assert self.alive is not None
@@ -246,4 +257,4 @@ class _LeaveOut(TorchDispatchMode):
                 if func is aten.amax.default:
                     return x.masked_fill(~mask, -torch.inf).amax(dim, keepdim=keep)
                 return x.masked_fill(~mask, 0.0).sum(dim, keepdim=keep) / alive[0].sum()
-        return func(*args, **(kwargs or {}))
+        return self._state.sums.run(func, args, kwargs or {})
