@@ -20,14 +20,14 @@ from bench.coverage.check import BROKEN, FAULT, GRID, GRID_ALONE, PRUNED, REFUSE
 from bench.coverage.subject import Subject, subjects
 from bench.coverage.workers import checked
 from bench.tables.options import chosen
-from bench.tables.results import Results, UsageError, environment
+from bench.tables.results import Results, UsageError, commit, environment
 from rs_compile.arguments import positive
 
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 _INTRODUCTION = """\
 # Coverage
 
-One model of every architecture family in {versions}, with random weights, few layers and small images.
+One model of every architecture family in {versions}, with random weights, few layers and small images; commit {commit}.
 `python -m bench coverage --markdown COVERAGE.md` makes this file; `tests/test_coverage.py` checks some of its rows.
 
 - **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure,
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             "refused": REFUSED,
             "wrong": WRONG,
         }
-        args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, **names)}\n{text}\n")
+        args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, commit=commit(), **names)}\n{text}\n")
     return int(any(row["result"] in (WRONG, FAULT) for row in rows))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from bench.digits import load_digits, load_pretrained_digits_vit
 from bench.tables.fidelity import CROPS, pictures
 from bench.tables.measure import say
 from bench.tables.options import usable
-from bench.tables.results import UsageError
+from bench.tables.results import UsageError, commit
 from rs_compile import Schedule, SearchResult, optimize, search
 from rs_compile.arguments import positive
 from rs_compile.models import build
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     print(_table(found, right))
     print(
         f"{found[0].metric}, mean on {found[0].held} held-out pictures, searched on {found[0].searched} others;"
-        f" {about}; commit {_commit()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        f" {about}; commit {commit()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     )
     if args.json is not None:
         args.json.write_text(json.dumps([json.loads(r.to_json()) for r in found], indent=1) + "\n")
@@ -172,11 +171,6 @@ def _cell(row: Row | None, result: SearchResult, right: Right | None) -> str:
     same = "" if row.held_agreement is None else f", {100 * row.held_agreement:.1f}% as dense"
     same += "" if right is None else f", {right.of(row.schedule):.2f}% right"
     return f"{mark}{row.held_drift:.5f}{mark} ± {row.held_error:.5f}{same}, {row.shape}"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def _numbers(text: str) -> tuple[float, ...]:
