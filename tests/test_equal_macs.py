@@ -22,7 +22,7 @@ def options(tmp_path: Path) -> list[str]:
     for i in range(6):  # three crops of each
         Image.fromarray(random.integers(0, 256, (80, 120, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     model = ["fidelity-macs", "--model", "test_vit", "--img-size", "64", "--images", str(folder)]
-    return [*model, "--shares", "0.8", "--methods", "stream"]
+    return [*model, "--shares", "0.8", "--methods", "stream", "ToMe"]
 
 
 class Asked(Exception):
@@ -37,7 +37,7 @@ def test_what_is_asked_of_the_search(options: list[str], monkeypatch: pytest.Mon
     with pytest.raises(Asked) as caught:
         main([*options, "--every", "--resume", str(tmp_path)])
     searched, asked = caught.value.args
-    assert searched == len(asked["held_out"]) == 9 and asked["macs"] == 0.8 and asked["methods"] == ["stream"]
+    assert searched == len(asked["held_out"]) == 9 and asked["macs"] == 0.8 and asked["methods"] == ["stream", "ToMe"]
     assert asked["every"] and asked["resume"] == tmp_path / "0.8 of dense.jsonl"
 
 
@@ -46,7 +46,10 @@ def test_a_small_model(options: list[str], tmp_path: Path, capsys: pytest.Captur
     file = tmp_path / "found.json"
     assert main([*options, "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    assert all(f"| {name} " in out for name in ("stream", "prune: random", "the search's choice"))
+    assert all(
+        f"| {name} " in out
+        for name in ("stream", "prune: random", "ToMe as published, best ramp", "the search's choice")
+    )
     [found] = json.loads(file.read_text())
-    assert {row["method"] for row in found["rows"]} == {"stream", "prune: random"}
+    assert {row["method"] for row in found["rows"]} == {"stream", "ToMe", "prune: random"}
     assert all(row["macs"] <= 0.8 * found["macs_dense"] for row in found["rows"])

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -29,6 +31,7 @@ from rs_compile.models import build
 from rs_compile.search import Row
 
 SEARCHED = 200  # digits
+TOME = "ToMe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,33 +69,43 @@ def run(args: argparse.Namespace) -> int:
         model = build(args.model, img_size=args.img_size, num_classes=None, checkpoint=args.checkpoint)
         searched, held, about = _photographs(model, args.images, args.img_size)
     model = model.to(usable(args.device))
-    found: list[SearchResult] = []
+    found: list[Found] = []
     for share, name in _shares(model, searched, args):
-        say(f"{name}: searching")
-        result = search(
-            model,
-            searched,
-            macs=share,
-            held_out=held,
-            methods=args.methods,
-            every=args.every,
-            limit=10**6,
-            batch_size=args.batch_size,
-            backend=args.backend,
-            resume=None if args.resume is None else args.resume / f"{name}.jsonl",
-        )
-        found.append(result)
+
+        def best(title: str, methods: Sequence[str] | None, share: float = share, **options: Any) -> SearchResult:
+            say(f"{title}: searching")
+            return search(
+                model,
+                searched,
+                macs=share,
+                held_out=held,
+                methods=methods,
+                every=args.every,
+                limit=10**6,
+                batch_size=args.batch_size,
+                backend=args.backend,
+                resume=None if args.resume is None else args.resume / f"{title}.jsonl",
+                **options,
+            )
+
+        result = best(name, args.methods)
         print(f"\n{name}\n{result}\n", flush=True)
+        as_published = None
+        if any(row.method == TOME for row in result.rows):
+            as_published = best(f"{name}, {TOME} as published", [TOME], drop_unread=False)
+        found.append(Found(result, as_published))
     right = None if labels is None else Right(model, held, labels)
     if right is not None:
         print(f"dense accuracy {right.dense():.2f}%")
     print(_table(found, right))
+    first = found[0].result
     print(
-        f"{found[0].metric}, mean on {found[0].held} held-out pictures, searched on {found[0].searched} others;"
-        f" {about}; commit {commit()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        f"{first.metric}, mean on {first.held} held-out pictures, searched on {first.searched} others; {about};"
+        f" every method drops unread tokens, but for {TOME} as published; commit {commit()},"
+        f" {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     )
     if args.json is not None:
-        args.json.write_text(json.dumps([json.loads(r.to_json()) for r in found], indent=1) + "\n")
+        args.json.write_text(json.dumps([json.loads(f.result.to_json()) for f in found], indent=1) + "\n")
     return 0
 
 
@@ -143,14 +156,32 @@ class Right:
         return 100 * (chosen == self.labels).double().mean().item()
 
 
-def _table(found: Sequence[SearchResult], right: Right | None) -> str:
-    """A row a method: its best ramp at each budget, and published spreads by themselves."""
-    names = dict.fromkeys(row.method for result in found for row in result.best)
-    heads = ["", *(f"{result.macs_dense * float(result.target.split()[0]) / 1e9:.2f} GMAC" for result in found)]
-    lines = [["ToMe, uniform from 0", *(_cell(_uniform(result), result, right) for result in found)]]
-    for name in names:
-        lines.append([name, *(_cell(_best(result, name), result, right) for result in found)])
-    lines.append(["the search's choice", *(_cell(result.winner, result, right) for result in found)])
+@dataclass(frozen=True)
+class Found:
+    """What is best at a budget; ToMe as it was published computes every token of the last block, read or not."""
+
+    result: SearchResult
+    as_published: SearchResult | None
+
+
+def _table(found: Sequence[Found], right: Right | None) -> str:
+    """A row a method: its best ramp at each budget, and ToMe's uniform one by itself."""
+    results = [f.result for f in found]
+    names = dict.fromkeys(row.method for result in results for row in result.best)
+    heads = ["", *(f"{result.macs_dense * float(result.target.split()[0]) / 1e9:.2f} GMAC" for result in results)]
+
+    def line(title: str, row: Callable[[SearchResult], Row | None], of: Sequence[SearchResult | None]) -> list[str]:
+        rows = [None if result is None else row(result) for result in of]
+        return [title, *(_cell(r, right, result.winner.schedule) for r, result in zip(rows, results, strict=True))]
+
+    published = [f.as_published for f in found]
+    lines = [
+        line(f"{TOME} as published, uniform", _uniform, published),
+        line(f"{TOME} as published, best ramp", partial(_best, method=TOME), published),
+        line(f"{TOME}, uniform", _uniform, results),
+        *(line(name, partial(_best, method=name), results) for name in names),
+        line("the search's choice", lambda result: result.winner, results),
+    ]
     return tabulate(lines, heads, disable_numparse=True, tablefmt="github")
 
 
@@ -161,13 +192,13 @@ def _best(result: SearchResult, method: str) -> Row | None:
 
 
 def _uniform(result: SearchResult) -> Row | None:
-    return next((r for r in result.best if r.method == "ToMe" and r.shape == "uniform from 0"), None)
+    return next((r for r in result.best if r.method == TOME and r.shape == "uniform from 0"), None)
 
 
-def _cell(row: Row | None, result: SearchResult, right: Right | None) -> str:
+def _cell(row: Row | None, right: Right | None, chosen: Schedule) -> str:
     if row is None:
         return ""
-    mark = "**" if row.method == result.winner.method else ""
+    mark = "**" if row.schedule == chosen else ""
     same = "" if row.held_agreement is None else f", {100 * row.held_agreement:.1f}% as dense"
     same += "" if right is None else f", {right.of(row.schedule):.2f}% right"
     return f"{mark}{row.held_drift:.5f}{mark} ± {row.held_error:.5f}{same}, {row.shape}"

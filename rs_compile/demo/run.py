@@ -12,7 +12,7 @@ from passes.sites.attention_scores import ClassAttention
 from passes.sites.importance import Lowest, Random, Score, Shift
 from passes.sites.mergers import Ward
 from rs_compile.compiling import Backend
-from rs_compile.demo.model import load_pretrained_demo_vit
+from rs_compile.demo.model import DEPTH, load_pretrained_demo_vit
 from rs_compile.demo.pictures import demo_pictures
 from rs_compile.demo.result import OURS, RANDOM, CompiledSpeed, Demo, Row
 from rs_compile.optimize import OptimizedModel, optimize
@@ -41,12 +41,17 @@ def pruned(ratio: float, score: Score | None = None) -> Schedule:
 
 
 def merged(ratio: float, tokens: int) -> Schedule:
-    """As many tokens leave in front of the next attention, merged into others, as `pruned` leaves out."""
-    counts, like = {}, pruned(ratio)
-    for block in BLOCKS:
-        left = like.left(tokens, keep_ratio=ratio)
-        counts[block + 1] = tokens - left
-        tokens = left
+    """As many tokens leave in front of the next attention, merged into others, as `pruned` leaves out.
+
+    One of two can, the class token never; more than that leave one block later.
+    """
+    counts, like, wanted = {}, pruned(ratio), tokens
+    for block in range(DEPTH - 1):
+        wanted = like.left(wanted, keep_ratio=ratio) if block in BLOCKS else wanted
+        gone = min(tokens - wanted, (tokens - 1) // 2)
+        if gone:
+            counts[block + 1] = gone
+            tokens -= gone
     return Schedule(merge=counts, by=Ward())
 
 
