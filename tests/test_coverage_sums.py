@@ -79,23 +79,29 @@ def followed(layer: Any) -> tuple[Tensor, Tensor, Sums]:
         return x, layer(given), sums
 
 
+def post_norm(x: Tensor) -> Tensor:
+    x = after(x).softmax(-1)
+    return x + mlp(x)
+
+
 def into_its_input(x: Tensor) -> Tensor:
     x += attention(x)
     x += mlp(x)
     return x
 
 
-@pytest.mark.parametrize("layer", [one_after_the_other, through_views, into_its_input])
+@pytest.mark.parametrize("layer", [one_after_the_other, in_place, into_its_input, through_views, post_norm])
 def test_the_last_branch_and_its_stream(layer: Any) -> None:
     x, out, sums = followed(layer)
     stream, term = sums.of(out)
-    torch.testing.assert_close(stream, after(x))
-    torch.testing.assert_close(term, mlp(after(x)))
+    wanted = after(x).softmax(-1) if layer is post_norm else after(x)
+    torch.testing.assert_close(stream, wanted)
+    torch.testing.assert_close(term, mlp(wanted))
 
 
-@pytest.mark.parametrize("layer", [in_place, parallel, parallel_in_place, weighed, normed])
+@pytest.mark.parametrize("layer", [parallel, parallel_in_place, weighed, normed])
 def test_nothing_is_guessed(layer: Any) -> None:
-    """A copy that is written into, a branch that reads an earlier stream, a sum that weighs its stream."""
+    """A branch that reads an earlier stream, a sum that weighs its stream."""
     _, out, sums = followed(layer)
     with pytest.raises(NoSum):
         sums.of(out)

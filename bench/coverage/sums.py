@@ -30,29 +30,28 @@ class Sums:
 
     def __init__(self) -> None:
         self._sums: dict[_Value, Sum] = {}
-        self._reads: dict[_Value, frozenset[_Value]] = {}  # which values of the stream it was computed from
+        self._from: dict[_Value, frozenset[_Value]] = {}  # what it was computed from, and itself
         self._alive: list[Tensor] = []  # so that memory is not given out again
         self._writes: Counter[int] = Counter()  # a tensor's own counter moves only when the dispatcher is done
 
     def begin(self, stream: Tensor) -> None:
         """Starts at a layer's input; what was before is forgotten."""
         self._sums, self._alive, self._writes = {}, [stream], Counter()
-        self._reads = {self._value(stream): frozenset([self._value(stream)])}
+        self._from = {self._value(stream): frozenset([self._value(stream)])}
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs an op, and notes what came of it."""
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        reads = frozenset[_Value]().union(*(self._reads.get(self._value(x), frozenset()) for x in given))
+        sources = frozenset[_Value]().union(*(self._from.get(self._value(x), frozenset()) for x in given))
         found = self._sum(func, given, kwargs)
         out = func(*args, **kwargs)
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._alive.append(tensor)
                 self._writes[_memory(tensor)] += func._schema.is_mutable  # what was written into is returned
-                self._reads.setdefault(self._value(tensor), reads)
+                self._from.setdefault(self._value(tensor), sources | {self._value(tensor)})
         if found is not None:
             self._sums[self._value(out)] = found
-            self._reads[self._value(out)] = reads | {self._value(out)}
         return out
 
     def of(self, value: Tensor) -> Sum:
@@ -74,9 +73,8 @@ class Sums:
             return None
         a, b = given
         for stream, term in ((a, b), (b, a)):
-            own = self._value(stream)
-            is_stream = own in self._reads.get(own, ())
-            if is_stream and own in self._reads.get(self._value(term), ()) and stream.shape == term.shape:
+            x, f = self._value(stream), self._value(term)
+            if x != f and x in self._from.get(f, ()) and stream.shape == term.shape:
                 return Sum(stream.clone(), term.clone())  # the model may go on writing into either
         return None
 
