@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # pytest listens to loggers that do not propagate, and torch then writes out each graph that it traces
 _trace = logging.getLogger("torch.__trace")
@@ -30,6 +34,20 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", derandomize=False, **{**_COMMON, "max_examples": 200})
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # half a million objects of torch and others, which each collection would go through
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left_of_captures() -> Iterator[None]:
+    """torch's caches hold the symbols of past captures: a million objects at the end of the suite."""
+    yield
+    FakeTensorMode.cache_clear()
+    for function in vars(ShapeEnv).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

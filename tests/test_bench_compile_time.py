@@ -31,6 +31,7 @@ def test_the_times_are_parts_of_each_other() -> None:
     assert alone > 0 and 0 < passes < total
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "c.json"
     assert main(["compile-time", "--quick", "--parts", "memory", "--rounds", "1", "--json", str(target)]) == 0

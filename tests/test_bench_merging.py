@@ -31,6 +31,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_table3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     options = ["--quick", "--columns", "gflops", "--models", "UMT-B", "--datasets", "MSRVTT,QA", "--json", str(file)]

@@ -158,6 +158,7 @@ def test_both_halves_are_those_of_the_oracle(tmp_path: Path, capsys: pytest.Capt
     assert lines[3].split() == ["paper", "top", "half", "76.3", "76.1", "78.5", "79.4", "78.5", "78.9", "78.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "curves"), [("figure3", 4), pytest.param("figure5", 9, marks=pytest.mark.slow)])
 def test_one_block_at_a_time(command: str, curves: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, file = tmp_path / "plot.png", tmp_path / "rows.json"
@@ -170,6 +171,7 @@ def test_one_block_at_a_time(command: str, curves: int, tmp_path: Path, capsys: 
     assert "80 of 101 tokens leave after one block." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_trade_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, file = tmp_path / "plot.png", tmp_path / "rows.json"
     argv = ["figure1", "--quick", "--columns", "accuracy", "--curves", "ours", "--keeps", "0.8,0.5"]

@@ -23,6 +23,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_its_journal_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "speed.png"
     options = ["throughput", "--quick", "--methods", f"{BASE},{OURS}", "--json", str(file)]
@@ -65,7 +66,7 @@ def test_counts_rounded_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "ours, keep 0.5, by 6s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["UMT-B", "BERT-base"])
+@pytest.mark.parametrize("name", [pytest.param("UMT-B", marks=pytest.mark.slow), "BERT-base"])
 def test_other_kinds_of_inputs(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     options = ["--quick", "--models", name, "--keeps", "0.7", "--methods", f"{OURS},{BASE}", "--rounds", "1"]

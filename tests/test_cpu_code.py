@@ -82,6 +82,7 @@ def test_bfloat16_stays_bfloat16() -> None:
     assert "float tmp_acc0 = 0" in score.text
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @torch.no_grad()

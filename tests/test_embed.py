@@ -94,7 +94,7 @@ def arguments(source: Path, checkpoint: Path, out: Path, *more: str) -> list[str
     return ["embed", str(source), *options, "-o", str(out), *small, *more]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_picture_once_and_failures_beside_them(model: nn.Module, folder: Path, workers: int) -> None:
     found, failures = embedded(model, folder, workers=workers)
     paths = [*(folder / f"{i}.png" for i in range(9)), folder / "below" / "9.PNG"]
@@ -217,6 +217,7 @@ def test_killed_at_random_points_nothing_is_lost_or_doubled(folder: Path, checkp
     assert not list(out.rglob(".partial*"))
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_write_disjoint_files(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ result = {"scores": {name: asdict(s) for name, s in scores.items()}, "calls": ca
 """
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pictures / "c2" / "broken.png").write_bytes(b"no picture")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -68,6 +68,7 @@ def straight(tmp_path_factory):
     return model, trained, path, dict(seen)
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_numbers_of_an_uninterrupted_run(straight, tmp_path):
     model, trained, path, _ = straight
 
@@ -301,6 +302,7 @@ def test_empty_folders_and_too_few_pictures(tmp_path):
 SHORT = ("--epochs", "1", "--cooldown-epochs", "1", "--warmup-epochs", "0", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_the_command_on_folders_of_pictures_and_its_resume(tmp_path, capsys, monkeypatch):
     data, out, rows = tmp_path / "data", tmp_path / "out", tmp_path / "rows.json"
     pictures(data / "train", ["a", "b"])

@@ -369,6 +369,7 @@ def test_the_losers_code_is_not_kept(
         assert torch.equal(handle(images(2)), out)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_real_times_decide_for_real() -> None:
     model = timm.create_model("test_vit", img_size=64, num_classes=10, depth=2).eval()

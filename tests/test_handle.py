@@ -75,6 +75,7 @@ def test_inside_a_compiled_module(called: bool) -> None:
     oracle.assert_close(outer(images), after, TOLERANCE, "with a hook")
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inside_a_compiled_module_through_inductor() -> None:
     _, images, fast, wanted = made(backend="inductor")

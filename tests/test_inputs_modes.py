@@ -28,7 +28,7 @@ def optimized(model: nn.Module, **options: Any) -> rs_compile.OptimizedModel:
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "hf_vit_eager"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 @torch.no_grad()
 def test_half_precision_models(dtype: torch.dtype, name: str) -> None:
     """Bit-equal to pruning by hand in the same precision; scores alone are float32, and no wide tensor stays."""

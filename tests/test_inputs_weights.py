@@ -59,6 +59,7 @@ def test_quantised_before_optimizing() -> None:
     assert read >= {"layers.0.mlp.fc1.weight", "layers.2.mlp.fc2.weight"}, "a wide copy was made"
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @torch.no_grad()
 def test_quantised_through_inductor() -> None:

@@ -194,7 +194,7 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
 
 
 @hypothesis.given(data=st.data(), config=unfolded(), batch=st.integers(1, 3))
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 def test_generated_models_equal_the_oracle_with_gradients(data: st.DataObject, config: Config, batch: int) -> None:
     model = GeneratedViT(config)
     how = data.draw(mergings(config))

@@ -166,8 +166,8 @@ def test_the_published_filter_lets_no_head_pass_where_scores_sum_to_1() -> None:
 @pytest.mark.parametrize(
     "schedule",
     [
-        Schedule({0: 0.7}, score=ZeroTPrune(rounds=2)),
-        Schedule(merge={0: 5}, by=PiToMe()),
+        pytest.param(Schedule({0: 0.7}, score=ZeroTPrune(rounds=2)), marks=pytest.mark.slow),
+        pytest.param(Schedule(merge={0: 5}, by=PiToMe()), marks=pytest.mark.slow),
         Schedule(merge={0: 6}, by=DiffRate(pruned={0: 2})),
     ],
     ids=["Zero-TPrune", "PiToMe", "DiffRate"],

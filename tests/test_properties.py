@@ -83,7 +83,7 @@ def test_pruned_equals_oracle_with_gradients(data: st.DataObject, config: Config
     assert_same_gradients(gradients(model, got), expected, f"{config} {pruning}")
 
 
-@pytest.mark.parametrize("way", ["compares", "sorts"])
+@pytest.mark.parametrize("way", [pytest.param("compares", marks=pytest.mark.slow), "sorts"])
 @hypothesis.given(data=st.data(), config=configs(), batch=st.integers(1, 3))
 @torch.no_grad()
 def test_what_other_processors_choose_is_as_right(

@@ -29,7 +29,9 @@ SCHEDULES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize(
+    "how", [how if how in ("pruned", "ward") else pytest.param(how, marks=pytest.mark.slow) for how in SCHEDULES]
+)
 def test_onnx_runtime(tmp_path: Path, how: str) -> None:
     fast, path = rs_compile.optimize(encoder(), SCHEDULES[how], backend="eager"), tmp_path / "m.onnx"
     said = rs_compile.export(fast, images(2), path)

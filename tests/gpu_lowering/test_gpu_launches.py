@@ -167,6 +167,7 @@ def test_merging_with_size_bias_stays_on_flash(tokens: int) -> None:
     assert not [launch for launch in generated.launches if "sort" in launch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [197, pytest.param(577, marks=pytest.mark.slow)])
 def test_merging_at_the_inputs_of_attention(tokens: int) -> None:
     """Nine launches more, for any N; the residual add, the shift and the gather of the stream are in kernels beside."""
