@@ -62,7 +62,7 @@ def test_lanes_and_colours() -> None:
     root = ElementTree.fromstring(picture)
     dots = root.findall("{http://www.w3.org/2000/svg}circle")[2:]
     assert [(dot.get("cx"), dot.get("class")) for dot in dots] == [
-        ("18", "all"), ("36", "all"), ("18", "all"), ("18", "none")
+        ("16", "all"), ("32", "all"), ("16", "all"), ("16", "none")
     ]  # fmt: skip
     edges = root.findall("{http://www.w3.org/2000/svg}path")
     assert len(edges) == 4 and "add <&>[B, 4, 2]" in words(picture)

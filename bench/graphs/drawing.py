@@ -7,8 +7,8 @@ from html import escape
 
 from bench.graphs.recorded import Row
 
-ROW, LANE, LEFT, TOP = 26, 18, 18, 64  # pixels
-LETTER = 6.7  # width of a letter of the labels
+ROW, LANE, LEFT, TOP = 26, 16, 16, 64  # pixels
+LETTER, NARROW = 6.7, 6.1  # width of a letter of the labels and of the names of bands
 _STYLE = """\
 .card{fill:#fbfbfc;stroke:#8a929c}text{font:12px ui-sans-serif,system-ui,sans-serif;fill:#1f2328}
 .title{font-weight:700;font-size:13px}.shape,.key{fill:#57606a}.band{fill:#8a929c;fill-opacity:.14}
@@ -34,9 +34,9 @@ def svg(title: str, rows: Sequence[Row], tokens: Mapping[str, int], keys: Mappin
     blocks = {name.partition(": ")[0] for _, _, name in names if ": " in name}
     if len(blocks) == 1:  # nobody needs to be told which
         names = [(a, b, name.rpartition(": ")[2]) for a, b, name in names]
-    widest = max(len(f"{r.label}  {r.shape}") for r in rows)
-    name_room = max((len(name) for _, _, name in names), default=0) * LETTER
-    width = int(max(text_at + widest * LETTER + name_room + 30, len(title) * 7.6 + 30))
+    room = {first: NARROW * len(name) + 8 for first, _, name in names}
+    widest = max(LETTER * len(f"{row.label}  {row.shape}") + room.get(i, 0) for i, row in enumerate(rows))
+    width = int(max(text_at + widest + 10, len(title) * 7.6 + 30))
     height = TOP + ROW * len(rows) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
