@@ -25,6 +25,10 @@ Each cell was tried on a small model of the family (random weights, about four b
 `python -m bench support`, which writes `bench/results/support.json` and this page. Whether each of 518 families
 prunes, held against pruning by hand, says `COVERAGE.md`.
 
+**GPU**, of every family: never run on one. The code that Inductor generates for a GPU is checked with fake CUDA tensors, of
+ViTs and a ResNet (`tests/gpu_lowering/`): that it lowers, and how many kernels it launches; not that it is right or
+fast there. `python -m bench gpu` measures on a real one.
+
 {matrix}
 
 - **prune**: tokens leave after the first block that lets them (of a CNN rows and columns after a stage). The outputs
@@ -38,10 +42,6 @@ prunes, held against pruning by hand, says `COVERAGE.md`.
   from it is what the pruned model computes.
 
 A code is a refusal; its section says what it means and the way out.
-
-**GPU**: nothing was ever run on one. What Inductor generates for a GPU is checked with fake CUDA tensors
-(`tests/gpu_lowering/`), which says that it lowers and how many kernels it launches, not that it is right or fast there.
-`python -m bench gpu` measures on a real one.
 
 ## What was tried, and what is refused
 
