@@ -25,9 +25,9 @@ Each cell was tried on a small model of the family (random weights, about four b
 `python -m bench support`, which writes `bench/results/support.json` and this page. Whether each of 518 families
 prunes, held against pruning by hand, says `COVERAGE.md`.
 
-**GPU**, of every family: never run on one. The code that Inductor generates for a GPU is checked with fake CUDA tensors, of
-ViTs and a ResNet (`tests/gpu_lowering/`): that it lowers, and how many kernels it launches; not that it is right or
-fast there. `python -m bench gpu` measures on a real one.
+**GPU**, of every family: never run on one. The code that Inductor generates for a GPU is checked with fake CUDA
+tensors, of ViTs and a ResNet (`tests/gpu_lowering/`): that it lowers, and how many kernels it launches; not that
+it is right or fast there. `python -m bench gpu` measures on a real one.
 
 {matrix}
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 def page(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> str:
     """The page in Markdown."""
     matrix = [[r["family"], *(cell(r[c]) for c in COLUMNS)] for r in rows]
-    tried_on = [[r["family"], f"`{r['model']}`", _refusals(r)] for r in rows]
+    tried_on = [[r["family"], r["model"], _refusals(r)] for r in rows]
     return _TEXT.format(
         matrix=_table(matrix, ["family", *HEADS]),
         details=_table(tried_on, ["family", "tried on", "refused"]),
