@@ -51,6 +51,8 @@ COMMANDS = {
     "runtimes": "bench.runtimes",
     "gpu": "bench.gpu.command",
     "coverage": "bench.coverage.command",
+    "support": "bench.support.command",
+    "graphs": "bench.graphs.command",
 }
 
 
