@@ -101,6 +101,9 @@ class Climb:
             self.bar.say(f"{method.name}: how far it reaches")
             shape = self.starts(method)[0]
             counts = next((c for scale in (1.0, 0.5, 0.25) if (c := self.counts(method, shape, scale))), {})
+            if not counts:
+                refused.append(f"  {method.name}: of {max(self.tokens)} tokens none can leave, a few stay in any case")
+                continue
             schedule = self._schedule(method, counts)
             counted = self.evaluator.count(schedule)
             if counted is None:

@@ -75,7 +75,8 @@ def _first_half(counts: Counts) -> set[int]:
 
 def _prune_then_ward(counts: Counts, keep: Mapping[int, float]) -> Schedule:
     early = _first_half(counts)
-    return Schedule({i: keep[i] for i in early}, merge={i: c for i, c in counts.items() if i not in early}, by=Ward())
+    late = {i: count for i, count in counts.items() if i not in early}
+    return Schedule({i: keep[i] for i in early}, merge=late, by=Ward()) if late else Schedule(keep)
 
 
 def diffrate(counts: Mapping[int, int]) -> Schedule:

@@ -15,6 +15,7 @@ import rs_compile
 from rs_compile import SearchError, SearchResult, cli
 from rs_compile.search.evaluation import Evaluator
 from rs_compile.search.finalists import Stopwatch
+from rs_compile.search.methods import TOKENS
 from rs_compile.timing import COMPILED, PRUNED
 
 
@@ -169,6 +170,20 @@ def test_pictures_and_models_that_do_not_fit(model: nn.Module, images: Tensor) -
     training = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     with pytest.raises(SearchError, match=r"call model\.eval"):
         find(training, images, macs=0.7)
+
+
+def test_too_few_tokens(images: Tensor) -> None:
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+    model = timm.models.VisionTransformer(**options).eval()
+    with pytest.raises(SearchError, match=r"(?s)refuses every method.*\n  Ward: of 5 tokens none can leave"):
+        find(model, images, macs=0.9, methods=["Ward", "prune: shift", "prune by shift, then Ward"])
+
+
+def test_one_site_of_prune_then_ward_prunes() -> None:
+    [method] = [m for m in TOKENS if m.name == "prune by shift, then Ward"]
+    assert method.make({2: 5}, {2: 0.5}) == rs_compile.Schedule({2: 0.5})
+    both = method.make({2: 5, 3: 4}, {2: 0.5, 3: 0.5})
+    assert both.keep == {2: 0.5} and both.merge == {3: 4}
 
 
 def test_rows_and_columns_of_a_cnn(images: Tensor) -> None:
