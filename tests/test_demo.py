@@ -89,7 +89,7 @@ def test_the_files_are_small() -> None:
 @torch.no_grad()
 def test_accuracy_of_the_weights(model: nn.Module, pictures: Labelled) -> None:
     named = torch.cat([model(part).argmax(1) for part in pictures.inputs.split(100)])
-    assert (named == pictures.labels).double().mean() >= 0.93  # 94.1% measured
+    assert (named == pictures.labels).double().mean() >= 0.95  # 95.5% measured
 
 
 def test_every_method_leaves_as_many_tokens() -> None:
@@ -98,6 +98,7 @@ def test_every_method_leaves_as_many_tokens() -> None:
         counts.append(oracle.keep_count(counts[-1], 0.7))
     left = [before - after for before, after in pairwise(counts)]
     assert merged(0.7, 197).merge == {block + 1: n for block, n in zip(BLOCKS, left, strict=True)}
+    assert merged(0.3, 197).merge == {1: 98, 2: 39, 3: 29, 4: 13, 5: 8}  # one of two; the rest in the next block
     assert all(make(0.7, 197).keep == pruned(0.7).keep for name, make in METHODS.items() if name != MERGED)
 
 

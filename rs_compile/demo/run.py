@@ -22,13 +22,13 @@ from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compil
 
 TOKENS = 197  # of a picture
 BLOCKS = (0, 2, 4)  # after which tokens leave
-KEEP_RATIOS, QUICK_KEEP_RATIOS = (0.9, 0.8, 0.7, 0.5), (0.7,)
+KEEP_RATIOS, QUICK_KEEP_RATIOS = (0.7, 0.5, 0.4, 0.3), (0.7,)
 SEEDS = 5
 PICTURES, QUICK_PICTURES = 400, 64
 BATCH = 32
 TURN = 0.1  # seconds; calls this short are noisy alone
 ROUNDS, QUICK_ROUNDS = 7, 3
-COMPILED_KEEP = 0.7  # one budget: compiling takes longer than all else here
+COMPILED_KEEP = 0.5  # one budget: compiling takes longer than all else here
 
 
 def _by(score: Score) -> Callable[[float, int], Schedule]:
