@@ -79,7 +79,7 @@ def test_bench(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = known(" ".join(summary(COMMANDS[command]).split()))
     assert len(first) > 20 and first in shown(bench, capsys, "--help")
     text = shown(bench, capsys, command, "--help")
-    assert first in text and ("--out" if command == "gpu" else "--json") in text
+    assert first in text and ("--out" if command in ("gpu", "graphs") else "--json") in text
 
 
 @pytest.mark.parametrize("command", EVALUATE)
