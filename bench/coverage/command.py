@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,9 +106,14 @@ def table(rows: list[Row]) -> str:
     for library in libraries:
         heads = ["family", "model", "blocks", "prunable", "result", "difference", "time", "why not"]
         lines = [_line(row) for row in rows if row["library"] == library]
-        text = tabulate(lines, heads, tablefmt="github", disable_numparse=True)
-        parts.append(f"## {library}\n\n" + re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", text)))
+        parts.append(f"## {library}\n\n{compact(lines, heads)}")
     return "\n\n".join(parts)
+
+
+def compact(lines: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
+    """A Markdown table whose columns are not padded."""
+    text = tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", text))
 
 
 def _line(row: Row) -> list[str]:

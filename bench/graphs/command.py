@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 import rs_compile
 from bench.graphs.drawing import svg
 from bench.graphs.recorded import bands, recording, rows
+from bench.tables.methods import with_attention
 from passes.graph.splice import ORIGIN
 from passes.network.branches import blocks_of, find_branches, module_path
 
@@ -47,10 +48,7 @@ def model() -> nn.Module:
     made = timm.create_model(
         "vit_tiny_patch16_224", depth=DEPTH, embed_dim=WIDTH, num_heads=HEADS, img_size=SIDE, num_classes=10
     )
-    for module in made.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # type: ignore[assignment]
-    return made.eval()
+    return with_attention(made.eval(), fused=False)
 
 
 def pictures() -> dict[str, str]:

@@ -12,16 +12,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.graph.base import OBSERVER, Pass, PassResult
-from passes.graph.ops import SDPA
+from passes.graph.ops import EXPANSIONS, PERMUTING, RESHAPES, SDPA
 from passes.graph.splice import ORIGIN
 from passes.network.branches import blocks_of, find_branches, module_path
 
 aten = torch.ops.aten
-VIEWS = {  # another reading of the same numbers
-    aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int, aten.unbind.int,
-    aten.expand.default, aten.movedim.intlist, aten.alias.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.flatten.using_ints, aten.unflatten.int,
-}  # fmt: skip
+VIEWS = {*RESHAPES, *EXPANSIONS, *PERMUTING, aten.unbind.int, aten.alias.default}  # the same numbers, read otherwise
 PLAIN = {"to", "mul", "add", "nan_to_num", "abs", "expand", "rsub"}  # not told of where there are others
 MOST = 4  # names of ops on a row
 
@@ -89,11 +85,12 @@ def rows(
         views: whether ops that only view a value are drawn as well; else who reads them reads what they view.
         together: kinds of new arithmetic ("score", "gather") of which all ops that hang together are one row.
     """
-    drawn = [n for n in gm.graph.nodes if n.op in ("call_function", "output") and wanted(n) and _computes(n, views)]
+    live = _live(gm, views)
+    drawn = [n for n in gm.graph.nodes if n in live and wanted(n)]
     groups = _together(drawn, together)
-    order = _sorted(drawn, groups, views)
+    order = _sorted(drawn, groups, live)
     number = {lead: i for i, lead in enumerate(order)}
-    read = {lead: [i for n in groups[lead] for i in _inputs(n, drawn, views)] for lead in order}
+    read = {lead: [i for n in groups[lead] for i in _inputs(n, drawn, live)] for lead in order}
     made = []
     for lead in order:
         members = groups[lead]
@@ -105,41 +102,34 @@ def rows(
     return made
 
 
-def _computes(node: Node, views: bool) -> bool:
-    """Whether it works on values of the network: sizes, constants and picks from tuples are left out."""
-    if node.op == "output":
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.sym_size.int:
+def _live(gm: GraphModule, views: bool) -> set[Node]:
+    """The ops that work on values of the network: sizes, constants and picks from tuples are left out."""
+    running: set[Node] = set()  # depend on the model's input
+    for node in gm.graph.nodes:
+        shape = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        image = len(shape) == 4 and not isinstance(shape[0], int)
+        if image or (node.target is not aten.sym_size.int and not running.isdisjoint(node.all_input_nodes)):
+            running.add(node)
+    return {n for n in running if n.op == "output" or (_computes(n) and (views or n.target not in VIEWS))}
+
+
+def _computes(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target is aten.to.dtype and len(node.args) > 1:
         source = node.args[0]
-        if isinstance(source, Node) and source.meta["val"].dtype == node.args[1]:
-            return False  # changes nothing
-    return (views or node.target not in VIEWS) and _runs(node)
+        return not isinstance(source, Node) or source.meta["val"].dtype != node.args[1]  # else it changes nothing
+    return True
 
 
-def _runs(node: Node) -> bool:
-    """Whether it depends on the model's input."""
-    seen, todo = set(), [node]
-    while todo:
-        n = todo.pop()
-        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor) and len(n.meta["val"].shape) == 4:
-            if not isinstance(n.meta["val"].shape[0], int):
-                return True
-        elif n not in seen and n.target is not aten.sym_size.int:
-            seen.add(n)
-            todo += n.all_input_nodes
-    return False
-
-
-def _inputs(node: Node, drawn: Collection[Node], views: bool) -> list[Node]:
+def _inputs(node: Node, drawn: Collection[Node], live: Collection[Node]) -> list[Node]:
     """The drawn nodes that it reads, through what is not drawn but passes a value on."""
     found, todo = [], list(node.all_input_nodes)
     while todo:
         n = todo.pop()
         if n in drawn:
             found.append(n)
-        elif n.op == "call_function" and n.target is not aten.sym_size.int and not _computes(n, views):
+        elif n.op == "call_function" and n.target is not aten.sym_size.int and n not in live:
             todo += n.all_input_nodes
     return found
 
@@ -162,10 +152,10 @@ def _lead(groups: Mapping[Node, Sequence[Node]], node: Node) -> Node:
     return next(lead for lead, members in groups.items() if node in members)
 
 
-def _sorted(drawn: Sequence[Node], groups: Mapping[Node, list[Node]], views: bool) -> list[Node]:
+def _sorted(drawn: Sequence[Node], groups: Mapping[Node, list[Node]], live: Collection[Node]) -> list[Node]:
     """The rows in an order in which each reads from above, otherwise as in the graph."""
     needs = {
-        lead: {_lead(groups, i) for n in members for i in _inputs(n, drawn, views)} - {lead}
+        lead: {_lead(groups, i) for n in members for i in _inputs(n, drawn, live)} - {lead}
         for lead, members in groups.items()
     }
     order: list[Node] = []

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
+from bench.coverage.command import compact
 from bench.support.doing import COLUMNS, outcome, tried
 from bench.support.families import families
 from bench.tables.results import Results, UsageError, environment
@@ -87,8 +85,8 @@ def page(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> str:
     matrix = [[r["family"], *(cell(r[c]) for c in COLUMNS)] for r in rows]
     tried_on = [[r["family"], r["model"], _refusals(r)] for r in rows]
     return _TEXT.format(
-        matrix=_table(matrix, ["family", *HEADS]),
-        details=_table(tried_on, ["family", "tried on", "refused"]),
+        matrix=compact(matrix, ["family", *HEADS]),
+        details=compact(tried_on, ["family", "tried on", "refused"]),
         torch=where["torch"],
         timm=where["timm"],
     )
@@ -109,8 +107,3 @@ def _refusals(found: Mapping[str, Any]) -> str:
         if found[column]["result"] not in ("yes", "no"):
             said.setdefault(found[column]["note"].replace("|", "\\|").replace("<", "&lt;"), []).append(head)
     return "; ".join(f"{', '.join(heads)}: {text}" for text, heads in said.items())
-
-
-def _table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
-    text = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
-    return re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", text))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, StackDataset
 
 import rs_compile
 from bench.coverage.check import as_call, call, differs, first_line, randomise
@@ -68,7 +69,6 @@ class Tried:
         self.model, self.inputs = model, inputs
         self.given = inputs(BATCH)
         self.dense = call(model, self.given)()
-        self._merger: str | None = None  # the first that fits
 
     def prune(self) -> str:
         """Tokens leave after the first block that lets them, or rows and columns after the first stage."""
@@ -80,25 +80,14 @@ class Tried:
 
     def merge(self) -> str:
         """By the first of `MERGERS` that fits, in the first block that takes it."""
-        refusal: CompileError | Idle | None = None
-        for name, by in MERGERS.items():
-            for block in self._able or [0]:
-                try:
-                    self._short(Schedule(merge={block: 0.25}, by=by))
-                except (CompileError, Idle) as error:
-                    refusal = refusal or error
-                    continue
-                self._merger = name
-                return name
-        assert refusal is not None
-        raise refusal
+        if isinstance(self._merger, Exception):
+            raise self._merger
+        return self._merger
 
     def search(self) -> str:
         """Among pruning by shift and the merging that fits, to a share of the multiply-accumulates."""
         given = self.inputs(PICTURES)
-        pictures = given if isinstance(given, Tensor) else _loader(given)
-        if self._merger is None:
-            outcome(self.merge)
+        pictures = given if isinstance(given, Tensor) else DataLoader(StackDataset(**given), batch_size=4)
         methods = ["prune: shift", *(["Ward"] if self._merger == "Ward" else [])]
         if self._grid():
             methods = [GRIDS[0].name]
@@ -146,6 +135,20 @@ class Tried:
         if wrong := differs(got, wanted, 1e-3)[1]:
             raise Wrong(wrong)
         return ""
+
+    @cached_property
+    def _merger(self) -> str | CompileError | Idle:
+        """The first of `MERGERS` that fits, or why the first does not."""
+        refusals: list[CompileError | Idle] = []
+        for name, by in MERGERS.items():
+            for block in self._able or [0]:
+                try:
+                    self._short(Schedule(merge={block: 0.25}, by=by))
+                except (CompileError, Idle) as error:
+                    refusals.append(error)
+                else:
+                    return name
+        return refusals[0]
 
     @cached_property
     def _explained(self) -> Explanation:
@@ -198,17 +201,11 @@ class Tried:
             raise Wrong("the outputs are the model's to the bit, with tokens gone")
 
 
-def _loader(given: Mapping[str, Any]) -> Any:
-    """A loader of dicts of keyword inputs."""
-    samples = [{k: v[i] for k, v in given.items()} for i in range(PICTURES)]
-    return torch.utils.data.DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
-
-
 def _reached(model: Any, given: Any) -> set[str]:
     """The parameters that a backward pass reaches with a finite gradient that is not all zeros."""
     model = copy.deepcopy(model) if isinstance(model, nn.Module) and not hasattr(model, "report") else model
     model.train()
     args, kwargs = as_call(given)
     outputs = [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-    sum(x.float().square().mean() for x in outputs).backward()  # type: ignore[union-attr]
+    torch.stack([x.float().square().mean() for x in outputs]).sum().backward()
     return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.isfinite().all() and p.grad.any()}
