@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -106,7 +107,7 @@ def _live(gm: GraphModule, views: bool) -> set[Node]:
     """The ops that work on values of the network: sizes, constants and picks from tuples are left out."""
     running: set[Node] = set()  # depend on the model's input
     for node in gm.graph.nodes:
-        shape = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        shape: Sequence[Any] = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
         image = len(shape) == 4 and not isinstance(shape[0], int)
         if image or (node.target is not aten.sym_size.int and not running.isdisjoint(node.all_input_nodes)):
             running.add(node)
