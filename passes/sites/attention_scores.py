@@ -18,7 +18,7 @@ from passes.network.branches import Block
 from passes.sites import pagerank, score
 from passes.sites.choice import check_choice, check_flag
 from passes.sites.explicit_attention import write_out
-from passes.sites.importance import Lowest, Random, Score, Selecting, Shift, TopViM, check_every_token
+from passes.sites.importance import Lowest, Random, Score, Scored, Shift, TopViM, check_every_token
 
 
 class _OfAttention(Score):
@@ -28,11 +28,9 @@ class _OfAttention(Score):
     def of_map(self, attention: Tensor) -> Tensor:
         """Scores [B, N] of a map [B, H, N, N]."""
 
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
-        self.check(block, prefix)
-        return splice(gm.graph, "score", self.of_map, attention_map(gm, block, layout, self.with_sizes)[0])
+    def insert(self, at: Scored) -> Node:
+        self.check(at.block, at.prefix)
+        return splice(at.gm.graph, "score", self.of_map, attention_map(at.gm, at.block, at.layout, self.with_sizes)[0])
 
     @property
     def known_after(self) -> Literal["attention", "mlp"]:
@@ -141,17 +139,15 @@ class ZeroTPrune(Score):
     def known_after(self) -> Literal["attention", "mlp"]:
         return "attention"
 
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
-        attention, keys = attention_map(gm, block, layout)
-        start: pagerank.Start = self.start if prefix else "uniform"
-        similar, rounds = int(self.similar * select.leave) if select else 0, self.rounds or _rounds(block)
+    def insert(self, at: Scored) -> Node:
+        attention, keys = attention_map(at.gm, at.block, at.layout)
+        start: pagerank.Start = self.start if at.prefix else "uniform"
+        similar, rounds = int(self.similar * at.select.leave) if at.select else 0, self.rounds or _rounds(at.block)
 
         def scores(a: Tensor, k: Tensor, protected: Tensor | None) -> Tensor:
             return pagerank.zero_tprune(a, k, protected, similar, rounds, start, self.head_filter)
 
-        return splice(gm.graph, "score", scores, attention, keys, select.guard if select else None)
+        return splice(at.gm.graph, "score", scores, attention, keys, at.select.guard if at.select else None)
 
 
 def _rounds(block: Block) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -38,6 +38,27 @@ class Selecting:
     marks: bool
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Whose tokens are scored, and where.
+
+    Args:
+        gm: the graph; the score's ops go to its insertion point.
+        block: whose branches are read.
+        stream: whose tokens are scored.
+        layout: of the stream.
+        prefix: tokens that always stay in front.
+        select: what is selected by the scores; None where they are only looked at, or weigh tokens.
+    """
+
+    gm: GraphModule
+    block: Block
+    stream: Node
+    layout: Layout
+    prefix: int
+    select: Selecting | None = None
+
+
 class Score(ABC):
     """How important each token is; tokens of the highest score stay."""
 
@@ -56,16 +77,8 @@ class Score(ABC):
         return "mlp"
 
     @abstractmethod
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
+    def insert(self, at: Scored) -> Node:
         """Scores [B, N] in float32, at the graph's insertion point.
-
-        Args:
-            at: the stream whose tokens are scored.
-            layout: of that stream.
-            prefix: tokens that always stay in front.
-            select: what is selected by the scores; None where they are only looked at, or weigh tokens.
 
         Raises:
             Refusal: the block has no such branch, or its attention no map to read.
@@ -102,18 +115,18 @@ class Shift(Score):
     def known_after(self) -> Literal["attention", "mlp"]:
         return "attention" if self.of == "attention" else "mlp"
 
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
-        after, before = self._between(block)
-        check_every_token(block, at, layout, after, before)
+    def insert(self, at: Scored) -> Node:
+        after, before = self._between(at.block)
+        check_every_token(at.block, at.stream, at.layout, after, before)
         skip = self.with_skip and self.of != "block"
 
         def shift(a: Tensor, b: Tensor, protected: Tensor | None) -> Tensor:
             a = a + b if skip else a  # not the block's sum: beside a parallel branch that holds more
-            return score.shift(tokens_first(a, layout), tokens_first(b, layout), self.metric, protected)
+            return score.shift(tokens_first(a, at.layout), tokens_first(b, at.layout), self.metric, protected)
 
-        return splice(gm.graph, "score", shift, after, before, select.guard if select and select.marks else None)
+        return splice(
+            at.gm.graph, "score", shift, after, before, at.select.guard if at.select and at.select.marks else None
+        )
 
     def _between(self, block: Block) -> tuple[Node, Node]:
         """F(x) and x."""
@@ -140,10 +153,8 @@ class Random(Score):
     def known_after(self) -> Literal["attention", "mlp"]:
         return "attention"
 
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
-        return splice(gm.graph, "score", lambda x: score.random_score(tokens_first(x, layout)), at)
+    def insert(self, at: Scored) -> Node:
+        return splice(at.gm.graph, "score", lambda x: score.random_score(tokens_first(x, at.layout)), at.stream)
 
 
 @dataclass(frozen=True)
@@ -171,29 +182,27 @@ class TopViM(Score):
     def centres(self) -> bool:
         return self.form == "code"
 
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
-        gated = block.gated()
+    def insert(self, at: Scored) -> Node:
+        gated = at.block.gated()
         if gated is None:
             raise Refusal(
-                f"block {block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
-                block.output,
+                f"block {at.block.index} has no mixer that ends in a linear layer, whose input ToP-ViM scores",
+                at.block.output,
                 "use Schedule(score=Shift()), which any block has",
                 code=Code.NO_SCORE,
             )
         if self.form == "paper":
-            return splice(gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, layout)), gated)
-        backward = backward_term(block)
+            return splice(at.gm.graph, "score", lambda y: score.mean_activation(tokens_first(y, at.layout)), gated)
+        backward = backward_term(at.block)
         if backward is None:
             raise Refusal(
-                f"block {block.index} does not end in the sum of a scan forward and one backward, which is told by a "
-                "flip or an argument `reverse`",
-                block.output,
+                f"block {at.block.index} does not end in the sum of a scan forward and one backward, which is told by "
+                "a flip or an argument `reverse`",
+                at.block.output,
                 "use Schedule(score=TopViM()), which scores both together",
                 code=Code.NO_SCORE,
             )
-        return splice(gm.graph, "score", lambda y: score.flipped_activation(tokens_first(y, layout)), backward)
+        return splice(at.gm.graph, "score", lambda y: score.flipped_activation(tokens_first(y, at.layout)), backward)
 
 
 @dataclass(frozen=True)
@@ -219,10 +228,8 @@ class Lowest(Score):
     def known_after(self) -> Literal["attention", "mlp"]:
         return self.score.known_after
 
-    def insert(
-        self, gm: GraphModule, block: Block, at: Node, layout: Layout, prefix: int, select: Selecting | None = None
-    ) -> Node:
-        return self.score.insert(gm, block, at, layout, prefix)
+    def insert(self, at: Scored) -> Node:
+        return self.score.insert(replace(at, select=None))
 
 
 def check_every_token(block: Block, stream: Node, layout: Layout, *read: Node) -> None:

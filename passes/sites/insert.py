@@ -22,7 +22,7 @@ from passes.network.branches import Block
 from passes.network.padding import insert_padding
 from passes.network.protected import Protected
 from passes.sites.contract import no_open_site, open_site
-from passes.sites.importance import Score, Selecting, Shift
+from passes.sites.importance import Score, Scored, Selecting, Shift
 from passes.sites.select import MANY, centred, keep_highest, protected_mask, way
 from passes.sites.site import SITE, Site, put_back
 
@@ -68,7 +68,7 @@ class InsertSelection(Pass):
             many = bool(MANY.get(gm)) or sequences_per_sample(stream) > 1
             in_score = self._marks_in_score(stream, tokens, padding, many)
             selecting = Selecting(guard, tokens.dense - self.keep, in_score)
-            scores = self.score.insert(gm, self.block, stream, layout, self.protected.prefix, selecting)
+            scores = self.score.insert(Scored(gm, self.block, stream, layout, self.protected.prefix, selecting))
             select = partial(keep_highest, keep=self.keep, lowest=self.score.lowest, many=many)
             index = splice(
                 graph, "select", lambda s, g, p: select(s, g, padding=p), scores, None if in_score else guard, padding

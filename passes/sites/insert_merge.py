@@ -20,6 +20,7 @@ from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites.attention_scores import by_sample
 from passes.sites.contract import no_open_site, open_site
+from passes.sites.importance import Scored
 from passes.sites.mergers import Merger, Merging, Stream
 from passes.sites.select import protected_mask
 from passes.sites.site import SITE, Site, put_merged_back
@@ -72,7 +73,7 @@ class InsertMerge(Pass):
         with graph.inserting_before(stream.next):
             keys = self._keys(stream, layout) if self.by.reads_keys else None
             by = self.by.scored_by
-            scores = by.insert(gm, self.block, stream, layout, p.prefix) if by is not None else None
+            scores = by.insert(Scored(gm, self.block, stream, layout, p.prefix)) if by is not None else None
             earlier = self.earlier if p.extra else ()
             short, sizes, index, place = splice_all(graph, "merge", merged, stream, keys, scores, self.sizes, *earlier)
             full = put_merged_back(graph, layout, stream, short, short, place, self.by.restore, dropped > 0)

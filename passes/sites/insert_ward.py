@@ -23,7 +23,7 @@ from passes.network.protected import Protected
 from passes.sites import matching
 from passes.sites.attention_scores import by_sample
 from passes.sites.contract import no_open_site, open_site
-from passes.sites.importance import Shift
+from passes.sites.importance import Scored, Shift
 from passes.sites.mergers import Ward
 from passes.sites.select import protected_mask
 from passes.sites.site import SITE, Site, put_merged_back
@@ -150,7 +150,7 @@ class InsertWard(Pass):
         if self.before is None:
             return None
         at = stream if self.since is None else self.since.stream
-        shift = Shift().insert(gm, self.before, at, layout, self.protected.prefix)
+        shift = Shift().insert(Scored(gm, self.before, at, layout, self.protected.prefix))
         if self.since is None:
             return shift
         return splice(gm.graph, "score", lambda s, i: s.gather(1, i), shift, self.since.index)

@@ -12,7 +12,7 @@ from passes.graph.base import Pass, PassResult
 from passes.network.branches import Block
 from passes.network.protected import Protected
 from passes.sites.grid_cut import CutGrid
-from passes.sites.importance import Score
+from passes.sites.importance import Score, Scored
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ScoreOutputs(Pass):
         for block, protected, score in self.wanted:
             layout, _ = stream_layout(block.output, protected.prefix, protected.suffix)
             with gm.graph.inserting_before(block.output.next):
-                scores.append(score.insert(gm, block, block.output, layout, protected.prefix))
+                scores.append(score.insert(Scored(gm, block, block.output, layout, protected.prefix)))
         _give(gm, scores)
         return PassResult(gm, rewrites=len(scores))
 
