@@ -153,6 +153,32 @@ def test_a_speed_up_is_met_in_measured_time(model: nn.Module, images: Tensor, mo
     assert found.winner.macs < dense / (1.1 * 1.6)
 
 
+def method(schedule: rs_compile.Schedule) -> str:
+    return type(schedule.by).__name__ if schedule.merge else "prune"
+
+
+def test_each_method_is_compared_at_the_arithmetic_that_it_needs(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method of least drift at equal arithmetic is the slowest: it needs to lose more than the others do."""
+    dense = rs_compile.plan(model, {}, images[:2]).macs
+    slow: dict[str, float] = {}  # times the arithmetic
+
+    def seconds(watch: Stopwatch, schedule: rs_compile.Schedule) -> dict[str, list[float]]:
+        counted = watch.evaluator.count(schedule)
+        assert counted is not None
+        time = slow.setdefault(method(schedule), 1.0 if slow else 1.3) * counted.macs / dense
+        return {COMPILED: [1.0] * 7, PRUNED: [time] * 7}
+
+    monkeypatch.setattr(Stopwatch, "_time", seconds)
+    found = find(model, images, speedup=1.3, methods=["Ward", "stream", "prune: shift"])
+    assert len(slow) == 2  # the next best was timed as well, and not only the slow one with fewer tokens
+    assert found.winner.speedup is not None and found.winner.speedup.median >= 1.3
+    assert found.winner.drift is not None
+    nearer = [r for r in found.rows if r.drift is not None and r.drift < found.winner.drift]
+    assert nearer and all(slow[method(r.schedule)] * r.macs > dense / 1.3 for r in nearer)
+
+
 def test_what_nothing_reaches_names_the_nearest(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(SearchError, match=r"nothing reaches 0\.01 of .*the nearest is 0\.[0-9]+ of the dense"):
         find(model, images, macs=0.01)
