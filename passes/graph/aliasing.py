@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from passes.graph.fake import call_key, memory_of
+from passes.graph.ops import CONV, LINEAR, NORMS, SDPA, SOFTMAX
 from passes.graph.splice import fake, fake_mode
 
 aten = torch.ops.aten
@@ -24,6 +25,8 @@ EXTERNAL = ("placeholder", "get_attr")  # memory that the caller or the model ow
 
 # ops that update the tensors at these positions without saying so in their schema, if the flag is set
 _UNDECLARED_WRITES = {aten.batch_norm.default: ((3, 4), 5), aten.instance_norm.default: ((3, 4), 5)}
+# composite ops whose result is always new: most of a network, and replaying them takes time
+FRESH = LINEAR | CONV | NORMS | SOFTMAX | {SDPA, aten.matmul.default}
 # the schema says "writes", but only autograd's record changes, never memory
 _NO_WRITES = {aten.detach_.default}
 
@@ -101,7 +104,8 @@ def _shared_with(node: Node) -> list[Node]:
         return list(node.all_input_nodes)
     if any(returned.alias_info is not None for returned in node.target._schema.returns):
         return [n for _, nodes in _declared(node, node.target) for n in nodes]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd"):
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+    if node.target in FRESH or not composite:
         return []
     # composite ops (type_as, einsum, meshgrid, dropout) may return an input without declaring it: ask
     inputs = [a for a in node.all_input_nodes if tensors(a.meta.get("val"))]
