@@ -7,12 +7,18 @@ import logging
 import os
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import hypothesis
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from passes.graph.base import PassResult
+from rs_compile import OptimizedModel
+from rs_compile.compiling import copied
+from rs_compile.signature import Call
 
 # pytest listens to loggers that do not propagate, and torch then writes out each graph that it traces
 _trace = logging.getLogger("torch.__trace")
@@ -38,6 +44,27 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # half a million objects of torch and others, which each collection would go through
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """Handles of one model share its capture, most of a small test's time, where a second call of one would as well."""
+    captured: WeakKeyDictionary[torch.nn.Module, dict[Any, PassResult]] = WeakKeyDictionary()
+    capture = OptimizedModel._prepare
+
+    def prepare(handle: OptimizedModel, call: Call, verify: bool = False) -> PassResult:
+        if handle._entry is not handle._model:
+            return capture(handle, call, verify)
+        found = captured.setdefault(handle._model, {})
+        case = (*call.key, handle._lowers, handle._fixed_batch, verify)
+        if (handle._state(), *case) not in found:
+            prepared = capture(handle, call, verify)
+            found[(handle._state(), *case)] = prepared  # what the capture left on the model is no change of it
+        return copied(found[(handle._state(), *case)])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(OptimizedModel, "_prepare", prepare)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

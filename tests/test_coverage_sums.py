@@ -62,6 +62,11 @@ def parallel_in_place(x: Tensor) -> Tensor:
     return x
 
 
+def joined(x: Tensor) -> Tensor:
+    """Both branches in one, scaled, as timm's ParallelScalingBlock."""
+    return x + 0.5 * (attention(x) + mlp(x))
+
+
 def weighed(x: Tensor) -> Tensor:
     x = after(x)
     return 0.5 * x + mlp(x)
@@ -99,9 +104,9 @@ def test_the_last_branch_and_its_stream(layer: Any) -> None:
     torch.testing.assert_close(term, mlp(wanted))
 
 
-@pytest.mark.parametrize("layer", [parallel, parallel_in_place, weighed, normed])
+@pytest.mark.parametrize("layer", [parallel, parallel_in_place, joined, weighed, normed])
 def test_nothing_is_guessed(layer: Any) -> None:
-    """A branch that reads an earlier stream, a sum that weighs its stream."""
+    """A branch that reads an earlier stream, two branches in one, a sum that weighs its stream."""
     _, out, sums = followed(layer)
     with pytest.raises(NoSum):
         sums.of(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import oracle
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import rs_compile
 from passes.sites.grid_prune import GridPrune
 from rs_compile import Schedule
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 TOLERANCE = 2e-4
 
@@ -79,6 +81,12 @@ def optimized(model: nn.Module, cuts: Mapping[int, Cut], **options: Any) -> rs_c
     return handle_of(model, schedule(cuts), **options)
 
 
+@cache
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return oracle_cnn.lively(MODELS[name][0](), images())
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [(name, "both") for name in MODELS]
@@ -87,9 +95,7 @@ def optimized(model: nn.Module, cuts: Mapping[int, Cut], **options: Any) -> rs_c
 )
 @torch.no_grad()
 def test_pruned_equals_pruned_by_hand(name: str, how: str) -> None:
-    (build, take_apart), cuts = MODELS[name], CUTS[how]
-    torch.manual_seed(0)
-    model = oracle_cnn.lively(build(), images())
+    (_, take_apart), cuts, model = MODELS[name], CUTS[how], model_of(name)
     wanted = oracle_cnn.walk(take_apart(model), images(), cuts)
     assert wanted.margin > 1e-6, "the scores are too near to tell"
     fast = optimized(model, cuts)
@@ -131,7 +137,7 @@ def test_training(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", ["torchvision basic", "timm convnext"])
 @torch.no_grad()
 def test_keeping_everything_is_bit_equal(name: str) -> None:
-    model = oracle_cnn.lively(MODELS[name][0](), images())
+    model = model_of(name)
     nothing = {0: Cut(0, 0), 1: Cut(0, 0, "token")}
     assert torch.equal(optimized(model, nothing)(images()), model(images()))
     forced = optimized(model, nothing, force_insert=True)
@@ -144,7 +150,7 @@ def test_keeping_everything_is_bit_equal(name: str) -> None:
 @pytest.mark.parametrize("mode", ["line", "token"])
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch(mode: str) -> None:
-    model = oracle_cnn.lively(MODELS["torchvision basic"][0](), images())
+    model = model_of("torchvision basic")
     fast = optimized(model, {0: Cut(3, 4, mode), 1: Cut(2, 1, mode)})
     x = images(4)
     together = fast(x)

@@ -29,6 +29,8 @@ from passes.sites.insert_ward import InsertWard
 from passes.sites.matching import most
 from passes.sites.site import SITE
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TOLERANCE = 2e-4  # outputs are of order 1 to 10 and every block multiplies rounding errors
 APART = 0.02  # what merging must change at least: 100 times the tolerance
 CLEAR = 1e-5  # of cosines in float32: nearer decisions are left to rounding

@@ -16,6 +16,8 @@ from zoo import ZOO
 
 import rs_compile
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TOLERANCE = 2e-4  # outputs are of order 1 to 10 and every block multiplies rounding errors
 COMPILED = {"deit_tiny"}  # the others run by hand: -m slow
 APART = 0.02  # what pruning must change at least: 100 times the tolerance

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import rs_compile
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 GLOBAL = [1, 2, 4]
 KEEP = {0: 0.6, 1: 0.7, 3: 0.5}  # the second narrows what the first left; all come back before layer 3
 

@@ -17,6 +17,8 @@ import rs_compile
 from rs_compile.visualize import save_picture
 from rs_compile.visualize.picture import OPACITY, PANEL, colour_range, overlay
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 HEIGHT, WIDTH, PATCH = 48, 80, 8
 ROWS, COLUMNS = HEIGHT // PATCH, WIDTH // PATCH
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import rs_compile
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 transformers = pytest.importorskip("transformers")
 KEEP = {0: 0.6, 3: 0.5}  # layers 1 and 4 have no windows
 

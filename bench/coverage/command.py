@@ -28,7 +28,7 @@ LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
 _INTRODUCTION = """\
 # Coverage
 
-One model of every architecture family in {versions}, with random weights, few layers and small images; commit {commit}.
+One model of every architecture family in {versions}, with random weights, few layers and small images; {commits}.
 `python -m bench coverage --markdown COVERAGE.md` makes this file; `tests/test_coverage.py` checks some of its rows.
 
 - **{pruned}**: at keep ratio 1 the output is bit-equal to the model's. At 0.7 after two blocks it has its structure,
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("coverage", total=len(wanted), completed=len(wanted) - len(todo))
         for subject, row in checked(todo, sample, args.jobs):
-            results.fill(_identity(subject), row)
+            results.fill(_identity(subject), row | {"commit": commit()})
             progress.console.print(f"{subject.library} {subject.name}: {row['result']}")
             progress.advance(task)
     rows = [results.row(_identity(s)) for s in wanted]
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown is not None:
         versions = ", ".join(f"{name} {version(_PACKAGES.get(name, name))}" for name in args.library)
         names = {
+            "versions": versions,
+            "commits": _commits(rows),
             "pruned": PRUNED,
             "unhooked": UNHOOKED,
             "grid": GRID,
@@ -88,8 +90,14 @@ def run(args: argparse.Namespace) -> int:
             "refused": REFUSED,
             "wrong": WRONG,
         }
-        args.markdown.write_text(f"{_INTRODUCTION.format(versions=versions, commit=commit(), **names)}\n{text}\n")
+        args.markdown.write_text(f"{_INTRODUCTION.format(**names)}\n{text}\n")
     return int(any(row["result"] in (WRONG, FAULT) for row in rows))
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    """The commit of the rows, and how many are of another where a run went on."""
+    (first, _), *others = Counter(row["commit"] for row in rows).most_common()
+    return f"commit {first}" + "".join(f" ({count} of {other})" for other, count in others)
 
 
 def table(rows: list[Row]) -> str:

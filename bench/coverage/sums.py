@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+_SUMS, _SCALES = (aten.add.Tensor, aten.add_.Tensor), (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor)
 _Value = tuple[int, int]  # its memory, and how often that was written into: a view is the same value
 
 
@@ -31,19 +32,20 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[_Value, Sum] = {}
         self._from: dict[_Value, frozenset[_Value]] = {}  # what it was computed from, and itself
+        self._joined: set[_Value] = set()  # two branches added, and that scaled: of neither alone
         self._alive: list[Tensor] = []  # so that memory is not given out again
         self._writes: Counter[int] = Counter()  # a tensor's own counter moves only when the dispatcher is done
 
     def begin(self, stream: Tensor) -> None:
         """Starts at a layer's input; what was before is forgotten."""
-        self._sums, self._alive, self._writes = {}, [stream], Counter()
+        self._sums, self._joined, self._alive, self._writes = {}, set(), [stream], Counter()
         self._from = {self._value(stream): frozenset([self._value(stream)])}
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs an op, and notes what came of it."""
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         sources = frozenset[_Value]().union(*(self._from.get(self._value(x), frozenset()) for x in given))
-        found = self._sum(func, given, kwargs)
+        found, joined = self._sum(func, given, kwargs), self._joins(func, given)
         out = func(*args, **kwargs)
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -52,6 +54,8 @@ class Sums:
                 self._from.setdefault(self._value(tensor), sources | {self._value(tensor)})
         if found is not None:
             self._sums[self._value(out)] = found
+        elif joined:
+            self._joined.add(self._value(out))
         return out
 
     def of(self, value: Tensor) -> Sum:
@@ -69,14 +73,20 @@ class Sums:
         return _memory(tensor), self._writes[_memory(tensor)]
 
     def _sum(self, func: Any, given: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Sum | None:
-        if func not in (aten.add.Tensor, aten.add_.Tensor) or len(given) != 2 or kwargs:
+        if func not in _SUMS or len(given) != 2 or kwargs:
             return None
         a, b = given
         for stream, term in ((a, b), (b, a)):
             x, f = self._value(stream), self._value(term)
-            if x != f and x in self._from.get(f, ()) and stream.shape == term.shape:
+            if x != f and x in self._from.get(f, ()) and stream.shape == term.shape and f not in self._joined:
                 return Sum(stream.clone(), term.clone())  # the model may go on writing into either
         return None
+
+    def _joins(self, func: Any, given: Sequence[Tensor]) -> bool:
+        values = [self._value(x) for x in given]
+        if func in _SUMS:
+            return len(values) == 2 and all(v in self._from for v in values)
+        return func in _SCALES and any(v in self._joined for v in values)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -18,6 +18,8 @@ from rs_compile.search.finalists import Stopwatch
 from rs_compile.search.methods import TOKENS
 from rs_compile.timing import COMPILED, PRUNED
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
