@@ -75,6 +75,7 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
     finally:
         for hook in hooks:
             hook.remove()
+    ran = {module for module, _, _ in calls}
     groups: dict[tuple[str, type], list[Layer]] = {}
     for i, (module, given, result) in enumerate(calls):
         shape = tuple(result.shape)
@@ -91,7 +92,8 @@ def find_layers(model: nn.Module, call: Callable[[], Any], batch: int) -> list[L
             and tuple(g.shape) == tuple(r.shape) == shape
             and paths[m].startswith(f"{paths[module]}.")
         ]
-        ends = [m for m in inside if not any(m.children())]  # a norm, not a part of the layer that ends with a sum
+        # a norm, not a part of the layer that ends with a sum: that has parts which run
+        ends = [m for m in inside if not any(part is not m and part in ran for part in m.modules())]
         tokens = 1 - shape[:2].index(batch)
         layer = Layer(paths[module], module, ends[0] if ends else None, tokens, shape[tokens])
         groups.setdefault((parent, type(module)), []).append(layer)
