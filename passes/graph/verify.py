@@ -37,6 +37,9 @@ def no_stale_shapes(gm: GraphModule) -> None:
         said = node.meta.get("val")
         if node.op == "call_function" and isinstance(node.target, OpOverload):
             values[node] = _run(mode, node, values, batch)
+            if torch.Tag.data_dependent_output in node.target.tags:
+                values[node] = said  # a number read from a tensor: each run of it would be another symbol
+                continue
             for have, want in zip(_tensors(values[node]), _tensors(said), strict=False):
                 _compare(node, have, want, batch)
         elif node.op == "call_function" and said is not None and not isinstance(said, torch.Tensor):

@@ -128,3 +128,18 @@ def test_spliced_arithmetic_knows_where_it_comes_from() -> None:
     assert tuple(total.meta["val"].shape[1:]) == (6,) and isinstance(total.meta["val"].shape[0], torch.SymInt)
     with gm.graph.inserting_after(node), pytest.raises(ValueError, match="write constants as factory calls"):
         splice(gm.graph, "score", lambda a: a + torch.tensor([1.0, 2.0] * 4), node)
+
+
+def test_a_number_read_from_a_tensor_is_the_nodes_own_symbol() -> None:
+    """As many entries as the data say: what is made of that number is compared, each run's own symbol is not."""
+
+    def read(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        many = count.max().item()
+        torch._check(many >= 0)
+        return x + torch.arange(many, device=x.device).sum()
+
+    gm = graph_of(read, sample(), torch.tensor([3, 4]))
+    no_stale_shapes(gm)
+    only(gm, aten.arange.default).args = (5,)
+    with pytest.raises(CompileError, match=r"arange \(aten\.arange\.default\) gives \(5,\), its node says \(u"):
+        no_stale_shapes(gm)
