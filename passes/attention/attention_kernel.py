@@ -23,7 +23,6 @@ FLASH = ATEN._scaled_dot_product_flash_attention.default  # CUDA's
 ALIGN = 8  # channels of a head that CUDA's flash kernels take at once
 HALF = (torch.float16, torch.bfloat16)
 # of graphs: the autocast that the graph will run under, dtype by device type
-# of graphs: the autocast that the graph will run under, dtype by device type
 AUTOCAST: Fact[Mapping[str, torch.dtype]] = Fact("autocast")
 _THREE = ("query", "key", "value")
 LOWERED = {

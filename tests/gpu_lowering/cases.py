@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fake_gpu import on_cuda
 from generated import Config, GeneratedViT
 from timm.models.resnet import BasicBlock, ResNet
-from torch import float16
+from torch import empty, float16
 from torch.fx import GraphModule
 
+from bench.gpu.lowering import on_cuda
 from passes.sites.mergers import MERGERS
 from rs_compile import GridPrune, Schedule
 
@@ -36,11 +36,12 @@ def transformer(tokens: int, schedule: Schedule, samples: int = 2, drop_unread: 
     side = int((tokens - 1) ** 0.5)
     config = Config(depth=DEPTH, width=WIDTH, heads=HEADS, grid=(side, side), prefix=1)
     assert config.tokens == tokens
-    return on_cuda(GeneratedViT(config), (3, 2 * side, 2 * side), float16, schedule, samples, drop_unread)
+    images = empty(samples, 3, 2 * side, 2 * side)
+    return on_cuda(GeneratedViT(config), images, float16, schedule, drop_unread=drop_unread)
 
 
 def cnn(tokens: int, schedule: Schedule, samples: int = 2) -> GraphModule:
     """fp16, on the images of which patches of 16 x 16 make so many tokens: 224 or 384 rows and columns."""
     side = 16 * int((tokens - 1) ** 0.5)
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10).eval()
-    return on_cuda(model, (3, side, side), float16, schedule, samples)
+    return on_cuda(model, empty(samples, 3, side, side), float16, schedule)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 from cases import cnn, cut, kept, merged, transformer
-from fake_gpu import AMPERE, HOPPER, Capability, generate
 from torch.fx import GraphModule
 from triton_kernels import compiled, sources
+
+from bench.gpu.lowering import AMPERE, HOPPER, Capability, generate
 
 pytestmark = [pytest.mark.inductor, pytest.mark.slow]
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import pytest
 from cases import DEPTH, SITES, cnn, cut, kept, merged, transformer
-from fake_gpu import Generated, generate
 from triton_kernels import sources
 
+from bench.gpu.lowering import Generated, generate
 from rs_compile import Schedule
 
 pytestmark = pytest.mark.inductor

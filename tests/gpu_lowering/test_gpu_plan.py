@@ -7,7 +7,6 @@ from functools import cache, partial
 
 import pytest
 import torch
-from fake_gpu import HOPPER, generate, on_cuda
 from torch import Tensor, float16
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
@@ -15,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton_kernels import compiled, nameless, sources
 
 from bench.gpu import attention, determinism, graphs, launches, selection, size_bias, throughput
+from bench.gpu.lowering import HOPPER, generate, on_cuda
 from bench.tables.table6 import METHODS, resnet
 from bench.throughput.networks import NETWORKS
 from passes.device.name_flash import NameFlash
@@ -41,7 +41,7 @@ def speed(name: str) -> dict[str, Callable[[], Graph]]:
 
 
 def rewritten(model: torch.nn.Module, shape: tuple[int, ...], schedule: Schedule | None, samples: int = 4) -> Graph:
-    return on_cuda(model, shape, float16, schedule or Schedule(), samples), samples
+    return on_cuda(model, torch.empty(samples, *shape), float16, schedule or Schedule()), samples
 
 
 def of_site(case: launches.Case, tiny: bool) -> Graph:

@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import on_cuda
 from generated import Config, GeneratedViT
 from torch.fx import GraphModule
 
+from bench.gpu.lowering import on_cuda
 from passes.pipeline import prepare
 from rs_compile import Schedule
 from rs_compile.inductor import compile_graph, inductor_options
 
 SMALL = Config(depth=1, width=16)
 READS = {"realize_reads_threshold": 2}
+
+
+def on_gpu() -> GraphModule:
+    return on_cuda(GeneratedViT(SMALL), torch.empty(2, 3, 6, 8), torch.float16, Schedule())
 
 
 def on_cpu(dtype: torch.dtype) -> GraphModule:
@@ -33,7 +37,7 @@ def on_cpu(dtype: torch.dtype) -> GraphModule:
     ],
 )
 def test_the_modes_options_and_ours(mode: str | None, options: dict[str, Any]) -> None:
-    assert inductor_options(on_cuda(GeneratedViT(SMALL), (3, 6, 8), torch.float16, Schedule()), mode) == options
+    assert inductor_options(on_gpu(), mode) == options
     assert inductor_options(on_cpu(torch.float32), mode) == options
 
 
@@ -58,12 +62,12 @@ def test_torch_compile_takes_them_together(monkeypatch: pytest.MonkeyPatch) -> N
         return compiler(mode, options, *rest, **more)
 
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", record)
-    compile_graph(on_cuda(GeneratedViT(SMALL), (3, 6, 8), torch.float16, Schedule()), "inductor", "reduce-overhead")
+    compile_graph(on_gpu(), "inductor", "reduce-overhead")
     assert told == [(None, {"triton.cudagraphs": True, **READS})]
 
 
 def test_another_backend_takes_no_options_of_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda gm, **told: given.append(told) or gm)
-    compile_graph(on_cuda(GeneratedViT(SMALL), (3, 6, 8), torch.float16, Schedule()), "aot_eager", None)
+    compile_graph(on_gpu(), "aot_eager", None)
     assert given == [{"backend": "aot_eager", "mode": None}]

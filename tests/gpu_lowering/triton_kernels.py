@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch._inductor.config as inductor_config
-from fake_gpu import Capability, Generated, fake_gpu
+
+from bench.gpu.lowering import Capability, Generated, fake_gpu
 
 
 class Binary(NamedTuple):

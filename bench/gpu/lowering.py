@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.utils import get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -62,24 +63,25 @@ class Generated:
 
 def on_cuda(
     model: nn.Module,
-    images: tuple[int, ...],
+    args: Any,
     dtype: torch.dtype,
     schedule: Schedule,
-    samples: int = 2,
+    kwargs: Mapping[str, Any] | None = None,
     drop_unread: bool = False,
 ) -> GraphModule:
     """The rewritten graph of a model on fake CUDA tensors; without a site flash is named all the same.
 
     Args:
-        images: shape of one sample.
-        samples: of the call that it is captured for.
+        model: is moved there, and can then be used for nothing else.
+        args, kwargs: of the call that it is captured for, see `plan`; only their shapes and dtypes are read.
+        dtype: of what is floating-point in model and inputs.
         drop_unread: see `optimize`; off, so that a block is like the others.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = model.to("cuda", dtype)
-        batch = torch.zeros(samples, *images, device="cuda", dtype=dtype)
+        given = pytree.tree_map_only(torch.Tensor, lambda t: _moved(mode.from_tensor(t), dtype), (args, kwargs))
     handle = optimize(model, schedule, backend="eager", drop_unread=drop_unread)
-    next(plans([handle], batch))
+    next(plans([handle], *given))
     return NameFlash()(handle.graph_module()).gm
 
 
@@ -184,6 +186,10 @@ def _on_cpu(deduce: Callable[..., Any]) -> Callable[..., Any]:
             node.kwargs = given
 
     return wrapped
+
+
+def _moved(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to("cuda", dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
