@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 from passes.graph.contraction import is_alias
 from passes.graph.ops import aten_name
 
+CPU = torch.device("cpu")
 # what these make is the same along a dim whose size is not known: one stands for all
 UNIFORM = {"expand", "ones", "zeros", "full"}
 
@@ -23,7 +24,8 @@ UNIFORM = {"expand", "ones", "zeros", "full"}
 class Constants:
     """The values that hang on parameters, buffers and literals alone, computed when asked for.
 
-    A value is exact up to broadcasting: where a size is symbolic (a mask expanded over the batch) it has 1.
+    A value is exact up to broadcasting: where a size is symbolic (a mask expanded over the batch) it has 1. Values are
+    on the CPU, wherever the graph has them: its device may be one that is not here.
     `changed[node]` is the graph position of the last op that writes into the node's memory in place, and
     `position[node]` the node's own. A value that is written to is never called constant.
     """
@@ -77,11 +79,15 @@ class Constants:
         if node.op == "get_attr":
             value = reduce(getattr, str(node.target).split("."), self._gm)
             real = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
-            return value.detach() if real and isinstance(value, Tensor) else None
+            return value.detach().cpu() if real and isinstance(value, Tensor) else None
         known = {n: 1 if _is_size(n) else self.value(n) for n in node.all_input_nodes}
         if any(value is None for value in known.values()) or not callable(node.target):
             return None
-        args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: known[a] if isinstance(a, Node) else a)
+
+        def given(a: Any) -> Any:
+            return known[a] if isinstance(a, Node) else CPU if isinstance(a, torch.device) else a
+
+        args, kwargs = map_aggregate((node.args, node.kwargs), given)
         with torch.no_grad():
             return node.target(*args, **kwargs)
 

@@ -18,7 +18,7 @@ from passes.attention.constants import Constants
 from passes.attention.viewed_biases import view_biases
 from passes.graph.base import Pass, PassResult, Skip
 from passes.graph.contraction import MATMULS, align, arrange, is_alias
-from passes.graph.ops import arguments, aten_name
+from passes.graph.ops import SDPA, argument, arguments, aten_name
 from passes.graph.splice import ORIGIN, splice
 
 # a product of activations is as finite as the logits themselves
@@ -46,12 +46,13 @@ class LowerAttention(Pass):
     the uniform weights of a fully masked row; it relies on logits within +-9000. The gradient of a fully
     masked row is SDPA's: 0 for -inf instead of NaN, and with a finite mask not that of uniform weights.
     A float32 mask over bfloat16 queries is rounded to bfloat16, as SDPA demands. A mask that the model writes
-    down as one that hides nothing is dropped: CUDA's flash kernel takes none.
+    down as one that hides nothing is dropped, of SDPA that the model calls itself too: CUDA's flash kernel takes none.
     """
 
     def call(self, gm: GraphModule) -> PassResult:
         rewrites, skips = view_biases(gm), []
         constants = Constants(gm)
+        rewrites += drop_idle_masks(gm, constants)
         for node in list(gm.graph.nodes):
             if aten_name(node) not in ("softmax", "_softmax") or node.meta["val"].dim() < 3:
                 continue
@@ -68,6 +69,26 @@ class LowerAttention(Pass):
             for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
                 node.target = torch.ops.aten.reshape.default
         return PassResult(gm, rewrites, tuple(skips))
+
+
+def drop_idle_masks(gm: GraphModule, constants: Constants) -> int:
+    """Takes from SDPA the masks that are written down as hiding nothing; returns how many.
+
+    transformers leaves such a mask out where it runs, and makes it where it is exported.
+    """
+    count = 0
+    for node in gm.graph.find_nodes(op="call_function", target=SDPA):
+        mask = argument(node, "attn_mask")
+        if not isinstance(mask, Node) or (value := constants.literal(mask)) is None:
+            continue
+        if not (value.all() if value.dtype == torch.bool else not value.any()):
+            continue
+        if len(node.args) > 3:
+            node.args = (*node.args[:3], None, *node.args[4:])
+        else:
+            node.kwargs = {**node.kwargs, "attn_mask": None}
+        count += 1
+    return count
 
 
 def _lower(found: Attention, constants: Constants) -> None:

@@ -249,7 +249,7 @@ class _Trails:
                 return self._numbers(n)
             if (which := self._constants.value(n)) is None:
                 raise LookupError(n.name)
-            return which.cpu()
+            return which
 
         return map_aggregate(value, known)
 

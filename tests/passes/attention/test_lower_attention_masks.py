@@ -118,3 +118,50 @@ def test_a_boolean_mask_expanded_over_the_batch(hidden: int) -> None:
     model, x, result = lower(core)
     assert ("amax" in names(result.gm)) == (hidden == TOKENS)
     torch.testing.assert_close(result.gm(x), model(x), atol=1e-5, rtol=0, equal_nan=True)
+
+
+def called(mask: Callable[[Attention, Tensor], Tensor], **options: bool) -> Core:
+    """SDPA that the model calls itself."""
+    return lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, mask(m, q), **options)
+
+
+def seen(m: Attention, q: Tensor) -> Tensor:
+    """As transformers makes one, and only where the model is exported: positions from 0 on."""
+    return (torch.arange(TOKENS) + 0 >= 0)[None, None, None].expand(q.shape[0], -1, TOKENS, -1)
+
+
+IDLE: dict[str, Callable[[Attention, Tensor], Tensor]] = {
+    "boolean": seen,
+    "added": lambda m, q: torch.zeros(TOKENS, TOKENS),
+}
+NOT_IDLE: dict[str, Callable[[Attention, Tensor], Tensor]] = {
+    "hides one key": lambda m, q: torch.arange(TOKENS).expand(TOKENS, TOKENS) > 0,
+    "adds something": lambda m, q: torch.ones(TOKENS, TOKENS).tril(),
+    "from the input": lambda m, q: q[..., :1] > -INF,
+    "may change": lambda m, q: m.causal | m.causal.mT,
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_mask_that_hides_nothing_goes_from_a_call_of_sdpa(name: str) -> None:
+    model, x, result = lower(called(IDLE[name]))
+    [(node, _)] = kernels(result.gm)
+    assert (result.rewrites, node.args[3]) == (1, None)
+    assert {"arange", "zeros", "expand"}.isdisjoint(names(result.gm))
+    assert_same(model, result.gm, x)
+    assert LowerAttention()(result.gm).rewrites == 0
+
+
+@pytest.mark.parametrize("name", NOT_IDLE)
+def test_any_other_stays_in_a_call_of_sdpa(name: str) -> None:
+    model, x, result = lower(called(NOT_IDLE[name]))
+    [(node, _)] = kernels(result.gm)
+    assert result.rewrites == 0 and node.args[3] is not None
+    assert_same(model, result.gm, x)
+
+
+def test_a_mask_by_keyword() -> None:
+    model, x, result = lower(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen(m, q)))
+    [(_, choice)] = kernels(result.gm)
+    assert (result.rewrites, choice.name) == (1, "flash") and "arange" not in names(result.gm)
+    assert_same(model, result.gm, x)
