@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from rs_compile.exporting.errors import ExportError
 from rs_compile.exporting.formats import FORMATS, format_of, openvino
 from rs_compile.exporting.metadata import Info, describe
@@ -75,7 +77,10 @@ def export(
         raise ExportError(f"no file can be written in {target.parent}: {error.strerror}") from error
     with beside as folder:
         made = Path(folder) / target.name
-        write(exported, made, said.to_json())
+        with (
+            torch.no_grad()
+        ):  # as the program was made: with gradients attention with a learned mask takes another kernel
+            write(exported, made, said.to_json())
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):  # the file itself comes last
             os.replace(file, target.parent / file.name)
     return said

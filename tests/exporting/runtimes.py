@@ -15,13 +15,14 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None = None  # [2, N, N] of each head
         self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
         self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
         self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runtimes import encoder, far, images, run_executorch, run_onnx, run_openvino
+from runtimes import Encoder, encoder, far, images, run_executorch, run_onnx, run_openvino
 from torch import Tensor, nn
 
 import rs_compile
@@ -49,6 +49,27 @@ def test_attention_stays_one_op(tmp_path: Path) -> None:
     rs_compile.export(rs_compile.optimize(encoder(), PRUNED), images(2), path)
     ops = [node.op_type for node in library.load(path).graph.node]
     assert ops.count("Attention") == 3 and "Softmax" not in ops
+
+
+class Biased(Encoder):
+    """Attention has a learned mask, as Swin's and BEiT's position biases are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(2, 17, 17))
+        for block in self.blocks:
+            block.bias = self.bias
+
+
+@pytest.mark.parametrize("ending", ["onnx", "xml"])
+def test_a_learned_mask(tmp_path: Path, ending: str) -> None:
+    """Without `no_grad` around it, as people call it: gradients must not decide which kernel is written down."""
+    torch.manual_seed(0)
+    fast, path = rs_compile.optimize(Biased().eval(), PRUNED, backend="eager"), tmp_path / f"m.{ending}"
+    rs_compile.export(fast, images(2), path)
+    run = run_onnx if ending == "onnx" else run_openvino
+    with torch.no_grad():
+        assert far(run(path, images(3))["logits"], fast(images(3))["logits"]) < 1e-4
 
 
 class Keeps(nn.Module):
