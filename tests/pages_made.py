@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.gpu.journal import Journal, Outcome, rows_file
+from bench.gpu.plan import STEPS, Setting
+from bench.gpu.size_bias import CHANNELS, MASK
+from bench.tables.methods import ATTENTION, BASE, OURS
+from bench.tables.methods import COMPILED as BASELINE
 from passes.graph.base import Skip
 from passes.network.patch_grid import Extent, PatchGrid
 from rs_compile import Schedule, SearchResult, Ward
 from rs_compile.comparison import Comparison, Sweep
+from rs_compile.demo.result import CompiledSpeed, Demo
+from rs_compile.demo.result import Row as DemoRow
 from rs_compile.report import BlockRow, Report, StageRow
 from rs_compile.search.rows import Row
 from rs_compile.side_by_side import OutputDrift, SideBySide
@@ -97,3 +106,46 @@ def photos() -> list[Any]:
     made[0][:16, 16:32] = 1
     made[0][16:, 16:32, 0] = 1
     return made
+
+
+def demo() -> Demo:
+    """Two budgets; the second one at the width of the real table."""
+    methods = ("shift", "class attention", "Ward merging", "random", "lowest shift")
+
+    def row(keep: float, *tokens: int) -> DemoRow:
+        shares = {name: (keep, keep - 0.1) if name == "random" else (keep,) for name in methods}
+        return DemoRow(keep, tokens, dict.fromkeys(methods, keep), shares, dict.fromkeys(methods[:3], SPREAD))
+
+    rows = (row(0.7, 138, 97, 68), row(0.3, 59, 18, 5))
+    return Demo(596, (0, 2, 4), 0.955, 197, 0.53, 0.25, 64, 2, 9, rows, CompiledSpeed(0.5, 0.2, SPREAD))
+
+
+SPREAD = Spread(1.7, 1.6, 1.8)
+GPU_STEPS = [STEPS[name] for name in ("deit-s-float16", "launches", "graphs", "size-bias")]
+
+
+def gpu_journal(out: Path) -> Journal:
+    """Rows of three steps, as their processes leave them; a fourth could not run."""
+    kinds = {"generated": 2, "product": 4, "attention": 1}
+    speed = {"model": "DeiT-S", "dtype": "float16", "batch": 64, "failed": "", "speedup_quartiles": [1.4, 1.6]}
+    speed |= {"throughput": 1000.0, "macs_ratio": 1.5, "of_limit": 0.9, "peak_bytes": 2**28, "speedup": 1.5}
+    speed |= {"over_eager": 1.9, "over_eager_quartiles": [1.8, 2.0]}
+    counted = {"failed": "", "launches": 35, "kinds": kinds, "parts": [kinds] * 5, "dense": "dense", "batch": 64}
+    counted |= {"predicted": 6, "compiled": True}
+    biased = {"failed": "", "samples": 64, "milliseconds": {MASK: 0.2, CHANNELS: 0.3}}
+    biased |= {"off": {MASK: 1e-3, CHANNELS: 1e-3}}
+    rows = {
+        "deit-s-float16": [speed | {"method": name} for name in (BASE, BASELINE, OURS, ATTENTION)],
+        "launches": [counted | {"case": "dense"}, counted | {"case": "pruned <b>", "launches": 41}],
+        "size-bias": [
+            biased | {"tokens": n, "ratio": {"median": r, "quartile_low": 0.9 * r, "quartile_high": 1.1 * r}}
+            for n, r in ((197, 0.5), (785, 2.0))
+        ],
+    }
+    journal = Journal(out, Setting("cuda", tiny=False))
+    for step, found in rows.items():
+        where = {"command": "gpu", "gpu": "a GPU that is not there", "torch": torch.__version__}
+        rows_file(out, step).write_text(json.dumps({"environment": where, "rows": found}))
+        journal.note(step, Outcome("done", 60.0))
+    journal.note("graphs", Outcome("cannot run", 1.0, HOSTILE))
+    return journal

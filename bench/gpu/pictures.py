@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
@@ -43,16 +44,19 @@ def pictures(rows: Mapping[str, Sequence[Row]]) -> list[Table]:
 
 
 def _section(title: str, figure: Figure, note: str) -> Table:
-    return Table(title, (), [], notes=[note], svg=[svg(figure)])
+    return Table(title, (), [], notes=[note], svg=[svg(figure, title)])
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure, title: str) -> str:
     """The figure as an element of a page; letters stay text."""
     file = io.StringIO()
-    # ids by what is drawn: the same rows give the same page
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+    # ids by what is drawn: the same rows give the same page; and by title: no two plots of a page share one
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
+    read = set(re.findall(r"#([\w-]+)[\")]", text))
+    # every figure has the same names of its parts
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in read else "", text)
     return text[text.index("<svg") :]
 
 
