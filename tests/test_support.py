@@ -26,13 +26,19 @@ def test_the_page_is_what_the_data_say() -> None:
 
 def test_nothing_is_wrong() -> None:
     cells = {(row["family"], column): row[column] for row in DATA["rows"] for column in COLUMNS}
-    assert len(cells) == 6 * len(families())
+    assert len(cells) == 7 * len(families())
     assert [where for where, found in cells.items() if found["result"] not in ("yes", "no", "refused")] == []
     assert all(found["code"] in list(Code) for found in cells.values() if found["result"] == "refused")
 
 
 @pytest.mark.parametrize(
-    "family, column", [("DeiT, ViT", "prune"), ("DeiT, ViT", "train"), ("ResNet", "merge"), ("Vision Mamba", "merge")]
+    "family, column",
+    [
+        *(("DeiT, ViT", "prune"), ("DeiT, ViT", "train"), ("ResNet", "merge"), ("Vision Mamba", "merge")),
+        # a mask that transformers makes for the export alone must not keep flash away
+        pytest.param("DINOv2", "gpu", marks=pytest.mark.inductor),
+        pytest.param("BEiT", "gpu", marks=[pytest.mark.inductor, pytest.mark.slow]),
+    ],
 )
 def test_live(family: str, column: str) -> None:
     row: dict[str, Any] = next(row for row in DATA["rows"] if row["family"] == family)
@@ -49,6 +55,7 @@ def test_outcomes() -> None:
     assert refused == {"result": "refused", "code": "RSC-403", "note": "no"}
     assert cell(refused) == "[RSC-403](troubleshooting.md#rsc-403)"
     assert cell(outcome(lambda: raises(Idle("saves nothing")))) == "no: saves nothing"
+    assert cell(outcome(lambda: "no attention"), "lowers") == "lowers: no attention"
     assert outcome(lambda: raises(Wrong("shapes"))) == {"result": "WRONG", "note": "shapes"}
     assert outcome(lambda: raises(KeyError("x"))) == {"result": "FAULT", "note": "KeyError: 'x'"}
 

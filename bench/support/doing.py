@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,16 @@ from torch.utils.data import DataLoader, StackDataset
 import rs_compile
 from bench.coverage.check import as_call, call, differs, first_line, randomise
 from bench.support.families import Family
+from passes.attention.attention_kernel import FLASH, KernelChoice, kernels
 from passes.graph.base import CompileError
 from rs_compile import GridPrune, Schedule
 from rs_compile.report import Explanation
 from rs_compile.search.methods import GRIDS
 
-COLUMNS = ("prune", "merge", "train", "export", "search", "onnx")  # methods of `Tried`, the cheap ones first
+if TYPE_CHECKING:
+    from bench.gpu.lowering import Generated
+
+COLUMNS = ("prune", "merge", "train", "export", "gpu", "search", "onnx")  # methods of `Tried`, the cheap ones first
 BATCH, PICTURES = 2, 8
 MERGERS = {
     "Ward": rs_compile.Ward(),
@@ -135,6 +139,29 @@ class Tried:
         if wrong := differs(got, wanted, 1e-3)[1]:
             raise Wrong(wrong)
         return ""
+
+    def gpu(self) -> str:
+        """Inductor's code for a GPU that is not here: how much of the attention is flash. Nothing runs."""
+        found, code = self._lowered(self._pruned())
+        flash = [choice.name == "flash" for choice in found]
+        if (launched := code.launches.count(f"torch.ops.{FLASH}")) != sum(flash):
+            raise Wrong(f"{sum(flash)} attentions are flash in the graph, and {launched} in the code")
+        note = f"flash in {sum(flash)} of {len(flash)} attentions" if flash else "no attention"
+        if others := sorted({choice.reason for choice in found if choice.name != "flash"}):
+            note += f" ({'; '.join(others)})"
+        if not code.records_cuda_graph:
+            if self._lowered(Schedule())[1].records_cuda_graph:
+                raise Wrong("the dense model can be recorded as a CUDA graph, and this cannot")
+            note += "; no CUDA graph, nor of the dense model"
+        return note
+
+    def _lowered(self, schedule: Schedule) -> tuple[list[KernelChoice], Generated]:
+        """In half precision for an H100: the kernel of each attention, and the code."""
+        from bench.gpu.lowering import generate, on_cuda  # needs Triton
+
+        args, kwargs = as_call(self.given)
+        gm = on_cuda(copy.deepcopy(self.model), args, torch.float16, schedule, kwargs)
+        return [choice for _, choice in kernels(gm)], generate(gm, BATCH)
 
     @cached_property
     def _merger(self) -> str | CompileError | Idle:

@@ -40,7 +40,8 @@ def families() -> list[Family]:
         _transformers("DINOv2", "dinov2"),
         _transformers("CLIP, image tower", "clip_vision_model"),
         _transformers("SigLIP, image tower", "siglip_vision_model"),
-        _transformers("BEiT", "beit"),
+        # transformers' default is without the position bias that all checkpoints have
+        _timm("BEiT", "beit_base_patch16_224", depth=4, embed_dim=48, num_heads=4),
         _timm("EVA-02", "eva02_tiny_patch14_224", depth=4, embed_dim=48, num_heads=4, img_size=56),
         _timm(
             "Swin",
