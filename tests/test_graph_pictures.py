@@ -14,6 +14,7 @@ from bench.graphs.recorded import Row
 
 IMG = Path(__file__).parents[1] / "docs" / "img"
 PAGE = (IMG.parent / "how-it-works.md").read_text()
+README = (IMG.parents[1] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,9 @@ def words(picture: str) -> list[str]:
 
 
 def test_the_committed_ones_are_those(drawn: dict[str, str]) -> None:
-    assert set(drawn) == {path.name for path in IMG.glob("graph-*.svg")}
-    assert set(re.findall(r"\(img/(graph-\S+\.svg)\)", PAGE)) == set(drawn)
+    assert set(drawn) == {path.name for path in IMG.glob("*.svg")}
+    shown = re.findall(r"\(img/(\S+\.svg)\)", PAGE) + re.findall(r"\(docs/img/(\S+\.svg)\)", README)
+    assert set(shown) == set(drawn)
     stale = [name for name, picture in drawn.items() if words(picture) != words((IMG / name).read_text())]
     assert stale == [], "draw them again: python -m bench graphs"
 
@@ -48,6 +50,19 @@ def test_what_they_show(drawn: dict[str, str]) -> None:
     assert "put back" not in of["compact"] and "put back" in of["restored"]
     assert "linear[B, 12, 160]" in of["read"] and "linear[B, 1, 160]" in of["unread"]
     assert {"merge", "put back"} <= set(of["merged"])
+
+
+def test_the_one_of_the_readme(drawn: dict[str, str]) -> None:
+    """Narrow, so that letters stay legible on a phone; what the text beside it names is in it."""
+    root = ElementTree.fromstring(drawn["before-after.svg"])
+    assert int(root.attrib["width"]) <= 420
+    told = [
+        w for w in words(drawn["before-after.svg"]) if w not in ("before", "after", "block i", "block i + 1", "MLP")
+    ]
+    assert told == [
+        *("attention", "all N tokens go on", "attention", "N tokens, everywhere"),
+        *("attention", "score ‖MLP(x) − x‖", "top-k", "gather", "flash attention", "K < N tokens from here on"),
+    ]
 
 
 def test_lanes_and_colours() -> None:

@@ -1,6 +1,7 @@
 """Pictures of a small ViT's graph before and after the main passes, as SVG files for the documentation.
 
-They are drawn from the graphs that the passes leave, the same that `optimize(..., debug=DIR)` writes as text.
+They are drawn from the graphs that the passes leave, the same that `optimize(..., debug=DIR)` writes as text; but for
+`before-after.svg`, the README's, which is a drawing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 import rs_compile
 from bench.graphs.drawing import svg
+from bench.graphs.overview import overview
 from bench.graphs.recorded import bands, recording, rows
 from bench.tables.methods import with_attention
 from passes.graph.splice import ORIGIN
@@ -35,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, text in pictures().items():
-        path = args.out / f"graph-{name}.svg"
+    drawn = {f"graph-{name}": text for name, text in pictures().items()}
+    for name, text in {"before-after": overview(), **drawn}.items():
+        path = args.out / f"{name}.svg"
         path.write_text(text)
         print(path, file=sys.stderr)
     return 0
