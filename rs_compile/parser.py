@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 from rs_compile.arguments import (
     DTYPES,
@@ -43,6 +44,13 @@ class _KeepsLines(argparse.HelpFormatter):
         return text if first.endswith(":") else super()._fill_text(text, width, indent)
 
 
+class _Parser(argparse.ArgumentParser):
+    """An error is one line, and says where the rest is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help says what it takes\n")
+
+
 def _version() -> str:
     try:
         return version("rs-compile")
@@ -52,7 +60,7 @@ def _version() -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Of all commands. Each has `--json` and `--debug`, and a help with two examples."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="rs-compile",
         description="Faster pretrained vision models, without training.",
         epilog=f"{EXIT_CODES}",

@@ -87,9 +87,8 @@ class SideBySide:
         table = tabulate(rows, ["", "drift (1 - cosine)", "worst sample"], disable_numparse=True)
         medians = {name: self.timing.of(name).median for name in (self.baseline, PRUNED)}
         times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
-        speed = (
-            f"{times}: {self.timing.ratio(self.baseline, PRUNED)} faster, {self.macs_ratio:.2f}x fewer multiply-adds"
-        )
+        faster = f"{self.timing.ratio(self.baseline, PRUNED)} faster"
+        speed = f"{times}: {faster}, {self.macs_ratio:.2f}x fewer multiply-accumulates"
         logits = ""
         if self.divergence is not None and self.agreement is not None:
             logits = f"\nlogits: KL {self.divergence:.5f} nats, the same best class for {100 * self.agreement:.1f}%"

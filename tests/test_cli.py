@@ -51,7 +51,9 @@ def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
-    return capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.endswith(" --help says what it takes\n")
+    return text
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

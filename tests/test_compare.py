@@ -64,7 +64,7 @@ def test_each_output_by_hand() -> None:
     assert result.samples == 4 and result.divergence is None and result.macs_ratio > 1
     seconds = json.loads(result.to_json())["seconds"]
     assert len(seconds) == 2 and all(len(rounds) == 2 for rounds in seconds.values())
-    assert "worst sample" in str(result) and "fewer multiply-adds" in str(result)
+    assert "worst sample" in str(result) and "fewer multiply-accumulates" in str(result)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def test_the_command_draws_and_tells(
     assert "MLP shift, l1: lowest" in lines[0]
     assert lines[2].split()[:2] == [files[0], "1"] and lines[3].split()[:2] == [files[0], "3"]
     assert lines[4] == "after block 0: 9 of 17 tokens are left" and lines[-1] == f"written: {output}"
-    assert "fewer multiply-adds" in lines[-2] and "worst sample" in lines[5]
+    assert "fewer multiply-accumulates" in lines[-2] and "worst sample" in lines[5]
     assert "scoring" in err and f"drawing {output}" in err
     with Image.open(output) as picture:
         assert picture.format == "PNG" and picture.width > 3 * PANEL

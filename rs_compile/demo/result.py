@@ -23,7 +23,7 @@ class Row:
     Args:
         keep: the keep ratio after each block where tokens leave.
         tokens: of a picture, after each of these blocks.
-        gflops: of a picture, by method; multiply-adds as one.
+        gflops: of a picture, by method; multiply-accumulates as one.
         accuracy: share of the pictures named rightly, by method; of random a share a seed.
         speed_up: over the dense model, both uncompiled, of the methods that were timed.
     """
