@@ -40,11 +40,16 @@ class Axis:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             found = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
             found = found if last - first <= 3 else [10.0**e for e in range(first, last + 1)]
-        else:
-            rough = (self.high - self.low) / 5
-            step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if s >= rough or s == 0.5)
-            found = [step * i for i in range(math.floor(self.low / step), math.ceil(self.high / step) + 1)]
-        return [tick for tick in found if 0 <= self.at(tick) <= 100]
+            if len(on := self._on(found)) > 1:
+                return on
+        rough = (self.high - self.low) / 5
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough)
+        return self._on([step * i for i in range(math.floor(self.low / step), math.ceil(self.high / step) + 1)])
+
+    def _on(self, ticks: Sequence[float]) -> list[float]:
+        """Those that lie on it."""
+        return [tick for tick in ticks if (tick > 0 or not self.log) and 0 <= self.at(tick) <= 100]
 
 
 @dataclass(frozen=True)
