@@ -41,6 +41,8 @@ def test_nothing_is_wrong() -> None:
     ],
 )
 def test_live(family: str, column: str) -> None:
+    if column == "gpu":
+        pytest.importorskip("triton", reason="torch's builds for CPUs come without it")
     row: dict[str, Any] = next(row for row in DATA["rows"] if row["family"] == family)
     model = tried(next(f for f in families() if f.name == family))
     assert outcome(getattr(model, column)) == row[column]

@@ -90,7 +90,8 @@ def generate(gm: GraphModule, batch: int, capability: Capability = HOPPER, **opt
     mode = FakeTensorMode()
     with mode:
         for module in gm.modules():
-            for table in (module._parameters, module._buffers):
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
                 table.update({name: _like(t) for name, t in table.items() if t is not None})
         inputs = [_sized(node, batch) for node in gm.graph.find_nodes(op="placeholder")]
     recorded: list[Callable[..., Any]] = []
