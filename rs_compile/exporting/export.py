@@ -77,9 +77,8 @@ def export(
         raise ExportError(f"no file can be written in {target.parent}: {error.strerror}") from error
     with beside as folder:
         made = Path(folder) / target.name
-        with (
-            torch.no_grad()
-        ):  # as the program was made: with gradients attention with a learned mask takes another kernel
+        # as the program was made: with gradients attention with a learned mask takes another kernel
+        with torch.no_grad():
             write(exported, made, said.to_json())
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):  # the file itself comes last
             os.replace(file, target.parent / file.name)
