@@ -17,6 +17,7 @@ from rs_compile.search.progress import Bar
 from rs_compile.timing import COMPILED, PRUNED, Call, Spread, Timing, compiled, interleaved
 
 ROUNDS = 7
+_STEADY, _MOST = 0.06, 4  # quartiles so near, of the median, or so many times as many rounds
 _TURN = 0.1  # seconds; calls this short are noisy alone
 
 
@@ -69,5 +70,17 @@ class Stopwatch:
         calls: dict[str, Call] = {COMPILED: self._dense, PRUNED: lambda: handle(*args, **kwargs)}
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            timing = interleaved(calls, ROUNDS, least_seconds=_TURN, device=device)
-        return {name: list(values) for name, values in timing.seconds.items()}
+            return steady(calls, device)
+
+
+def steady(calls: dict[str, Call], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each round; more rounds where they differ, as beside other work."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_MOST):
+        timing = interleaved(calls, ROUNDS, least_seconds=_TURN, device=device)
+        for name, values in timing.seconds.items():
+            seconds[name] += values
+        spread = Timing({name: tuple(values) for name, values in seconds.items()}).ratio(COMPILED, PRUNED)
+        if spread.high - spread.low <= _STEADY * spread.median:
+            break
+    return seconds

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rs_compile import DiffRate, PiToMe, Schedule, SearchError, ZeroTPrune
-from rs_compile.search import drift, pictures
+from rs_compile.search import drift, finalists, pictures
 from rs_compile.search.costs import CostModel, Counted, bisecting, fitting
 from rs_compile.search.evaluation import Measured, checked
 from rs_compile.search.journal import Journal
 from rs_compile.search.methods import GRIDS, TOKENS, keep_ratios
 from rs_compile.search.shapes import DIFFRATE, GridRamp, Profile, Ramp, Ratio
 from rs_compile.search.targets import Target
+from rs_compile.timing import COMPILED, PRUNED, Timing
 
 TWELVE = [197] * 12
 
@@ -233,3 +234,18 @@ def test_published_peers_are_candidates_and_leave_what_is_asked() -> None:
 
 def test_random_is_among_the_methods_of_every_kind() -> None:
     assert all(any(m.draws > 1 for m in known) for known in (TOKENS, GRIDS))
+
+
+@pytest.mark.parametrize(("noisy", "rounds"), [(0, 7), (1, 14), (9, 28)])
+def test_rounds_that_differ_are_timed_again(noisy: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven steady rounds are enough; seven noisy ones are outvoted, or four times as many are all there is."""
+    turns = [0]
+
+    def interleaved(calls: dict[str, Any], count: int, **_: Any) -> Timing:
+        turns[0] += 1
+        pruned = [1.0 + 0.5 * (turns[0] <= noisy and i % 2) for i in range(count)]
+        return Timing({COMPILED: (2.0,) * count, PRUNED: tuple(pruned)})
+
+    monkeypatch.setattr(finalists, "interleaved", interleaved)
+    found = finalists.steady({COMPILED: lambda: None, PRUNED: lambda: None}, torch.device("cpu"))
+    assert [len(values) for values in found.values()] == [rounds, rounds]
