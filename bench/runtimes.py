@@ -1,12 +1,15 @@
 """Dense and pruned models in every runtime that `rs_compile.export` writes for, side by side.
 
-For each runtime and precision the same exporter writes both models, and both run in turns. "of MACs" is the speed-up
-over the multiply-accumulates that it should come to. Weights are random: speed does not depend on them.
+For each runtime and precision the same exporter writes the models, and they run in turns. "of MACs" is the speed-up
+over the multiply-accumulates that it should come to. The cut model is the dense one with the first tokens kept, as many
+as the schedule leaves: nothing is scored or gathered, so what it lacks of its multiply-accumulates no choice of tokens
+could have saved. "of cut" is its time over the pruned model's. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 from bench.tables.options import chosen
 from bench.tables.results import Results, Row, environment
-from rs_compile import Schedule, export, optimize, plan
+from rs_compile import Report, Schedule, export, optimize, plan
 from rs_compile.arguments import positive
 from rs_compile.timing import interleaved
 
@@ -83,19 +86,19 @@ def _measured(name: str, cases: Sequence[Row], quick: bool, rounds: int) -> list
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         make = partial(caller, runtime, precision, Path(folder), images[:2])
-        dense, pruned = make(model, None), make(model, SCHEDULE)
+        calls = {
+            "dense": make("dense", model, Schedule()),
+            "cut": make("cut", cut(model, report), Schedule()),
+            "pruned": make("pruned", model, SCHEDULE),
+        }
         for case in cases:
             batch = images[: case["batch"]]
-            timing = interleaved({"dense": partial(dense, batch), "pruned": partial(pruned, batch)}, rounds)
+            timing = interleaved({name: partial(call, batch) for name, call in calls.items()}, rounds)
             speed_up = timing.ratio("dense", "pruned").median
             rows.append(
-                {
-                    "dense ms": 1e3 * timing.of("dense").median,
-                    "pruned ms": 1e3 * timing.of("pruned").median,
-                    "speed-up": speed_up,
-                    "MACs": ratio,
-                    "of MACs": speed_up / ratio,
-                }
+                {f"{name} ms": 1e3 * timing.of(name).median for name in calls}
+                | {"speed-up": speed_up, "MACs": ratio, "of MACs": speed_up / ratio}
+                | {"of cut": timing.ratio("cut", "pruned").median}
             )
     return rows
 
@@ -111,14 +114,28 @@ def _size(quick: bool) -> tuple[int, int, int]:
     return (3, 112, 112) if quick else (3, 224, 224)
 
 
+def cut(model: nn.Module, report: Report) -> nn.Module:
+    """The model with as many tokens behind each block as the report says, the first ones."""
+    model = copy.deepcopy(model)
+    for row in report.blocks:
+        if row.tokens_out != row.tokens_in:
+            block = model.get_submodule(row.where)
+            block.register_forward_hook(lambda _, given, tokens, left=row.tokens_out: tokens[:, :left])
+    return model
+
+
 def caller(
-    runtime: str, precision: str, folder: Path, example: Tensor, model: nn.Module, schedule: Schedule | None
+    runtime: str, precision: str, folder: Path, example: Tensor, name: str, model: nn.Module, schedule: Schedule
 ) -> Call:
-    """A model in a runtime, pruned by a schedule or dense; called with images."""
+    """A model in a runtime, pruned by a schedule or dense, called with images; `name` is its file's."""
+    if runtime == "torch.compile" and name == "dense":
+        return torch.compile(model)
+    # unread tokens are computed by the dense model alone
+    backend = "inductor" if runtime == "torch.compile" else "eager"
+    fast = optimize(model, schedule, backend=backend, drop_unread=name != "dense")
+    path = folder / name
     if runtime == "torch.compile":
-        return torch.compile(model) if schedule is None else optimize(model, schedule)
-    fast = optimize(model, schedule or {}, backend="eager")
-    path = folder / ("dense" if schedule is None else "pruned")
+        return fast
     if runtime == "aot-inductor":
         export(fast, example, path.with_suffix(".pt2"), format="aot-inductor")
         return torch._inductor.aoti_load_package(str(path.with_suffix(".pt2")))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from passes.attention.constants import Constants
 from passes.graph.base import op_name
 from passes.graph.contraction import Contraction, order
-from passes.graph.ops import arguments, aten_name
+from passes.graph.ops import arguments, aten_name, same_sizes
 
 SAME = {"contiguous", "clone", "alias", "lift_fresh_copy"}
 CASTS = {"to", "_to_copy", "type_as"}
@@ -109,7 +108,7 @@ class Attention:
                 readings.append((other, [Step("scale", node, alpha), Step("add", source)]))
         shape = node.meta["val"].shape
         tensors = [r for r in readings if isinstance(r[0], Node) and isinstance(r[0].meta["val"], Tensor)]
-        return [r for r in tensors if _equal(r[0].meta["val"].shape, shape)]
+        return [r for r in tensors if same_sizes(r[0].meta["val"].shape, shape)]
 
     def _to_values(self, softmax: Node) -> None:
         """Forward to the product with V; `turned` says which softmax dim each dim of its operand is."""
@@ -171,11 +170,11 @@ class Attention:
         for step in reversed(self.steps):
             if step.kind == "scale":
                 self.scale *= step.value
+            elif step.kind in ("add", "fill", "keep"):
+                if not self.constants.hides_nothing(step.node, keeps=step.kind == "keep"):
+                    steps.append(Step(step.kind, step.node, step.value * self.scale))
             else:
-                if self._idle(step):
-                    continue
-                by = self.scale if step.kind in ("add", "fill", "keep") else 1.0
-                steps.append(Step(step.kind, step.node, step.value * by))
+                steps.append(step)
         self.steps = steps[::-1]
         masked, filled = False, 0.0
         for step in self.steps:
@@ -195,12 +194,6 @@ class Attention:
         for node in (self.q, self.k, self.v, *(s.node for s in self.steps if s.kind != "reshape")):
             if self.constants.changed.get(node, -1) > begun:
                 raise Miss(f"{_name(node)} is changed in place")
-
-    def _idle(self, step: Step) -> bool:
-        """Whether a mask is written down in the model as one that hides nothing."""
-        if step.kind not in ("add", "fill", "keep") or (mask := self.constants.literal(step.node)) is None:
-            return False
-        return bool(mask.all()) if step.kind == "keep" else not bool(mask.any())
 
     def _check_mask(self, step: Step, dtype: torch.dtype, filled: float) -> float:
         """Declines a mask that would change a result; the finite fill so far comes in and goes out."""
@@ -240,10 +233,6 @@ def _name(node: Node) -> str:
     return f"{op_name(node)} ({node.name})"
 
 
-def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(statically_known_true(n == m) for n, m in zip(a, b, strict=True))
-
-
 def _same_numbers(node: Node) -> bool:
     """Whether a node hands its input on: a copy, a cast, a dropout that is off, a view of the same shape."""
     name = aten_name(node)
@@ -254,7 +243,7 @@ def _same_numbers(node: Node) -> bool:
     if name not in CASTS | RESHAPES | {"expand"}:
         return False
     val, before = node.meta["val"], node.all_input_nodes[0].meta["val"]
-    return _equal(val.shape, before.shape) and val.device == before.device and val.is_floating_point()
+    return same_sizes(val.shape, before.shape) and val.device == before.device and val.is_floating_point()
 
 
 def _moves_batch(node: Node) -> bool:
@@ -262,7 +251,7 @@ def _moves_batch(node: Node) -> bool:
     if aten_name(node) not in RESHAPES:
         return False
     val, before = node.meta["val"], node.all_input_nodes[0].meta["val"]
-    return min(val.dim(), before.dim()) >= 3 and _equal(val.shape[-2:], before.shape[-2:])
+    return min(val.dim(), before.dim()) >= 3 and same_sizes(val.shape[-2:], before.shape[-2:])
 
 
 def _turn(node: Node) -> list[int]:
@@ -284,8 +273,8 @@ def fed_by_product(softmax: Node) -> bool:
         if not isinstance(val, Tensor) or val.dim() < 3:
             return False
         # a comparison of symbols that is not static would fix the batch where it happens to hold
-        has = all(any(_equal([size], [other]) for other in val.shape) for size in logits.shape[-2:])
-        return has or _equal([val.numel()], [logits.numel()])
+        has = all(any(same_sizes([size], [other]) for other in val.shape) for size in logits.shape[-2:])
+        return has or same_sizes([val.numel()], [logits.numel()])
 
     front = [softmax]
     for _ in range(12):

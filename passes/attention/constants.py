@@ -66,6 +66,15 @@ class Constants:
         """The node's value if no parameter or buffer is in it, so that nothing can change it; else None."""
         return self.value(node) if node in self._literal else None
 
+    def hides_nothing(self, mask: Node, keeps: bool) -> bool:
+        """Whether an attention mask is written down as one that hides no key and adds nothing.
+
+        Args:
+            keeps: True stands for a key that is kept; else True for one that is hidden, and numbers are added.
+        """
+        value = self.literal(mask)
+        return value is not None and bool(value.all() if keeps else not value.any())
+
     def number(self, given: Any) -> float | None:
         """A literal or a constant of one element as a number, None for anything else."""
         if isinstance(given, Node):

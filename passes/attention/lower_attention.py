@@ -52,7 +52,7 @@ class LowerAttention(Pass):
     def call(self, gm: GraphModule) -> PassResult:
         rewrites, skips = view_biases(gm), []
         constants = Constants(gm)
-        rewrites += drop_idle_masks(gm, constants)
+        rewrites += _drop_idle_masks(gm, constants)
         for node in list(gm.graph.nodes):
             if aten_name(node) not in ("softmax", "_softmax") or node.meta["val"].dim() < 3:
                 continue
@@ -71,22 +71,20 @@ class LowerAttention(Pass):
         return PassResult(gm, rewrites, tuple(skips))
 
 
-def drop_idle_masks(gm: GraphModule, constants: Constants) -> int:
+def _drop_idle_masks(gm: GraphModule, constants: Constants) -> int:
     """Takes from SDPA the masks that are written down as hiding nothing; returns how many.
 
-    transformers leaves such a mask out where it runs, and makes it where it is exported.
+    A model may have none where it runs, and make one where it is exported.
     """
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=SDPA):
         mask = argument(node, "attn_mask")
-        if not isinstance(mask, Node) or (value := constants.literal(mask)) is None:
-            continue
-        if not (value.all() if value.dtype == torch.bool else not value.any()):
+        if not isinstance(mask, Node) or not constants.hides_nothing(mask, mask.meta["val"].dtype == torch.bool):
             continue
         if len(node.args) > 3:
-            node.args = (*node.args[:3], None, *node.args[4:])
+            node.update_arg(3, None)
         else:
-            node.kwargs = {**node.kwargs, "attn_mask": None}
+            node.update_kwarg("attn_mask", None)
         count += 1
     return count
 

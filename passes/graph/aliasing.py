@@ -12,11 +12,10 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from passes.graph.fake import call_key, memory_of
-from passes.graph.ops import CONV, LINEAR, NORMS, SDPA, SOFTMAX
+from passes.graph.ops import CONV, LINEAR, NORMS, SDPA, SOFTMAX, same_sizes
 from passes.graph.splice import fake, fake_mode
 
 aten = torch.ops.aten
@@ -41,10 +40,6 @@ def nodes_in(value: Any) -> list[Node]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Node)]
 
 
-def _same_sizes(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
-
-
 def same_kind(a: Any, b: Any) -> bool:
     """Equal shape, device and memory layout; the dtype may differ."""
     return (
@@ -52,8 +47,8 @@ def same_kind(a: Any, b: Any) -> bool:
         and isinstance(b, torch.Tensor)
         and a.layout == b.layout == torch.strided
         and a.device == b.device
-        and _same_sizes(a.shape, b.shape)
-        and _same_sizes(a.stride(), b.stride())
+        and same_sizes(a.shape, b.shape)
+        and same_sizes(a.stride(), b.stride())
     )
 
 

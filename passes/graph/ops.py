@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.graph.layout import expr
 
@@ -140,6 +142,11 @@ def sizes_of(node: Node) -> tuple[Any, ...] | None:
     """
     val = node.meta.get("val")
     return tuple(map(expr, val.shape)) if isinstance(val, torch.Tensor) else None
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def wrap(dim: int, rank: int) -> int:
