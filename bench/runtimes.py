@@ -157,6 +157,8 @@ def _onnx(path: Path, precision: str) -> Call:
         quantize_dynamic(whole, path, weight_type=QuantType.QInt8, op_types_to_quantize=layers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # else its threads wait busily while the next model's turn is timed
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images.numpy()})

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import rs_compile
 from bench.__main__ import main
+from bench.runtimes import SCHEDULE, built, cut
 
 
 @pytest.mark.parametrize("precisions", [("fp32",), pytest.param(("fp32", "int8"), marks=pytest.mark.slow)])
@@ -26,3 +29,15 @@ def test_a_row_a_runtime_precision_and_batch(
     assert "of MACs" in capsys.readouterr().out
     assert main(["runtimes", *asked, "--json", str(target)]) == 0  # nothing is measured again
     assert json.loads(target.read_text())["rows"] == rows
+
+
+@torch.no_grad()
+def test_the_cut_model_has_as_many_tokens() -> None:
+    """The first ones, cut by hand; the model that is given stays whole."""
+    model, images = built("DeiT-S", quick=True), torch.randn(2, 3, 112, 112)
+    report = rs_compile.plan(model, SCHEDULE, images)
+    tokens = model.pos_drop(model._pos_embed(model.patch_embed(images)))
+    for row, block in zip(report.blocks, model.blocks, strict=True):
+        tokens = block(tokens)[:, : row.tokens_out]
+    assert tokens.shape[1] < 30 < model.forward_features(images).shape[1]
+    torch.testing.assert_close(cut(model, report)(images), model.forward_head(model.norm(tokens)))
