@@ -27,7 +27,7 @@ from rs_compile import Report, Schedule, export, optimize, plan
 from rs_compile.arguments import positive
 from rs_compile.timing import interleaved
 
-SCHEDULE = Schedule({0: 0.8, 3: 0.8, 6: 0.8})
+SCHEDULE, QUICK = Schedule({0: 0.8, 3: 0.8, 6: 0.8}), Schedule({0: 0.7, 1: 0.7})
 MODELS = {"DeiT-S": "deit_small_patch16_224", "DINOv2-S": "vit_small_patch14_dinov2"}
 PRECISIONS = {
     "torch.compile": ("fp32", "bf16"),
@@ -81,7 +81,8 @@ def _measured(name: str, cases: Sequence[Row], quick: bool, rounds: int) -> list
     images = torch.randn(
         max(case["batch"] for case in cases), *_size(quick), generator=torch.Generator().manual_seed(0)
     ).to(dtype)
-    report = plan(model, SCHEDULE, images[:2])
+    schedule = QUICK if quick else SCHEDULE
+    report = plan(model, schedule, images[:2])
     ratio = report.macs_dense / report.macs
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -89,7 +90,7 @@ def _measured(name: str, cases: Sequence[Row], quick: bool, rounds: int) -> list
         calls = {
             "dense": make("dense", model, Schedule()),
             "cut": make("cut", cut(model, report), Schedule()),
-            "pruned": make("pruned", model, SCHEDULE),
+            "pruned": make("pruned", model, schedule),
         }
         for case in cases:
             batch = images[: case["batch"]]
@@ -106,7 +107,7 @@ def _measured(name: str, cases: Sequence[Row], quick: bool, rounds: int) -> list
 def built(name: str, quick: bool) -> nn.Module:
     """A model of `MODELS`; in a quick run few blocks on small images."""
     torch.manual_seed(0)
-    small: dict[str, Any] = {"depth": 7, "embed_dim": 48, "num_heads": 3} if quick else {}
+    small: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3} if quick else {}
     return timm.create_model(MODELS[name], img_size=_size(quick)[-1], **small).eval()
 
 

@@ -10,7 +10,7 @@ import torch
 
 import rs_compile
 from bench.__main__ import main
-from bench.runtimes import SCHEDULE, built, cut
+from bench.runtimes import QUICK, built, cut
 
 
 @pytest.mark.parametrize("precisions", [("fp32",), pytest.param(("fp32", "int8"), marks=pytest.mark.slow)])
@@ -35,7 +35,7 @@ def test_a_row_a_runtime_precision_and_batch(
 def test_the_cut_model_has_as_many_tokens() -> None:
     """The first ones, cut by hand; the model that is given stays whole."""
     model, images = built("DeiT-S", quick=True), torch.randn(2, 3, 112, 112)
-    report = rs_compile.plan(model, SCHEDULE, images)
+    report = rs_compile.plan(model, QUICK, images)
     tokens = model.pos_drop(model._pos_embed(model.patch_embed(images)))
     for row, block in zip(report.blocks, model.blocks, strict=True):
         tokens = block(tokens)[:, : row.tokens_out]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 
 import rs_compile
 from passes.sites.select import keep_highest
-from rs_compile import ClassAttention, ExportError, Schedule, ToMe, VidTLDR, Ward
+from rs_compile import ClassAttention, ExportError, OptimizedModel, Schedule, ToMe, VidTLDR, Ward
 from rs_compile.exporting.formats import onnx, openvino
+from rs_compile.exporting.metadata import Info
 from rs_compile.exporting.program import Exported
 
 PRUNED = Schedule({0: 0.8, 1: 0.7})
@@ -28,13 +31,27 @@ SCHEDULES = {
 }
 
 
+Written = Callable[[str, str], tuple[OptimizedModel, Path, Info]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The encoder by a schedule, its file of an ending and what the file says; each is written once."""
+
+    @cache
+    def write(how: str, ending: str) -> tuple[OptimizedModel, Path, Info]:
+        fast, path = rs_compile.optimize(encoder(), SCHEDULES[how], backend="eager"), tmp_path_factory.mktemp("files")
+        return fast, path / f"m.{ending}", rs_compile.export(fast, images(2), path / f"m.{ending}")
+
+    return write
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "how", [how if how in ("pruned", "ward") else pytest.param(how, marks=pytest.mark.slow) for how in SCHEDULES]
 )
-def test_onnx_runtime(tmp_path: Path, how: str) -> None:
-    fast, path = rs_compile.optimize(encoder(), SCHEDULES[how], backend="eager"), tmp_path / "m.onnx"
-    said = rs_compile.export(fast, images(2), path)
+def test_onnx_runtime(written: Written, how: str) -> None:
+    fast, path, said = written(how, "onnx")
     for batch in (1, 3):
         found, wanted = run_onnx(path, images(batch)), fast(images(batch))
         assert far(found["logits"], wanted["logits"]) < 1e-5
@@ -42,12 +59,10 @@ def test_onnx_runtime(tmp_path: Path, how: str) -> None:
     assert rs_compile.info(path) == said and said.content["format"] == "onnx"
 
 
-def test_attention_stays_one_op(tmp_path: Path) -> None:
+def test_attention_stays_one_op(written: Written) -> None:
     import onnx as library
 
-    path = tmp_path / "m.onnx"
-    rs_compile.export(rs_compile.optimize(encoder(), PRUNED), images(2), path)
-    ops = [node.op_type for node in library.load(path).graph.node]
+    ops = [node.op_type for node in library.load(written("pruned", "onnx")[1]).graph.node]
     assert ops.count("Attention") == 3 and "Softmax" not in ops
 
 
@@ -119,22 +134,20 @@ def test_ties_and_what_is_not_finite(tmp_path: Path, module: nn.Module) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["pruned", "ward"])
-def test_openvino(tmp_path: Path, how: str) -> None:
-    fast, path = rs_compile.optimize(encoder(), SCHEDULES[how], backend="eager"), tmp_path / "m.xml"
-    said = rs_compile.export(fast, images(2), path)
+def test_openvino(written: Written, how: str) -> None:
+    fast, path, said = written(how, "xml")
     for batch in (1, 3):
         assert far(run_openvino(path, images(batch))["logits"], fast(images(batch))["logits"]) < 1e-4
     assert rs_compile.info(path) == said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["m.bin", "m.xml"]
 
 
 @torch.no_grad()
-def test_openvino_with_half_weights(tmp_path: Path) -> None:
+def test_openvino_with_half_weights(written: Written, tmp_path: Path) -> None:
     """Half of the bytes; values rounded to float16."""
-    fast = rs_compile.optimize(encoder(), PRUNED, backend="eager")
-    rs_compile.export(fast, images(2), tmp_path / "m.xml")
+    fast, path, _ = written("pruned", "xml")
     rs_compile.export(fast, images(2), tmp_path / "half.xml", half_weights=True)
-    whole, half = ((tmp_path / name).stat().st_size for name in ("m.bin", "half.bin"))
+    whole, half = path.with_suffix(".bin").stat().st_size, (tmp_path / "half.bin").stat().st_size
     assert half < 0.6 * whole
     difference = far(run_openvino(tmp_path / "half.xml", images(3))["logits"], fast(images(3))["logits"])
     assert 0 < difference < 2e-2
