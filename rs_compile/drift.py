@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
+def shown(value: float, error: float | None = None) -> str:
+    """With five decimals, its standard error behind it; where these would show nothing, as a power of ten."""
+    form = ".1e" if 0 < value < 5e-5 else ".5f"
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
+
+
 def apart(found: Tensor, wanted: Tensor) -> Tensor:
     """1 - cosine over the channels of one output, mean over positions: [B]. Maps are [B, C, H, W]."""
     near = torch.cosine_similarity(found.double(), wanted.double(), dim=1 if wanted.dim() == 4 else -1)

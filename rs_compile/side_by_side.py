@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
-from rs_compile.drift import apart, divergence, floats, logits_of
+from rs_compile.drift import apart, divergence, floats, logits_of, shown
 from rs_compile.report import Report
 from rs_compile.timing import COMPILED, EAGER, PRUNED, Call, Say, Timing, compiled, interleaved, quiet
 
@@ -81,9 +81,7 @@ class SideBySide:
         return self.report.macs_dense / self.report.macs
 
     def __str__(self) -> str:
-        rows = [
-            [row.output or "output", f"{row.drift:.5f} ± {row.error:.5f}", f"{row.worst:.5f}"] for row in self.outputs
-        ]
+        rows = [[row.output or "output", shown(row.drift, row.error), shown(row.worst)] for row in self.outputs]
         table = tabulate(rows, ["", "drift (1 - cosine)", "worst sample"], disable_numparse=True)
         medians = {name: self.timing.of(name).median for name in (self.baseline, PRUNED)}
         times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
@@ -91,7 +89,7 @@ class SideBySide:
         speed = f"{times}: {faster}, {self.macs_ratio:.2f}x fewer multiply-accumulates"
         logits = ""
         if self.divergence is not None and self.agreement is not None:
-            logits = f"\nlogits: KL {self.divergence:.5f} nats, the same best class for {100 * self.agreement:.1f}%"
+            logits = f"\nlogits: KL {shown(self.divergence)} nats, the same best class for {100 * self.agreement:.1f}%"
         return f"{table}{logits}\n{self.samples} samples; {speed}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from bench.tables.options import usable
 from bench.tables.results import UsageError, commit
 from rs_compile import Schedule, SearchResult, optimize, search
 from rs_compile.arguments import positive
+from rs_compile.drift import shown
 from rs_compile.models import build
 from rs_compile.search import Row
 
@@ -201,7 +202,8 @@ def _cell(row: Row | None, right: Right | None, chosen: Schedule) -> str:
     mark = "**" if row.schedule == chosen else ""
     same = "" if row.held_agreement is None else f", {100 * row.held_agreement:.1f}% as dense"
     same += "" if right is None else f", {right.of(row.schedule):.2f}% right"
-    return f"{mark}{row.held_drift:.5f}{mark} ± {row.held_error:.5f}{same}, {row.shape}"
+    drift, error = shown(row.held_drift or 0.0, row.held_error or 0.0).split(" ± ")
+    return f"{mark}{drift}{mark} ± {error}{same}, {row.shape}"
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from rs_compile.drift import shown
 from rs_compile.schedule import Schedule
 from rs_compile.search.page import save_page
 from rs_compile.search.plot import draw
@@ -69,14 +70,15 @@ class SearchResult:
         heads += ["same class, held out"] if agreement else []
         heads += ["speed-up"]
         lines = []
-        for row in self.best:
+        timed = [r for r in self.rows if r.speedup is not None and r.held_drift is None]  # and found too slow
+        for row in (*self.best, *timed):
             cells = [
                 "*" if row is self.winner else "",
                 row.method,
                 row.shape,
                 f"{row.macs / self.macs_dense:.3f}",
-                _with_error(row.drift, row.error),
-                _with_error(row.held_drift, row.held_error),
+                _drift(row.drift, row.error),
+                _drift(row.held_drift, row.held_error),
             ]
             cells += [_share(row.held_agreement)] if agreement else []
             lines.append([*cells, str(row.speedup or "")])
@@ -121,8 +123,8 @@ class SearchResult:
         save_page(path, self.settings, self.macs_dense, self.rows, self.front, self.winner, **words)
 
 
-def _with_error(value: float | None, error: float | None) -> str:
-    return "" if value is None else f"{value:.5f} ± {error or 0.0:.5f}"
+def _drift(value: float | None, error: float | None) -> str:
+    return "" if value is None else shown(value, error or 0.0)
 
 
 def _share(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pages_made import search_result
 from torch import Tensor, nn
 
 from rs_compile import DiffRate, PiToMe, Schedule, SearchError, ZeroTPrune
+from rs_compile.drift import shown
 from rs_compile.search import drift, finalists, pictures
 from rs_compile.search.costs import CostModel, Counted, bisecting, fitting
 from rs_compile.search.evaluation import Measured, checked
@@ -19,9 +22,36 @@ from rs_compile.search.journal import Journal
 from rs_compile.search.methods import GRIDS, TOKENS, keep_ratios
 from rs_compile.search.shapes import DIFFRATE, GridRamp, Profile, Ramp, Ratio
 from rs_compile.search.targets import Target
-from rs_compile.timing import COMPILED, PRUNED, Timing
+from rs_compile.timing import COMPILED, PRUNED, Spread, Timing
 
 TWELVE = [197] * 12
+
+
+def test_the_table_has_the_finalists_that_were_too_slow() -> None:
+    found = search_result()
+    assert [line.split()[0] for line in str(found).splitlines()[3:5]] == ["*", "prune:"]
+    slow = replace(found.rows[2], speedup=Spread(1.3, 1.2, 1.4))
+    tables = [str(replace(found, rows=(*found.rows[:2], row))) for row in (found.rows[2], slow)]
+    [line] = set(tables[1].splitlines()) - set(tables[0].splitlines())
+    assert line.split() == [
+        "prune:",
+        "shift",
+        "uniform",
+        "from",
+        "1",
+        "0.650",
+        "0.05000",
+        "±",
+        "0.00500",
+        "1.30x",
+        "[1.20,",
+        "1.40]",
+    ]
+
+
+def test_drift_that_five_decimals_would_show_as_none() -> None:
+    assert [shown(v) for v in (0.0, 0.01234, 6e-5, 1.23e-6)] == ["0.00000", "0.01234", "0.00006", "1.2e-06"]
+    assert shown(2.5e-6, 4e-7) == "2.5e-06 ± 4.0e-07" and shown(0.5, 1e-7) == "0.50000 ± 0.00000"
 
 
 def test_a_uniform_ramp_is_tomes() -> None:
