@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         as_published = None
         if any(row.method == TOME for row in result.rows):
             as_published = best(f"{name}, {TOME} as published", [TOME], drop_unread=False)
-        found.append(Found(result, as_published))
+        found.append(Found(name, result, as_published))
     right = None if labels is None else Right(model, held, labels)
     if right is not None:
         print(f"dense accuracy {right.dense():.2f}%")
@@ -161,6 +161,7 @@ class Right:
 class Found:
     """What is best at a budget; ToMe as it was published computes every token of the last block, read or not."""
 
+    budget: str
     result: SearchResult
     as_published: SearchResult | None
 
@@ -169,7 +170,7 @@ def _table(found: Sequence[Found], right: Right | None) -> str:
     """A row a method: its best ramp at each budget, and ToMe's uniform one by itself."""
     results = [f.result for f in found]
     names = dict.fromkeys(row.method for result in results for row in result.best)
-    heads = ["", *(f"{result.macs_dense * float(result.target.split()[0]) / 1e9:.2f} GMAC" for result in results)]
+    heads = ["", *(f.budget for f in found)]
 
     def line(title: str, row: Callable[[SearchResult], Row | None], of: Sequence[SearchResult | None]) -> list[str]:
         rows = [None if result is None else row(result) for result in of]

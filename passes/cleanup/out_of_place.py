@@ -26,13 +26,15 @@ OUT_OF_PLACE = {
     aten.fill_.Scalar: aten.fill.Scalar,
     aten.fill_.Tensor: aten.fill.Tensor,
     aten.zero_.default: aten.zero.default,
+    aten.scatter_.value: aten.scatter.value,
+    aten.scatter_.src: aten.scatter.src,
     aten.detach_.default: aten.detach.default,
     aten.copy_.default: aten.clone.default,  # of what is copied from: aten.copy has no derivative
 }
 
 
 def out_of_place(op: Any) -> OpOverload | None:
-    """`aten.add.Tensor` for `aten.add_.Tensor`, None where the op is not a pointwise in-place one."""
+    """`aten.add.Tensor` for `aten.add_.Tensor`, None where the op is neither pointwise nor in `OUT_OF_PLACE`."""
     if op in OUT_OF_PLACE:
         return OUT_OF_PLACE[op]
     if not isinstance(op, OpOverload) or op.namespace != "aten" or not op._opname.endswith("_"):

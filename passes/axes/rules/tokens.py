@@ -188,6 +188,16 @@ def index(node: Node, ctx: Context) -> Transfer:
     return Transfer(layout[:d] + (ctx.plain(shape_of(node)[d]),) + layout[d + 1 :])
 
 
+def _beside(node: Node, ctx: Context, d: int, inputs: list[Node], verb: str) -> Layout:
+    """The dims but d of inputs that are read, or written, token by token along d."""
+    pairs = broadcast(_Without(ctx, d), inputs, shape_of(node)[:d] + shape_of(node)[d + 1 :])
+    sizes = [sizes_of(n) for n in inputs]
+    for i, dim in enumerate(pairs[:d] + ((),) + pairs[d:]):
+        if not all(isinstance(f, Free) for f in dim) and len({s[i] for s in sizes if s is not None}) > 1:
+            raise Untransferable(f"{verb} for some of the tokens or samples only", code=Code.PICKS_A_TOKEN)
+    return tuple(no_weights(dim) for dim in pairs)  # what comes out need not sum to one
+
+
 @rules_for(aten.gather.default)
 def gather(node: Node, ctx: Context) -> Transfer:
     """Entries of a dimension that does not run over tokens, picked for each token: a table of relative positions."""
@@ -196,15 +206,25 @@ def gather(node: Node, ctx: Context) -> Transfer:
     d = wrap(argument(node, "dim"), len(shape_of(node)))
     given, picks = ctx.sides(source), ctx.sides(index)
     need_free(given, [d], "picks entries of a dimension that")
-    pairs = broadcast(_Without(ctx, d), [source, index], shape_of(node)[:d] + shape_of(node)[d + 1 :])
-    sizes = (sizes_of(source), sizes_of(index))
-    for i, dim in enumerate(pairs[:d] + ((),) + pairs[d:]):
-        if not all(isinstance(f, Free) for f in dim) and len({s[i] for s in sizes if s is not None}) > 1:
-            raise Untransferable("picks for some of the tokens or samples only", code=Code.PICKS_A_TOKEN)
-    pairs = tuple(no_weights(dim) for dim in pairs)  # what is picked need not sum to one
+    pairs = _beside(node, ctx, d, [source, index], "picks")
     out = pairs[:d] + (no_weights(picks[d]),) + pairs[d:]
     aligned = align(ctx, [source], pairs[:d] + (given[d],) + pairs[d:]) | align(ctx, [index], out)
     return Transfer(out, aligned)
+
+
+@rules_for(aten.scatter.value, aten.scatter.src)
+def scatter(node: Node, ctx: Context) -> Transfer:
+    """Entries of a dimension that does not run over tokens, written for each token: one-hot assignments."""
+    inputs = tensors([node.args[0], argument(node, "index"), argument(node, "src", None)])
+    d = wrap(argument(node, "dim"), len(shape_of(node)))
+    sides = [ctx.sides(n) for n in inputs]
+    for side in sides:
+        need_free(side, [d], "writes entries of a dimension that")
+    pairs = _beside(node, ctx, d, inputs, "writes")
+    aligned: dict[Node, Layout] = {}
+    for n, side in zip(inputs, sides, strict=True):
+        aligned |= align(ctx, [n], pairs[:d] + (side[d],) + pairs[d:])
+    return Transfer(pairs[:d] + (no_weights(sides[0][d]),) + pairs[d:], aligned)
 
 
 @rules_for(aten.index_select.default, maps=True)

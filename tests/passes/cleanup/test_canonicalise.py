@@ -218,6 +218,10 @@ IN_PLACE = {
     "add_": (lambda m, x: (x * 2).add_(m.w, alpha=3), ["mul.Tensor", "add.Tensor"]),
     "clamp_": (lambda m, x: (x * 2).clamp_(-1, 1), ["mul.Tensor", "clamp.default"]),
     "pow_": (lambda m, x: (x * 2).pow_(2), ["mul.Tensor", "pow.Tensor_Scalar"]),
+    "scatter_": (
+        lambda m, x: torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0) - x,
+        ["zeros_like.default", "argmax.default", "scatter.value", "sub.Tensor"],
+    ),
     "hardswish_": (lambda m, x: F.hardswish(x * 2, inplace=True), ["mul.Tensor", "hardswish.default"]),
     "masked_fill_": (
         lambda m, x: (x * 2).masked_fill_(m.b > 1.5, 0.0),

@@ -251,6 +251,15 @@ TOKENS = {
         False,
         (table(1, N, 5),),
     ),
+    "one-hot by token": Carries(lambda x: torch.zeros_like(x).scatter(2, x.argmax(-1, keepdim=True), 1.0), STREAM),
+    "entries written by token": Carries(lambda x: x.scatter(2, (x[..., :3] > 0).long() * 2, x[..., 4:7] * 0), STREAM),
+    "written into a table": Carries(
+        lambda x, t: t.expand(x.shape[0], -1, -1).scatter(2, x.abs().long().clamp(max=4), 1.0),
+        "[batch, tokens(6), 5]",
+        (0, 1),
+        False,
+        (table(1, N, 5),),
+    ),
     "distances, by token": Carries(
         lambda x, t: x @ x.mT + x.gather(2, t.expand(x.shape[0], -1, -1)),
         "[batch, tokens(6), tokens(6)]",

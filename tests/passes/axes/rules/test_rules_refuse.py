@@ -237,6 +237,21 @@ REFUSES: dict[str, tuple[Op, str, int]] = {  # the op, the reason, the prefix
         "picks for some of the tokens or samples only",
         0,
     ),
+    "scatter over tokens": (
+        lambda x: torch.zeros_like(x).scatter(1, x.long() * 0, 1.0),
+        "writes entries of a dimension that runs over the token axis",
+        0,
+    ),
+    "scatter for some tokens": (
+        lambda x: x.scatter(2, torch.zeros(x.shape[0], 4, 2, dtype=torch.long), 1.0),
+        "writes for some of the tokens or samples only",
+        0,
+    ),
+    "scatter from a longer source": (
+        lambda x: x[:, 1:].scatter(2, torch.zeros(x.shape[0], 5, 2, dtype=torch.long), x),
+        "two different sequences of tokens meet",
+        1,
+    ),
     "weights picked at will": (
         lambda x: ((x.unsqueeze(-1) * 2).softmax(1).gather(2, x[..., None].long() * 0) * x[..., None]).sum(1),
         COUNTS,
