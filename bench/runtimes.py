@@ -128,15 +128,15 @@ def cut(model: nn.Module, report: Report) -> nn.Module:
 def caller(
     runtime: str, precision: str, folder: Path, example: Tensor, name: str, model: nn.Module, schedule: Schedule
 ) -> Call:
-    """A model in a runtime, pruned by a schedule or dense, called with images; `name` is its file's."""
+    """A model in a runtime, called with images; `name`, its file's, says whether it is the dense one."""
     if runtime == "torch.compile" and name == "dense":
         return torch.compile(model)
     # unread tokens are computed by the dense model alone
     backend = "inductor" if runtime == "torch.compile" else "eager"
     fast = optimize(model, schedule, backend=backend, drop_unread=name != "dense")
-    path = folder / name
     if runtime == "torch.compile":
         return fast
+    path = folder / name
     if runtime == "aot-inductor":
         export(fast, example, path.with_suffix(".pt2"), format="aot-inductor")
         return torch._inductor.aoti_load_package(str(path.with_suffix(".pt2")))

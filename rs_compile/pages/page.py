@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from passes.graph.base import CompileError
 from passes.graph.codes import Code
+from rs_compile.drift import shown
 
 # matplotlib's viridis at even steps: perceptually even, and readable to the colour-blind
 VIRIDIS = (
@@ -81,7 +82,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    made.filters |= {"giga": _giga, "fixed": _fixed, "drift": _drift, "runs": _runs}
+    made.filters |= {"giga": _giga, "fixed": _fixed, "drift": _drift, "shown": shown, "runs": _runs}
     return made
 
 

@@ -70,7 +70,7 @@ class SearchResult:
         heads += ["same class, held out"] if agreement else []
         heads += ["speed-up"]
         lines = []
-        timed = [r for r in self.rows if r.speedup is not None and r.held_drift is None]  # and found too slow
+        timed = [r for r in self.rows if r.speedup is not None and r.held_drift is None]  # and not chosen
         for row in (*self.best, *timed):
             cells = [
                 "*" if row is self.winner else "",

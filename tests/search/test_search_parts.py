@@ -27,26 +27,13 @@ from rs_compile.timing import COMPILED, PRUNED, Spread, Timing
 TWELVE = [197] * 12
 
 
-def test_the_table_has_the_finalists_that_were_too_slow() -> None:
+def test_the_table_has_the_finalists_that_were_not_chosen() -> None:
     found = search_result()
     assert [line.split()[0] for line in str(found).splitlines()[3:5]] == ["*", "prune:"]
     slow = replace(found.rows[2], speedup=Spread(1.3, 1.2, 1.4))
     tables = [str(replace(found, rows=(*found.rows[:2], row))) for row in (found.rows[2], slow)]
     [line] = set(tables[1].splitlines()) - set(tables[0].splitlines())
-    assert line.split() == [
-        "prune:",
-        "shift",
-        "uniform",
-        "from",
-        "1",
-        "0.650",
-        "0.05000",
-        "±",
-        "0.00500",
-        "1.30x",
-        "[1.20,",
-        "1.40]",
-    ]
+    assert " ".join(line.split()) == "prune: shift uniform from 1 0.650 0.05000 ± 0.00500 1.30x [1.20, 1.40]"
 
 
 def test_drift_that_five_decimals_would_show_as_none() -> None:
